@@ -1,0 +1,63 @@
+# Hybrid-LoRA for verl. `make demo` and `make test` install what they need into .venv on the first call.
+#
+#   PYTHON=python3.11    interpreter; the locked set in requirements/cpu.txt is for CPython 3.11
+#   PIP_FIND_LINKS=DIR   a folder of wheels, honoured as pip does; without one the CPU build of torch comes
+#                        from the index that uv's --torch-backend=cpu knows
+#   DEMO_STEPS=24        reinforcement learning steps of the demo
+#   DEMO_DIR=outputs/demo
+
+PYTHON ?= python3.11
+VENV ?= .venv
+DEMO_STEPS ?= 24
+DEMO_DIR ?= outputs/demo
+SMOLLM2_DIR ?= outputs/smollm2-135m
+
+BIN := $(VENV)/bin
+UV := $(BIN)/uv
+# An environment variable or a pip configuration file: both count.
+FIND_LINKS = $(or $(PIP_FIND_LINKS),$(shell $(BIN)/pip config get global.find-links 2>/dev/null))
+TORCH_SOURCE = $(if $(strip $(FIND_LINKS)),$(addprefix --find-links ,$(FIND_LINKS)),--torch-backend cpu)
+
+.DEFAULT_GOAL := help
+.PHONY: help install test test-fast demo probe-smollm2 bench docs lint lock clean
+
+help:
+	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
+
+install: $(VENV)/.installed ## install the locked CPU set and the plugin into .venv
+
+$(BIN)/uv:
+	@command -v $(PYTHON) >/dev/null || { echo "make: $(PYTHON) not found; install CPython 3.11 or give PYTHON=/path/to/python3.11" >&2; exit 1; }
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/pip install --quiet 'uv>=0.5,<1'
+
+$(VENV)/.installed: requirements/cpu.txt requirements/overrides.txt pyproject.toml | $(BIN)/uv
+	$(UV) pip install --quiet --python $(BIN)/python $(TORCH_SOURCE) --override requirements/overrides.txt -r requirements/cpu.txt
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	@touch $@
+
+test: install ## all tests, with the real verl, Ray and vLLM
+	$(BIN)/python -m pytest
+
+test-fast: install ## the tests of the pure parts: seconds
+	$(BIN)/python -m pytest -m "not verl"
+
+demo: install ## the whole line on two CPU cores: probe, verl GSPO run, proof, export, report
+	$(BIN)/python -m recipes.demo --steps $(DEMO_STEPS) --output $(DEMO_DIR)
+
+probe-smollm2: install ## the allocation of a real pretrained model (SmolLM2-135M, 210 modules)
+	$(BIN)/python -m recipes.probe_smollm2 --output $(SMOLLM2_DIR)
+
+docs: install ## write docs/configuration.md from the dataclasses
+	$(BIN)/python -m hybrid_lora_plugin.cli.reference docs/configuration.md
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+lock: | $(BIN)/uv ## resolve requirements/cpu.txt again
+	$(UV) pip compile --quiet pyproject.toml --extra cpu --extra dev $(TORCH_SOURCE) --override requirements/overrides.txt \
+	  --python-version 3.11 --no-annotate --custom-compile-command "make lock" --output-file requirements/cpu.txt
+
+clean: ## remove the environment, caches and outputs
+	rm -rf $(VENV) .cache outputs

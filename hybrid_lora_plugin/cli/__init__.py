@@ -1,0 +1,1 @@
+"""Commands, one file each; ``arguments.py`` is what they share."""
