@@ -1,0 +1,77 @@
+"""Reading JSON into dataclasses with nothing guessed: every key known, every type as declared."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import typing
+from pathlib import Path
+from typing import Any
+
+from hybrid_lora_plugin.allocation.errors import AllocationError
+
+_WAY_OUT = "give an unchanged file written by hybrid-lora-probe"
+
+
+def read_json(file: Path) -> Any:
+    """Parse a file as strict JSON: no duplicate keys, no NaN.
+
+    Raises:
+        AllocationError: the file is missing or not such JSON.
+    """
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        keys = [key for key, _ in pairs]
+        if len(set(keys)) != len(keys):
+            duplicate = next(key for key in keys if keys.count(key) > 1)
+            raise ValueError(f"duplicate key {duplicate!r}")
+        return dict(pairs)
+
+    def refuse(constant: str) -> Any:
+        raise ValueError(f"{constant} is not a number")
+
+    try:
+        return json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+    except OSError as error:
+        raise AllocationError(
+            f"hybrid_lora.allocation: {str(file)!r} cannot be read ({error.strerror}); give the folder that "
+            f"hybrid-lora-probe wrote"
+        ) from error
+    except ValueError as error:
+        raise AllocationError(f"{file}: not valid JSON ({error}); {_WAY_OUT}") from error
+
+
+def build(kind: Any, payload: Any, *, file: str, field: str = "") -> Any:
+    """Turn parsed JSON into ``kind``, a dataclass, ``list[dataclass]``, ``dict`` or a plain type.
+
+    Args:
+        kind: the type wanted.
+        payload: the parsed value.
+        file: file name for messages.
+        field: dotted path of the value, for messages.
+
+    Raises:
+        AllocationError: an unknown or missing key, or a value of another type.
+    """
+    where = f"{file}: {field}" if field else file
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(payload, dict):
+            raise AllocationError(f"{where}: {payload!r}, an object is wanted; {_WAY_OUT}")
+        types = typing.get_type_hints(kind)
+        for key in payload.keys() - types.keys():
+            raise AllocationError(f"{where}: unknown key {key!r}; {_WAY_OUT}")
+        for key in types:
+            if key not in payload:
+                raise AllocationError(f"{where}: missing key {key!r}; {_WAY_OUT}")
+        prefix = f"{field}." if field else ""
+        return kind(**{key: build(types[key], payload[key], file=file, field=prefix + key) for key in types})
+    if typing.get_origin(kind) is list:
+        if not isinstance(payload, list):
+            raise AllocationError(f"{where}: {payload!r}, a list is wanted; {_WAY_OUT}")
+        (item,) = typing.get_args(kind)
+        return [build(item, value, file=file, field=f"{field}[{index}]") for index, value in enumerate(payload)]
+    # bool is an int to Python, and an integer is a fine float in JSON.
+    fits = isinstance(payload, (int, float) if kind is float else kind)
+    if not fits or (isinstance(payload, bool) and kind is not bool):
+        raise AllocationError(f"{where}: {payload!r}, a value of type {kind.__name__} is wanted; {_WAY_OUT}")
+    return float(payload) if kind is float else payload

@@ -1,0 +1,156 @@
+"""Which linear modules take part (paper Eq. 2): names, layer, type, component and parameter count.
+
+Candidates are found by structure, not by a list per model family: linear leaves of the decoder stack
+named ``<prefix>.layers.<i>.<self_attn|mlp>.<type>_proj``. Qwen2, Qwen2.5, Qwen3, Llama and SmolLM2 are
+built that way. Everything here works on the meta device.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybrid_lora_plugin.config import ConfigurationError
+
+# The order in which ties are broken and the heat map is drawn.
+TYPE_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+COMPONENT_OF_TYPE = {
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention"),
+    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
+}
+_CONTAINER_OF_COMPONENT = {"attention": "self_attn", "mlp": "mlp"}
+_NAME = re.compile(r"^(?P<stack>(?:.+\.)?layers)\.(?P<layer>\d+)\.(?P<container>self_attn|mlp)\.(?P<type>\w+_proj)$")
+
+# What decides the shape and meaning of the candidate weights. Precision, attention kernel, token ids,
+# generation settings and the library version are left out on purpose: they differ between the process
+# that probes and the one that trains.
+_FINGERPRINT_FIELDS = (
+    "model_type",
+    "hidden_size",
+    "intermediate_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "vocab_size",
+    "hidden_act",
+)
+_FINGERPRINT_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+
+
+@dataclass(frozen=True)
+class Candidate:
+    """One linear module that may be fully fine-tuned or adapted by LoRA.
+
+    Attributes:
+        name: name in the plain Hugging Face model, e.g. ``model.layers.0.self_attn.q_proj``.
+        layer: index of the decoder layer, from 0.
+        type: one of ``TYPE_ORDER``.
+        component: ``attention`` or ``mlp``.
+        parameters: weight plus bias.
+    """
+
+    name: str
+    layer: int
+    type: str
+    component: str
+    parameters: int
+
+
+def find_candidates(model: nn.Module) -> list[Candidate]:
+    """All candidate modules of a model, by layer and then by ``TYPE_ORDER``.
+
+    Args:
+        model: a plain Hugging Face causal language model, on any device, meta included.
+
+    Returns:
+        The M candidates.
+
+    Raises:
+        ConfigurationError: the model has none, or has more than one stack of layers that matches.
+    """
+    found: dict[str, list[Candidate]] = {}
+    for name, module in model.named_modules():
+        match = _NAME.match(name)
+        if match is None or not isinstance(module, nn.Linear):
+            continue
+        type_ = match["type"]
+        component = COMPONENT_OF_TYPE.get(type_)
+        if component is None or _CONTAINER_OF_COMPONENT[component] != match["container"]:
+            continue
+        if not isinstance(model.get_submodule(match["stack"]), nn.ModuleList):
+            continue
+        parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
+        found.setdefault(match["stack"], []).append(
+            Candidate(name, int(match["layer"]), type_, component, parameters)
+        )
+    if not found:
+        raise ConfigurationError(
+            f"model: {type(model).__name__} has no linear module named "
+            f"<prefix>.layers.<i>.self_attn.{{q,k,v,o}}_proj or <prefix>.layers.<i>.mlp.{{gate,up,down}}_proj; "
+            f"give a decoder built that way (Qwen2, Qwen2.5, Qwen3, Llama, SmolLM2)"
+        )
+    if len(found) > 1:
+        raise ConfigurationError(
+            f"model: {type(model).__name__} has several stacks of candidate layers ({', '.join(sorted(found))}); "
+            f"give a text-only causal language model"
+        )
+    (candidates,) = found.values()
+    return sorted(candidates, key=lambda candidate: (candidate.layer, TYPE_ORDER.index(candidate.type)))
+
+
+def find_candidates_from_config(config: Any) -> list[Candidate]:
+    """The candidates of the model a Hugging Face config describes, without allocating its weights.
+
+    Args:
+        config: a ``transformers.PretrainedConfig`` of a causal language model.
+
+    Raises:
+        ConfigurationError: as ``find_candidates``.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(config)
+    return find_candidates(model)
+
+
+def architecture_of(config: Any) -> str:
+    """Class name of the causal language model a config describes, e.g. ``Qwen2ForCausalLM``.
+
+    A config that was never saved has no ``architectures``; it then follows from the model type, so that a
+    model built in memory and the same model loaded from its folder have one identity.
+    """
+    declared = getattr(config, "architectures", None)
+    if declared:
+        return declared[0]
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    return MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.get(config.model_type, config.model_type)
+
+
+def model_fingerprint(config: Any) -> str:
+    """SHA-256 over the fields of a Hugging Face config that decide which weights the candidates are.
+
+    The same for one checkpoint whatever precision, attention kernel, token ids, path or transformers
+    version it is loaded with; verl's workers recompute it from their own config object.
+
+    Args:
+        config: a ``transformers.PretrainedConfig``; of a composite config the text part counts.
+
+    Returns:
+        64 hexadecimal digits.
+    """
+    text = config.get_text_config() if hasattr(config, "get_text_config") else config
+    identity: dict[str, Any] = {name: getattr(text, name, None) for name in _FINGERPRINT_FIELDS}
+    identity |= {name: bool(getattr(text, name, False)) for name in _FINGERPRINT_FLAGS}
+    heads = identity["num_attention_heads"]
+    # Some families and library versions leave these two out of the config and derive them.
+    identity["num_key_value_heads"] = getattr(text, "num_key_value_heads", None) or heads
+    identity["head_dim"] = getattr(text, "head_dim", None) or identity["hidden_size"] // heads
+    identity["architecture"] = architecture_of(config)
+    return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

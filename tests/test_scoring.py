@@ -1,0 +1,91 @@
+"""The Hybrid-Score against a slow reference, its invariances and what it refuses."""
+
+import math
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from hybrid_lora_plugin.config import ConfigurationError
+from hybrid_lora_plugin.scoring import ScoringError, get_criterion, has_signal, hybrid_score, moments, register_criterion
+
+
+def reference(columns):
+    """Eq. 14 and 15, one number at a time."""
+    scores = []
+    for column in columns:
+        mean = math.fsum(column) / len(column)
+        variance = math.fsum((value - mean) ** 2 for value in column) / len(column)
+        scores.append(mean * math.sqrt(variance))
+    return scores
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.integers(2, 8), st.integers(1, 6), st.integers(0, 2**31))
+def test_hybrid_score_is_mean_times_population_std(batches, modules, seed):
+    sensitivities = torch.rand(batches, modules, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    score = hybrid_score(sensitivities)
+    assert score.dtype == torch.float64 and score.shape == (modules,)
+    assert score.tolist() == pytest.approx(reference(sensitivities.T.tolist()), rel=1e-12)
+
+
+def test_score_of_float32_sensitivities_is_computed_in_float64():
+    sensitivities = torch.tensor([[1e-30, 1.0], [3e-30, 1.0 + 2**-20]], dtype=torch.float32)
+    # In float32 the first score underflows to 0.
+    assert hybrid_score(sensitivities).tolist() == pytest.approx(reference(sensitivities.double().T.tolist()), rel=1e-9)
+    assert hybrid_score(sensitivities)[0] > 0
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.floats(1e-3, 1e3), st.integers(0, 2**31))
+def test_scaling_the_sensitivities_scales_the_score_by_the_square_and_keeps_the_order(factor, seed):
+    sensitivities = torch.rand(5, 7, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    scaled = hybrid_score(factor * sensitivities)
+    torch.testing.assert_close(scaled, factor**2 * hybrid_score(sensitivities), rtol=1e-9, atol=0)
+    assert scaled.argsort().tolist() == hybrid_score(sensitivities).argsort().tolist()
+
+
+def test_score_does_not_depend_on_the_order_of_batches():
+    sensitivities = torch.rand(6, 4, generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(hybrid_score(sensitivities), hybrid_score(sensitivities.flip(0)), rtol=1e-12, atol=0)
+
+
+def test_a_silent_or_constant_module_scores_exactly_zero_and_has_no_signal():
+    sensitivities = torch.tensor([[0.0, 0.1, 1.0], [0.0, 0.1, 2.0], [0.0, 0.1, 4.0]])
+    scores = hybrid_score(sensitivities)
+    assert has_signal(scores).tolist() == [False, False, True]
+    assert moments(sensitivities)[1][1] == 0
+
+
+@pytest.mark.parametrize(
+    "sensitivities, message",
+    [
+        (torch.rand(1, 3), "1 validation batch.*2 or more"),
+        (torch.ones(4, 3), "standard deviation 0"),
+        (torch.zeros(4, 3), "all are 0.*no gradient"),
+        (torch.tensor([[1.0, float("nan")], [2.0, 1.0]]), "NaN or infinity in 1 of 2 modules, first column 1"),
+        (torch.tensor([[float("inf"), 1.0], [2.0, 1.0]]), "NaN or infinity in 1 of 2 modules, first column 0"),
+        (torch.tensor([[-1.0], [1.0]]), "negative"),
+        (torch.rand(3), "shape"),
+        (torch.rand(3, 0), "shape"),
+    ],
+    ids=["one batch", "no spread", "all zero", "nan", "inf", "negative", "one dimension", "no module"],
+)
+def test_sensitivities_that_allow_no_ranking_are_refused_each_with_its_own_message(sensitivities, message):
+    with pytest.raises(ScoringError, match=message):
+        hybrid_score(sensitivities)
+
+
+def test_the_registry_knows_hybrid_with_its_direction_and_lists_names_for_an_unknown_one():
+    criterion = get_criterion("hybrid")
+    assert criterion.score is hybrid_score and criterion.direction == "lowest"
+    with pytest.raises(ConfigurationError, match="criterion: 'hybird' is unknown; choose one of .*hybrid"):
+        get_criterion("hybird")
+
+
+def test_a_criterion_cannot_be_registered_twice_or_without_a_direction():
+    with pytest.raises(ValueError, match="registered already"):
+        register_criterion("hybrid", direction="lowest")(hybrid_score)
+    with pytest.raises(ValueError, match="give 'lowest' or 'highest'"):
+        register_criterion("other", direction="auto")
