@@ -1,0 +1,41 @@
+"""``hybrid-lora-export``: a plain Hugging Face folder from a checkpoint of a hybrid run."""
+
+from __future__ import annotations
+
+import sys
+from typing import Sequence
+
+from hybrid_lora_plugin.cli.arguments import help_text, parse, report_error, wants_help
+from hybrid_lora_plugin.config import ConfigurationError, ExportCommandConfig
+
+PROGRAM = "hybrid-lora-export"
+SUMMARY = (
+    "Merges what a hybrid run trained (full weights and LoRA factors, kept in fp32 beside the checkpoint) into the base "
+    "model and writes a folder that AutoModelForCausalLM and vLLM load. Merged in fp32, rounded once to the base's dtype."
+)
+EXAMPLE = f"{PROGRAM} checkpoint=checkpoints/hybrid_lora/run/global_step_500 output_dir=exported"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with ``key=value`` arguments; returns 0, or 2 on a user's mistake."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if wants_help(argv):
+        print(help_text(PROGRAM, SUMMARY, EXAMPLE, ExportCommandConfig))
+        return 0
+    try:
+        config = parse(argv, ExportCommandConfig)
+        for name in ("checkpoint", "output_dir"):
+            if not getattr(config, name):
+                raise ConfigurationError(f"{name}: not given; write {name}=FOLDER")
+        # Late, so that --help and a mistyped option answer at once.
+        from hybrid_lora_plugin.training.export import export_checkpoint
+
+        folder = export_checkpoint(config.checkpoint, config.output_dir, config.base, config.trust_remote_code)
+    except ConfigurationError as error:
+        return report_error(PROGRAM, error)
+    print(f"model written to {folder}; load it with AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,49 @@
+"""Write ``docs/configuration.md`` from the configuration dataclasses: ``python -m hybrid_lora_plugin.cli.reference FILE``."""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from pathlib import Path
+
+from hybrid_lora_plugin.cli.arguments import options
+from hybrid_lora_plugin.config import ExportCommandConfig, HybridLoraConfig, ProbeCommandConfig
+
+SECTIONS = (
+    (
+        "The `hybrid_lora` node of a verl run",
+        "Set on the command line of `verl.trainer.main_ppo` behind `+hybrid_lora=enabled`, for example "
+        "`hybrid_lora.full_lr=2e-6`.",
+        "hybrid_lora.",
+        HybridLoraConfig,
+    ),
+    ("`hybrid-lora-probe`", "Given as `key=value`, for example `budget.ratio=0.05`.", "", ProbeCommandConfig),
+    ("`hybrid-lora-export`", "Given as `key=value`.", "", ExportCommandConfig),
+)
+
+
+def table(kind: type, prefix: str) -> list[str]:
+    """Markdown rows, one for each option of a configuration dataclass."""
+    lines = ["| option | default | meaning | source of the default |", "| --- | --- | --- | --- |"]
+    for name, _, spec in options(kind):
+        default = spec.default_factory() if spec.default_factory is not dataclasses.MISSING else spec.default
+        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
+        meaning = spec.metadata["help"]
+        if spec.metadata["choices"]:
+            meaning += " One of " + ", ".join(f"`{choice}`" for choice in spec.metadata["choices"]) + "."
+        if spec.metadata["unit"]:
+            meaning += f" Unit: {spec.metadata['unit']}."
+        lines.append(f"| `{prefix}{name}` | `{shown}` | {meaning} | {spec.metadata['source']} |")
+    return lines
+
+
+def configuration_page() -> str:
+    """The whole page as Markdown."""
+    lines = ["# Configuration", "", "Generated from `hybrid_lora_plugin/config.py` by `make docs`; do not edit.", ""]
+    for title, introduction, prefix, kind in SECTIONS:
+        lines += [f"## {title}", "", introduction, "", *table(kind, prefix), ""]
+    return "\n".join(lines)
+
+
+if __name__ == "__main__":
+    Path(sys.argv[1]).write_text(configuration_page())

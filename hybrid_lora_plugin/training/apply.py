@@ -1,0 +1,88 @@
+"""Turn a plain Hugging Face model into a hybrid one: full modules trainable, LoRA on the rest, all else frozen."""
+
+from __future__ import annotations
+
+import torch
+from peft import LoraConfig, PeftModel, TaskType, get_peft_model
+from peft.tuners.lora import LoraLayer
+
+from hybrid_lora_plugin.allocation.artifact import Allocation
+from hybrid_lora_plugin.allocation.report import Census
+from hybrid_lora_plugin.candidates import find_candidates
+from hybrid_lora_plugin.config import ConfigurationError
+
+ADAPTER = "default"
+PEFT_PREFIX = "base_model.model."
+
+
+def plain_name(name: str) -> str:
+    """Name of a parameter or module in the plain Hugging Face model, without PEFT's additions."""
+    return name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+
+
+def apply_allocation(
+    model: torch.nn.Module, allocation: Allocation, *, rank: int = 16, alpha: int = 32, dropout: float = 0.0
+) -> PeftModel:
+    """Make the modules of ``allocation`` trainable, each in its own way.
+
+    Args:
+        model: a plain Hugging Face causal language model, not yet wrapped by PEFT or FSDP; changed in place.
+        allocation: which candidates are fully fine-tuned and which get LoRA.
+        rank, alpha, dropout: of the adapters; PEFT scales them by alpha / rank.
+
+    Returns:
+        The PEFT model. Weights and biases of full modules and all LoRA factors require a gradient, nothing else.
+
+    Raises:
+        ConfigurationError: the model is wrapped already, is not the one the allocation is for, or PEFT did not
+            put adapters on exactly the modules asked for.
+    """
+    if isinstance(model, PeftModel) or hasattr(model, "peft_config"):
+        raise ConfigurationError(
+            "model: it already carries a PEFT adapter, wanted a plain model; apply the allocation before wrapping"
+        )
+    allocation.check_model(model.config, find_candidates(model))
+    full, lora = set(allocation.full_names), sorted(allocation.lora_names)
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        r=rank,
+        lora_alpha=alpha,
+        lora_dropout=dropout,
+        target_modules=lora,
+        bias="none",
+    )
+    peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
+
+    wrapped = {plain_name(name) for name, module in peft_model.named_modules() if isinstance(module, LoraLayer)}
+    if wrapped != set(lora):
+        wrong = sorted(wrapped.symmetric_difference(lora))
+        raise ConfigurationError(
+            f"allocation: PEFT adapted {len(wrapped)} modules where {len(lora)} were assigned to LoRA, first "
+            f"difference {wrong[0]!r}; this PEFT version matches module names differently, install peft==0.21.2"
+        )
+    for name, module in peft_model.named_modules():
+        if plain_name(name) in full:
+            for parameter in module.parameters(recurse=False):
+                parameter.requires_grad_(True)
+    return peft_model
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter name (PEFT's spelling) is a LoRA factor."""
+    return ".lora_A." in name or ".lora_B." in name
+
+
+def trainable_groups(model: torch.nn.Module) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:
+    """The trainable parameters of a hybrid model by kind: ``{"lora": [...], "full": [...]}``, in model order."""
+    groups: dict[str, list[tuple[str, torch.nn.Parameter]]] = {"lora": [], "full": []}
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            groups["lora" if is_adapter(name) else "full"].append((name, parameter))
+    return groups
+
+
+def census(model: torch.nn.Module) -> Census:
+    """Count the parameters of a hybrid model, tied weights once; with FSDP2 the sizes are global ones."""
+    groups = trainable_groups(model)
+    full, lora = (sum(p.numel() for _, p in groups[kind]) for kind in ("full", "lora"))
+    return Census(frozen=sum(p.numel() for p in model.parameters()) - full - lora, full=full, lora=lora)

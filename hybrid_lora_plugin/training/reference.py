@@ -1,0 +1,66 @@
+"""The original values of the fully tuned weights: the reference policy is the untouched base model.
+
+Turning adapters off is not enough once full modules have moved. A snapshot is taken before the first step and
+swapped in for the reference forward passes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+
+import torch
+
+
+def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
+    """The part of a tensor that this rank holds: a DTensor's local shard, or the tensor itself; shares storage."""
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+
+
+def _compact(values: torch.Tensor) -> torch.Tensor:
+    """A copy in bfloat16 where that loses nothing (a bf16 checkpoint in fp32 masters), else in its own dtype."""
+    half = values.to(torch.bfloat16)
+    return half if torch.equal(half.to(values.dtype), values) else values.clone()
+
+
+class BaseSnapshot:
+    """This rank's shards of the original full-module weights.
+
+    Args:
+        parameters: (name, parameter) of the full modules, holding their original values: take it before the first
+            optimizer step and before a checkpoint is loaded.
+    """
+
+    @torch.no_grad()
+    def __init__(self, parameters: Iterable[tuple[str, torch.Tensor]]):
+        self.values = {name: _compact(local_tensor(p).detach()) for name, p in parameters}
+
+    @property
+    def bytes(self) -> int:
+        """Bytes this rank keeps for the snapshot."""
+        return sum(v.numel() * v.element_size() for v in self.values.values())
+
+    @contextmanager
+    def swapped_in(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> Iterator[None]:
+        """The original values inside the ``with``, the trained ones again after it, also when the body raises.
+
+        Values are copied into the parameters' own storage, so FSDP's views of it and the optimizer's references
+        to it stay valid. Nothing may be unsharded while entering or leaving.
+
+        Raises:
+            RuntimeError: the parameters are not those of the snapshot.
+        """
+        named = dict(parameters)
+        if named.keys() != self.values.keys():
+            wrong = sorted(named.keys() ^ self.values.keys())[0]
+            raise RuntimeError(f"reference snapshot: {wrong!r} is not in both the snapshot and the model's full modules")
+        with torch.no_grad():
+            trained = {name: local_tensor(p).detach().clone() for name, p in named.items()}
+            for name, parameter in named.items():
+                local_tensor(parameter).copy_(self.values[name])
+        try:
+            yield
+        finally:
+            with torch.no_grad():
+                for name, parameter in named.items():
+                    local_tensor(parameter).copy_(trained[name])

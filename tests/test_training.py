@@ -1,0 +1,199 @@
+"""The hybrid model without verl: what trains, the merge, the reference snapshot, trainables and export."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from allocations import make_allocation
+from transformers import AutoModelForCausalLM
+
+from hybrid_lora_plugin import apply_allocation, load_allocation
+from hybrid_lora_plugin.config import ConfigurationError
+from hybrid_lora_plugin.training.apply import census, plain_name, trainable_groups
+from hybrid_lora_plugin.training.export import export_checkpoint
+from hybrid_lora_plugin.training.merge import merge_weight
+from hybrid_lora_plugin.training.reference import BaseSnapshot
+from hybrid_lora_plugin.training.trainables import TrainablesDescription, load_trainables, save_trainables
+
+IDS = torch.tensor([[5, 6, 7, 8, 9]])
+
+
+@pytest.fixture
+def allocation(tiny_qwen2, tmp_path):
+    return load_allocation(make_allocation(tiny_qwen2, tmp_path / "allocation"))
+
+
+@pytest.fixture
+def hybrid(tiny_qwen2, allocation):
+    torch.manual_seed(0)
+    return apply_allocation(AutoModelForCausalLM.from_pretrained(tiny_qwen2), allocation, rank=4, alpha=8)
+
+
+def train_a_little(model, steps=3):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(input_ids=IDS, labels=IDS).loss.backward()
+        optimizer.step()
+
+
+def trainables_of(model):
+    groups = trainable_groups(model)
+    return {
+        plain_name(name).replace(".default.", "."): parameter.detach().clone()
+        for group in groups.values()
+        for name, parameter in group
+    }
+
+
+def save_checkpoint(model, base, allocation_folder, folder, **changes):
+    description = TrainablesDescription(**({"base_model": str(base), "rank": 4, "alpha": 8, "global_step": 3} | changes))
+    text = (allocation_folder / "allocation.json").read_text()
+    return save_trainables(folder, trainables_of(model), description, text)
+
+
+def test_exactly_the_allocated_modules_train_each_in_its_own_way(hybrid, allocation):
+    groups = trainable_groups(hybrid)
+    full = {plain_name(name).rsplit(".", 1)[0] for name, _ in groups["full"]}
+    lora = {plain_name(name).split(".lora_")[0] for name, _ in groups["lora"]}
+    assert full == set(allocation.full_names) and lora == set(allocation.lora_names)
+    # Biases of full q, k and v projections train with their weights.
+    with_bias = [name for name in allocation.full_names if name.endswith(("q_proj", "k_proj", "v_proj"))]
+    assert with_bias and {f"{name}.bias" for name in with_bias} <= {plain_name(name) for name, _ in groups["full"]}
+
+
+def test_frozen_weights_are_bit_equal_after_training(hybrid):
+    frozen = {n: p.detach().clone() for n, p in hybrid.named_parameters() if not p.requires_grad}
+    train_a_little(hybrid)
+    assert all(torch.equal(p, frozen[n]) for n, p in hybrid.named_parameters() if n in frozen)
+
+
+def test_census_counts_every_parameter_once(hybrid, tiny_qwen2, allocation):
+    counted = census(hybrid)
+    plain = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_qwen2).parameters())
+    assert counted.full == allocation.budget.used
+    assert counted.frozen + counted.full == plain and counted.total == plain + counted.lora
+
+
+def test_apply_refuses_a_model_that_is_wrapped_already(hybrid, allocation):
+    with pytest.raises(ConfigurationError, match="already carries a PEFT adapter"):
+        apply_allocation(hybrid, allocation)
+
+
+def test_apply_refuses_the_allocation_of_another_model(allocation, tmp_path):
+    from tiny_models import make_tiny_qwen2
+
+    other = AutoModelForCausalLM.from_pretrained(make_tiny_qwen2(tmp_path / "other", layers=3))
+    with pytest.raises(ConfigurationError, match="artifact of another model"):
+        apply_allocation(other, allocation)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_rounds_once_from_the_untouched_base(dtype):
+    generator = torch.Generator().manual_seed(0)
+    base = torch.randn(12, 10, generator=generator).to(dtype)
+    lora_a, lora_b = torch.randn(4, 10, generator=generator), torch.randn(12, 4, generator=generator)
+    kept = base.clone()
+    exact = base.double() + 2.0 * (lora_b.double() @ lora_a.double())
+    merged = merge_weight(base, lora_a, lora_b, 2.0, dtype)
+    assert torch.equal(base, kept) and merged.dtype == dtype
+    # One rounding: never further from the exact value than half a unit in the last place, up to fp32 noise.
+    spacing = torch.finfo(dtype).eps * exact.abs()
+    assert ((merged.double() - exact).abs() <= 0.5 * spacing + 1e-5).all()
+
+
+def test_merged_model_computes_what_the_adapted_model_computes(hybrid, tiny_qwen2, tmp_path):
+    train_a_little(hybrid)
+    save_checkpoint(hybrid, tiny_qwen2, tmp_path / "allocation", tmp_path / "actor")
+    exported = export_checkpoint(tmp_path / "actor", tmp_path / "exported")
+    merged = AutoModelForCausalLM.from_pretrained(exported)
+    hybrid.eval()
+    torch.testing.assert_close(merged(IDS).logits, hybrid(IDS).logits, rtol=1e-4, atol=1e-5)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["actor", "allocation", "exported"]
+
+
+def test_reference_is_the_base_model_after_full_weights_moved(hybrid, tiny_qwen2):
+    base = AutoModelForCausalLM.from_pretrained(tiny_qwen2).eval()
+    snapshot = BaseSnapshot(trainable_groups(hybrid)["full"])
+    train_a_little(hybrid)
+    hybrid.eval()
+    trained = hybrid(IDS).logits
+    with hybrid.disable_adapter():
+        assert not torch.equal(hybrid(IDS).logits, base(IDS).logits), "adapters off alone is not the base model"
+    with snapshot.swapped_in(trainable_groups(hybrid)["full"]), hybrid.disable_adapter():
+        assert torch.equal(hybrid(IDS).logits, base(IDS).logits)
+    assert torch.equal(hybrid(IDS).logits, trained)
+
+
+def test_trained_weights_come_back_when_the_reference_pass_fails(hybrid):
+    snapshot = BaseSnapshot(trainable_groups(hybrid)["full"])
+    train_a_little(hybrid)
+    trained = trainables_of(hybrid)
+    with pytest.raises(ZeroDivisionError), snapshot.swapped_in(trainable_groups(hybrid)["full"]):
+        raise ZeroDivisionError
+    assert all(torch.equal(tensor, trained[name]) for name, tensor in trainables_of(hybrid).items())
+
+
+def test_snapshot_of_bf16_values_in_fp32_masters_takes_two_bytes_a_weight():
+    exact = torch.randn(8, 8).bfloat16().float()
+    assert BaseSnapshot([("w", exact)]).bytes == 2 * 64
+    assert BaseSnapshot([("w", exact + 2**-20)]).bytes == 4 * 64
+
+
+def test_snapshot_refuses_other_modules_than_it_was_taken_of(hybrid):
+    snapshot = BaseSnapshot(trainable_groups(hybrid)["full"][1:])
+    with pytest.raises(RuntimeError, match="reference snapshot"), snapshot.swapped_in(trainable_groups(hybrid)["full"]):
+        pass
+
+
+def test_bf16_base_exports_in_bf16(tiny_qwen2, allocation, tmp_path):
+    base = AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    from transformers import AutoTokenizer
+
+    AutoTokenizer.from_pretrained(tiny_qwen2).save_pretrained(tmp_path / "base")
+    hybrid = apply_allocation(base.float(), allocation, rank=4, alpha=8)
+    train_a_little(hybrid)
+    save_checkpoint(hybrid, tmp_path / "base", tmp_path / "allocation", tmp_path / "actor")
+    exported = AutoModelForCausalLM.from_pretrained(export_checkpoint(tmp_path / "actor", tmp_path / "out"), dtype="auto")
+    assert {p.dtype for p in exported.parameters()} == {torch.bfloat16}
+
+
+def test_export_never_writes_into_an_existing_folder(hybrid, tiny_qwen2, tmp_path):
+    save_checkpoint(hybrid, tiny_qwen2, tmp_path / "allocation", tmp_path / "actor")
+    (tmp_path / "out").mkdir()
+    with pytest.raises(ConfigurationError, match="output_dir: .* exists already"):
+        export_checkpoint(tmp_path / "actor", tmp_path / "out")
+    assert not any((tmp_path / "out").iterdir())
+
+
+def test_export_names_a_missing_tensor(hybrid, tiny_qwen2, allocation, tmp_path):
+    folder = save_checkpoint(hybrid, tiny_qwen2, tmp_path / "allocation", tmp_path / "actor")
+    tensors, description, _ = load_trainables(folder)
+    missing = f"{allocation.full_names[0]}.weight"
+    del tensors[missing]
+    text = (folder / "allocation.json").read_text()
+    save_trainables(tmp_path / "actor", tensors, description, text)
+    with pytest.raises(ConfigurationError, match=f"{missing}.* is missing"):
+        export_checkpoint(tmp_path / "actor", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_export_command_says_in_one_line_what_is_wrong(tmp_path, capsys):
+    from hybrid_lora_plugin.cli.export import main
+
+    assert main([f"checkpoint={tmp_path}", f"output_dir={tmp_path / 'out'}"]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1 and "trainables.safetensors" in error and "global_step_N" in error
+    assert main([f"checkpoint={tmp_path}"]) == 2
+    assert "output_dir: not given" in capsys.readouterr().err
+
+
+def test_unreadable_description_is_named(hybrid, tiny_qwen2, tmp_path):
+    folder = save_checkpoint(hybrid, tiny_qwen2, tmp_path / "allocation", tmp_path / "actor")
+    raw = json.loads((folder / "trainables.json").read_text())
+    (folder / "trainables.json").write_text(json.dumps(raw | {"schema_version": 99}))
+    with pytest.raises(ConfigurationError, match="schema_version is 99"):
+        load_trainables(folder)
