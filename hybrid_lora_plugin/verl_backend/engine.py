@@ -1,0 +1,170 @@
+"""The FSDP2 engine that trains under an allocation (verl 0.9.1 ``workers/engine/fsdp/transformer_impl.py``).
+
+A subclass of verl's own engine that changes what must differ and nothing else: how adapters are attached, the
+optimizer's groups, the reference policy, what the rollout engine receives, and what a checkpoint holds besides.
+"""
+
+from __future__ import annotations
+
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+from omegaconf import OmegaConf
+from torch.distributed.fsdp import FSDPModule
+from torch.distributed.tensor import DTensor
+from verl.utils.device import get_device_id
+from verl.utils.torch_dtypes import PrecisionType
+from verl.workers.config.optimizer import build_optimizer
+from verl.workers.engine import FSDPEngineWithLMHead
+
+from hybrid_lora_plugin.allocation.artifact import ALLOCATION_FILE, load_allocation
+from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig
+from hybrid_lora_plugin.training.apply import apply_allocation, census, plain_name, trainable_groups
+from hybrid_lora_plugin.training.reference import BaseSnapshot
+from hybrid_lora_plugin.training.trainables import ALLOCATION, FOLDER, TrainablesDescription, save_trainables
+from hybrid_lora_plugin.verl_backend import requirements
+from hybrid_lora_plugin.verl_backend.rollout_sync import merged_weights
+
+
+class HybridLoraEngine(FSDPEngineWithLMHead):
+    """Full fine-tuning for the modules the allocation names, LoRA for the other candidates, the rest frozen."""
+
+    hybrid: HybridLoraConfig
+
+    def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
+        node = model_config.lora["hybrid"]
+        plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)
+        self.hybrid = requirements.hybrid_config(plain)
+        requirements.check_engine(model_config, engine_config, checkpoint_config)
+        self.allocation = load_allocation(self.hybrid.allocation)
+        # Kept as text: a checkpoint records what this run trains under, whatever becomes of the file meanwhile.
+        path = Path(self.hybrid.allocation)
+        self._allocation_json = (path / ALLOCATION_FILE if path.is_dir() else path).read_text(encoding="utf-8")
+        super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
+
+    @property
+    def scaling(self) -> float:
+        """LoRA's scaling s = alpha / rank."""
+        return self.model_config.lora_alpha / self.model_config.lora_rank
+
+    # -- building ---------------------------------------------------------------------------------------------
+
+    def _build_lora_module(self, module):
+        # As in verl: the embedding output needs a gradient for checkpointed layers below the first adapter.
+        module.enable_input_require_grads()
+        peft_model = apply_allocation(
+            module,
+            self.allocation,
+            rank=self.model_config.lora_rank,
+            alpha=self.model_config.lora_alpha,
+            dropout=self.hybrid.lora.dropout,
+        )
+        return peft_model
+
+    def _build_fsdp_module(self, module):
+        module = super()._build_fsdp_module(module)
+        if self.engine_config.forward_only:
+            return module
+        # Here the weights are the checkpoint's and no step has been taken, also when a run resumes later.
+        self._base_snapshot = BaseSnapshot(trainable_groups(module)["full"])
+        if self.rank == 0:
+            print(f"hybrid_lora: {census(module)}; {len(self.allocation.full_names)} modules fully tuned")
+        return module
+
+    def _build_optimizer(self, module):
+        groups = trainable_groups(module)
+        rates = {"lora": self.optimizer_config.lr, "full": self.hybrid.full_lr}
+        # LoRA first: verl logs the first group's rate as actor/lr, and that is the rate its own config names.
+        return build_optimizer(
+            [
+                {"params": [parameter for _, parameter in groups[kind]], "lr": rates[kind], "name": kind}
+                for kind in ("lora", "full")
+            ],
+            self.optimizer_config,
+        )
+
+    # -- training ---------------------------------------------------------------------------------------------
+
+    def train_batch(self, data, loss_function):
+        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        outputs = super().train_batch(data, loss_function)
+        if self.is_mp_src_rank_with_outputs():
+            for kind, norm in self._gradient_norms.items():
+                outputs["metrics"][f"grad_norm_{kind}"] = norm
+                outputs["metrics"][f"lr_{kind}"] = rates[kind]
+        return outputs
+
+    def optimizer_step(self):
+        # Before verl clips: one norm over both groups decides the clipping, these two say where it comes from.
+        self._gradient_norms = {
+            group["name"]: _gradient_norm(group["params"]) for group in self.optimizer.param_groups
+        }
+        return super().optimizer_step()
+
+    # -- reference policy -------------------------------------------------------------------------------------
+
+    @contextmanager
+    def disable_adapter(self):
+        """The untouched base model: adapters off and the original values of the full modules in place."""
+        self._reshard()
+        with self._base_snapshot.swapped_in(trainable_groups(self.module)["full"]), self.module.disable_adapter():
+            try:
+                yield
+            finally:
+                # An all-gathered copy of either state must not outlive it.
+                self._reshard()
+
+    def _reshard(self) -> None:
+        for module in self.module.modules():
+            if isinstance(module, FSDPModule):
+                module.reshard()
+
+    # -- rollout ----------------------------------------------------------------------------------------------
+
+    def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
+        """Weights for the rollout engine (sync mode ``merge``): a generator and no adapter."""
+        dtype = PrecisionType.to_dtype(self.model_config.lora["rollout_dtype"])
+        return merged_weights(self.module, self.scaling, dtype, get_device_id()), None
+
+    # -- checkpoints ------------------------------------------------------------------------------------------
+
+    def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None, **kwargs):
+        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
+        tensors = {}
+        for group in trainable_groups(self.module).values():
+            for name, parameter in group:
+                whole = parameter.detach()
+                if isinstance(whole, DTensor):
+                    whole = whole.to(get_device_id()).full_tensor()
+                if self.rank == 0:
+                    tensors[plain_name(name).replace(".default.", ".")] = whole.float().cpu().contiguous()
+        if self.rank == 0:
+            description = TrainablesDescription(
+                base_model=str(self.model_config.path),
+                rank=self.model_config.lora_rank,
+                alpha=self.model_config.lora_alpha,
+                global_step=int(global_step or 0),
+            )
+            save_trainables(local_path, tensors, description, self._allocation_json)
+        torch.distributed.barrier()
+
+    def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=True, **kwargs):
+        kept = Path(local_path or "") / FOLDER / ALLOCATION
+        if local_path is not None and kept.is_file():
+            saved = load_allocation(kept)
+            if saved.full_names != self.allocation.full_names or saved.lora_names != self.allocation.lora_names:
+                raise ConfigurationError(
+                    f"hybrid_lora.allocation: {self.hybrid.allocation!r} assigns modules differently from the checkpoint "
+                    f"in {str(local_path)!r}; resume with hybrid_lora.allocation={kept}"
+                )
+        super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
+
+
+def _gradient_norm(parameters) -> float:
+    """L2 norm of the gradients of ``parameters``, over all ranks."""
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    if not gradients:
+        return 0.0
+    norm = torch.nn.utils.get_total_norm(gradients)
+    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

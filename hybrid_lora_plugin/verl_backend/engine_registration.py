@@ -1,0 +1,53 @@
+"""Register the Hybrid-LoRA engine with verl; importing this module does it.
+
+``+hybrid_lora=enabled`` names this module in ``actor_rollout_ref.model.external_lib``, so verl imports it in
+every worker that reads the model (``verl/workers/config/model.py``). Two things follow: a run without
+Hybrid-LoRA never loads it, and a worker without the plugin stops at once instead of training plain LoRA.
+"""
+
+from __future__ import annotations
+
+import os
+
+from verl.utils.device import get_device_name, get_vendor
+from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
+
+from hybrid_lora_plugin.verl_backend import registration
+from hybrid_lora_plugin.verl_backend.engine import HybridLoraEngine
+
+BACKENDS = ("fsdp", "fsdp2")
+
+
+class EngineForModel(FSDPEngineWithLMHead):
+    """Builds the engine a model asks for: ours where its ``lora`` node has ``hybrid``, else verl's own class."""
+
+    def __new__(cls, model_config, *args, **kwargs):
+        wanted = HybridLoraEngine if model_config.lora.get("hybrid") else FSDPEngineWithLMHead
+        # An instance of another class: Python does not call __init__ on it again.
+        engine = object.__new__(wanted)
+        engine.__init__(model_config, *args, **kwargs)
+        return engine
+
+
+def register() -> None:
+    """Register for the exact (device, vendor) key that verl looks up first on this machine.
+
+    Raises:
+        RuntimeError: another plugin holds that key.
+    """
+    registration.register()
+    device = os.environ.get("VERL_ENGINE_DEVICE") or get_device_name()
+    key = (device, get_vendor())
+    for backend in BACKENDS:
+        holder = EngineRegistry._engines["language_model"][backend].get(key)
+        if holder is EngineForModel:
+            continue
+        if holder is not None:
+            raise RuntimeError(
+                f"hybrid_lora: the {backend} engine for {key[1]} is already registered as {holder.__module__}."
+                f"{holder.__name__}; uninstall that verl plugin or exclude it with VERL_USE_EXTERNAL_PLUGINS=hybrid_lora"
+            )
+        EngineRegistry.register("language_model", backend=backend, device=device, vendor=key[1])(EngineForModel)
+
+
+register()

@@ -1,0 +1,58 @@
+"""Put the loss, the advantage and the CPU platform into verl's registries; importing this module does it.
+
+verl imports it in every process through the ``verl.plugins`` entry point and logs a failure at DEBUG level
+only. What is imported here is what ``import verl`` has loaded anyway, so the plugin costs a plain run no
+start-up time. The engine is registered by ``engine_registration``, which a run that asks for Hybrid-LoRA
+names in ``actor_rollout_ref.model.external_lib``: there a failure stops the worker with its message.
+"""
+
+from __future__ import annotations
+
+import os
+
+import verl
+from packaging.specifiers import SpecifierSet
+
+#: verl versions whose hooks this plugin was read and tested against.
+SUPPORTED_VERL = SpecifierSet(">=0.9.1,<0.10", prereleases=True)
+
+_registered = False
+
+
+def installed_verl() -> str:
+    """The installed verl version; read from its file because verl loads plugins while it is being imported."""
+    with open(os.path.join(os.path.dirname(verl.__file__), "version", "version")) as stream:
+        return stream.read().strip()
+
+
+def require_supported_verl(version: str) -> None:
+    """Raise ImportError, in one line, unless ``version`` of verl is one whose hooks are known."""
+    if version not in SUPPORTED_VERL:
+        raise ImportError(
+            f"hybrid_lora: verl {version} is installed, but this plugin is for verl {SUPPORTED_VERL}; "
+            "install verl==0.9.1 or leave out +hybrid_lora=enabled"
+        )
+
+
+def register() -> None:
+    """Register platform, loss and advantage; a second call does nothing.
+
+    Raises:
+        ImportError: verl is outside the supported range; a run without ``hybrid_lora`` is then left alone.
+    """
+    global _registered
+    if _registered:
+        return
+    require_supported_verl(installed_verl())
+
+    if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
+        from hybrid_lora_plugin.verl_backend import cpu_platform  # noqa: F401  registers itself
+
+    from hybrid_lora_plugin.verl_backend import advantages, losses
+
+    losses.register()
+    advantages.register()
+    _registered = True
+
+
+register()

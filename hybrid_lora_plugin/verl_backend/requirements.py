@@ -1,0 +1,118 @@
+"""What Hybrid-LoRA needs of a verl configuration, checked on the driver and again in every worker.
+
+``check`` takes settings by their full verl names, so that a message names what the user can type.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig, validate
+
+ACTOR, MODEL, ROLLOUT = "actor_rollout_ref.actor.", "actor_rollout_ref.model.", "actor_rollout_ref.rollout."
+ENGINE_MODULE = "hybrid_lora_plugin.verl_backend.engine_registration"
+
+
+def hybrid_config(node: Mapping[str, Any]) -> HybridLoraConfig:
+    """The ``hybrid_lora`` node as a checked dataclass.
+
+    Raises:
+        ConfigurationError: an unknown option, a value of the wrong type, or one that ``validate`` refuses.
+    """
+    try:
+        config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(HybridLoraConfig), dict(node)))
+    except OmegaConfBaseException as error:
+        field = f"hybrid_lora.{error.full_key}" if error.full_key else "hybrid_lora"
+        reason = str(error).splitlines()[0]
+        raise ConfigurationError(f"{field}: {reason}; see docs/configuration.md for the options") from error
+    validate(config, "hybrid_lora.")
+    if not config.enabled:
+        raise ConfigurationError("hybrid_lora.enabled: False cannot undo +hybrid_lora=enabled; leave that argument out")
+    if not config.allocation:
+        raise ConfigurationError(
+            "hybrid_lora.allocation: None names no allocation; run hybrid-lora-probe first and give "
+            "hybrid_lora.allocation=FOLDER"
+        )
+    return config
+
+
+def _is_fp32(value: Any) -> bool:
+    return value is None or str(value).removeprefix("torch.") in ("fp32", "float32", "float")
+
+
+#: setting -> (is it usable, what would be); a setting that a caller does not know is not checked
+_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    ACTOR + "strategy": (
+        lambda v: v == "fsdp2",
+        "fsdp2, the strategy this version supports: leave it out or give actor_rollout_ref.actor.strategy=fsdp2",
+    ),
+    ROLLOUT + "name": (lambda v: v == "vllm", "vllm, the rollout engine this version supports"),
+    ROLLOUT + "checkpoint_engine.backend": (
+        lambda v: not str(v).startswith("delta"),
+        "an engine that carries named tensors, e.g. naive: delta engines send shards of unmerged weights",
+    ),
+    MODEL + "lora_rank": (lambda v: isinstance(v, int) and v > 0, "a LoRA rank of at least 1, e.g. 16"),
+    MODEL + "lora_alpha": (lambda v: v > 0, "a LoRA alpha above 0, e.g. 32"),
+    MODEL + "lora.merge": (
+        lambda v: v is True, "true: hybrid_lora.sync=merge sends merged weights and the rollout engine runs no adapter"
+    ),
+    MODEL + "lora_adapter_path": (lambda v: v is None, "null: training starts from the base model"),
+    MODEL + "target_modules": (lambda v: v == "all-linear", "all-linear: the allocation decides which modules get LoRA"),
+    MODEL + "external_lib": (
+        lambda v: v == ENGINE_MODULE or ENGINE_MODULE in (v or []),
+        f"a list that names it too, [YOUR_LIB,{ENGINE_MODULE}]: without it workers train plain LoRA",
+    ),
+    ACTOR + "fsdp_config.model_dtype": (
+        _is_fp32, "fp32: in bfloat16 a step of 1e-6 leaves 98 % of the fully tuned weights unchanged"
+    ),
+    ACTOR + "fsdp_config.mixed_precision.param_dtype": (
+        lambda v: str(v) not in ("fp16", "float16", "half"), "bf16 or fp32: float16 is not supported here"
+    ),
+    ACTOR + "fsdp_config.qat.enable": (lambda v: not v, "false: quantization-aware training is not supported here"),
+    ACTOR + "checkpoint.save_lora_only": (lambda v: not v, "false: it would drop the fully tuned weights"),
+}
+
+
+def check(settings: Mapping[str, Any]) -> None:
+    """Refuse the first setting that Hybrid-LoRA cannot run with.
+
+    Args:
+        settings: values by full verl name; those without a rule are ignored.
+
+    Raises:
+        ConfigurationError: naming the setting, its value and a usable one.
+    """
+    for name, (usable, wanted) in _RULES.items():
+        if name in settings and not usable(settings[name]):
+            raise ConfigurationError(f"{name}: {settings[name]!r} does not work with hybrid_lora; give {wanted}")
+
+
+def check_run(config) -> None:
+    """``check`` on a whole composed verl configuration (OmegaConf)."""
+    settings = {}
+    for name in _RULES:
+        value = OmegaConf.select(config, name, default=None)
+        settings[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+    check(settings)
+
+
+def check_engine(model_config, engine_config, checkpoint_config) -> None:
+    """``check`` on the dataclasses a verl worker builds its engine from."""
+    precision = engine_config.mixed_precision or {}
+    check(
+        {
+            ACTOR + "strategy": engine_config.strategy,
+            ACTOR + "fsdp_config.model_dtype": engine_config.model_dtype,
+            ACTOR + "fsdp_config.mixed_precision.param_dtype": precision.get("param_dtype", "bf16"),
+            ACTOR + "checkpoint.save_lora_only": getattr(checkpoint_config, "save_lora_only", False),
+            MODEL + "lora_rank": model_config.lora_rank,
+            MODEL + "lora_alpha": model_config.lora_alpha,
+            MODEL + "lora.merge": model_config.lora.get("merge"),
+            MODEL + "lora_adapter_path": model_config.lora_adapter_path,
+            MODEL + "target_modules": model_config.target_modules,
+        }
+    )

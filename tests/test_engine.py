@@ -1,0 +1,155 @@
+"""The engine that verl's registry gives, on 1 and 2 real gloo ranks, against plain single-process references."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+import torch
+
+pytest.importorskip("verl", reason="verl is not installed")
+
+from allocations import make_allocation  # noqa: E402
+from engine_worker import make_batch  # noqa: E402
+from tiny_models import make_tiny_qwen2  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+from verl_processes import run_engine  # noqa: E402
+
+from hybrid_lora_plugin import load_allocation  # noqa: E402
+from hybrid_lora_plugin.training.apply import plain_name  # noqa: E402
+from hybrid_lora_plugin.training.export import export_checkpoint  # noqa: E402
+from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
+from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402
+
+pytestmark = pytest.mark.verl
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("engine")
+    model = make_tiny_qwen2(folder / "model", layers=2, tie_word_embeddings=False)
+    return folder, model, make_allocation(model, folder / "allocation")
+
+
+@pytest.fixture(scope="module")
+def one(setting):
+    folder, model, allocation = setting
+    return run_engine(folder / "one", 1, model=model, allocation=allocation, micro_batch=2)
+
+
+@pytest.fixture(scope="module")
+def two(setting):
+    """Two ranks, one row a micro-batch, and verl's default gradient checkpointing."""
+    folder, model, allocation = setting
+    return run_engine(
+        folder / "two", 2, model=model, allocation=allocation, micro_batch=1, gradient_checkpointing=True
+    )
+
+
+@pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
+def result(request, one, two):
+    return one if request.param == 1 else two
+
+
+def base_log_probs(folder):
+    """Log-probabilities of the response tokens under a plain Hugging Face model, row by row."""
+    model, batch = AutoModelForCausalLM.from_pretrained(folder).eval(), make_batch(1)
+    rows = []
+    with torch.no_grad():
+        for ids, response in zip(batch["input_ids"].unbind(), batch["responses"].unbind(), strict=True):
+            log_probs = model(ids[None]).logits[0, -len(response) - 1 : -1].log_softmax(-1)
+            rows.append(log_probs.gather(1, response[:, None])[:, 0])
+    return rows
+
+
+def assert_rows_close(rows, expected, atol):
+    for row, wanted in zip(rows, expected, strict=True):
+        torch.testing.assert_close(torch.tensor(row), torch.as_tensor(wanted), rtol=0, atol=atol)
+
+
+def test_registry_gives_our_engine_to_a_hybrid_model(result):
+    assert result["engine"] == "hybrid_lora_plugin.verl_backend.engine.HybridLoraEngine"
+
+
+def test_trainables_are_fp32_and_exactly_the_allocations(result, setting):
+    allocation = load_allocation(setting[2])
+    assert set(result["trainable"].values()) == {"torch.float32"}
+    names = {plain_name(name) for name in result["trainable"]}
+    full = {name.rpartition(".")[0] for name in names if ".lora_" not in name}
+    assert full == set(allocation.full_names)
+    assert {name.partition(".lora_")[0] for name in names if ".lora_" in name} == set(allocation.lora_names)
+
+
+def test_actor_starts_as_the_base_model(result, setting):
+    assert_rows_close(result["actor_before"], base_log_probs(setting[1]), atol=1e-5)
+
+
+def test_reference_is_base_model_after_full_weights_moved(result, setting):
+    moved = [n for n in result["trained"] if not torch.equal(result["trained"][n], result["start"][n])]
+    assert set(moved) == set(result["trainable"]), "every trainable weight moved, and nothing else"
+    assert_rows_close(result["reference_after"], base_log_probs(setting[1]), atol=1e-5)
+    far = max(abs(a - b) for x, y in zip(result["actor_after"], result["reference_after"], strict=True) for a, b in zip(x, y, strict=True))
+    assert far > 0.05, "the actor itself has gone somewhere else"
+
+
+def test_reference_of_a_resumed_run_is_still_the_base_model(result, setting):
+    assert_rows_close(result["reference_resumed"], base_log_probs(setting[1]), atol=1e-5)
+
+
+def test_actor_is_bit_equal_again_after_the_reference_pass_and_after_one_that_failed(result):
+    assert result["actor_again"] == result["actor_after"] == result["actor_after_error"]
+
+
+def test_synced_weights_are_the_fp32_merge_of_the_untouched_base(result, setting):
+    allocation, trained, synced = load_allocation(setting[2]), result["trained"], result["synced"]
+    base = AutoModelForCausalLM.from_pretrained(setting[1]).state_dict()
+    assert result["peft_config"] is None and set(synced) == set(base)
+    for name in base:
+        module = name.removesuffix(".weight")
+        prefix = f"base_model.model.{module}"
+        if module in allocation.lora_names:
+            factors = (trained[f"{prefix}.lora_{kind}.default.weight"] for kind in "AB")
+            expected = merge_weight(base[name], *factors, 8 / 4, torch.float32)
+            assert not torch.equal(expected, base[name])
+        elif name.rpartition(".")[0] in allocation.full_names:
+            expected = trained[f"base_model.model.{name}"]
+        else:
+            expected = base[name]
+        assert torch.equal(synced[name], expected), name
+
+
+def test_exported_checkpoint_is_bit_equal_to_what_was_synced(result, tmp_path):
+    exported = AutoModelForCausalLM.from_pretrained(export_checkpoint(result["folder"] / "checkpoint", tmp_path / "out"))
+    assert all(torch.equal(tensor, result["synced"][name]) for name, tensor in exported.state_dict().items())
+
+
+def test_each_kind_of_module_has_its_own_learning_rate_and_gradient_norm(result):
+    for step in result["steps"]:
+        assert (step["lr_lora"], step["lr_full"]) == (1e-2, 1e-3)
+        assert step["grad_norm"] == pytest.approx(math.hypot(step["grad_norm_lora"], step["grad_norm_full"]), rel=1e-5)
+
+
+def test_loss_of_the_first_step_is_the_float64_reference(result, setting):
+    batch = make_batch(1)
+    total = 0.0
+    for row, (log_probs, old, advantage) in enumerate(
+        zip(base_log_probs(setting[1]), batch["old_log_probs"].unbind(), batch["advantages"].unbind(), strict=True)
+    ):
+        one = torch.ones(1, len(old), dtype=torch.int64)
+        losses, _, _ = gspo_sequence_losses(
+            log_probs[None].double(), old[None].double(), advantage[None].double(), one, 0.2, 0.2
+        )
+        total += losses.item()
+    assert result["steps"][0]["loss"] == pytest.approx(total / (row + 1), abs=1e-5)
+
+
+def test_two_ranks_with_checkpointing_train_as_one_rank_does(one, two):
+    for first, second in zip(one["steps"] + one["steps_on"], two["steps"] + two["steps_on"], strict=True):
+        assert first == pytest.approx(second, rel=1e-4, abs=1e-5)
+    for name, tensor in one["trained_on"].items():
+        torch.testing.assert_close(two["trained_on"][name], tensor, rtol=1e-3, atol=2e-5)
+
+
+def test_resumed_run_continues_bit_for_bit(result):
+    assert result["steps_resumed"] == result["steps_on"]
+    assert all(torch.equal(tensor, result["trained_on"][name]) for name, tensor in result["resumed"].items())

@@ -1,0 +1,54 @@
+"""Start real verl processes on the CPU and keep what they print."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from recipes.demo.environment import cpu_environment
+
+ROOT = Path(__file__).parents[1]
+
+
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def run(arguments: list[str], *, timeout: int = 600, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+    """Run ``python ARGUMENTS`` in the CPU environment; on failure the end of its output is in the assertion."""
+    done = subprocess.run(
+        [sys.executable, *arguments],
+        cwd=ROOT,
+        env=cpu_environment(**environment),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        timeout=timeout,
+        stdin=subprocess.DEVNULL,
+    )
+    if check:
+        assert done.returncode == 0, f"exit status {done.returncode}:\n{done.stdout[-6000:]}"
+    return done
+
+
+def torchrun(ranks: int, arguments: list[str], **options) -> subprocess.CompletedProcess:
+    """Run ``python ARGUMENTS`` on ``ranks`` gloo ranks."""
+    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+    return run([*launcher, *arguments], **options)
+
+
+def run_engine(out: Path, ranks: int, environment: dict | None = None, **arguments) -> dict:
+    """Run ``tests/engine_worker.py``; returns its results, its tensors under their file names, and ``folder``."""
+    from safetensors.torch import load_file
+
+    out.mkdir(parents=True)
+    (out / "arguments.json").write_text(json.dumps({"out": str(out)} | arguments, default=str))
+    torchrun(ranks, ["tests/engine_worker.py", str(out / "arguments.json")], **(environment or {}))
+    results = json.loads((out / "results.json").read_text())
+    results["folder"] = out
+    return results | {file.stem: load_file(file) for file in out.glob("*.safetensors")}
