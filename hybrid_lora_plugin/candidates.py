@@ -85,9 +85,7 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
         if not isinstance(model.get_submodule(match["stack"]), nn.ModuleList):
             continue
         parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-        found.setdefault(match["stack"], []).append(
-            Candidate(name, int(match["layer"]), type_, component, parameters)
-        )
+        found.setdefault(match["stack"], []).append(Candidate(name, int(match["layer"]), type_, component, parameters))
     if not found:
         raise ConfigurationError(
             f"model: {type(model).__name__} has no linear module named "

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass, field
-from typing import Any, Optional
+from typing import Any
 
 
 class ConfigurationError(ValueError):
@@ -43,16 +43,18 @@ def documented(default: Any, help: str, *, source: str, unit: str | None = None,
 class BudgetConfig:
     """How much of the candidate modules may be fully fine-tuned (Eq. 4)."""
 
-    mode: str = documented(
-        "parameters", "What the ratio is a share of.", source="paper Eq. 4", choices=("parameters",)
-    )
+    mode: str = documented("parameters", "What the ratio is a share of.", source="paper Eq. 4", choices=("parameters",))
     ratio: float = documented(
-        0.10, "Share of the candidate parameters (weights and biases) that full fine-tuning may use.",
-        source="paper §4.3", unit="fraction in (0, 1]",
+        0.10,
+        "Share of the candidate parameters (weights and biases) that full fine-tuning may use.",
+        source="paper §4.3",
+        unit="fraction in (0, 1]",
     )
     overflow: str = documented(
-        "stop", "At the first module that no longer fits: stop, as the paper's greedy rule does.",
-        source="paper §3.4", choices=("stop",),
+        "stop",
+        "At the first module that no longer fits: stop, as the paper's greedy rule does.",
+        source="paper §3.4",
+        choices=("stop",),
     )
 
 
@@ -61,11 +63,14 @@ class ProbeConfig:
     """The probing run: warm-up of SVD-style LoRA on every candidate, then K masked scoring batches."""
 
     objective: str = documented(
-        "sft", "Validation loss whose gradient is scored: negative log-likelihood of the response tokens.",
-        source="docs/differences.md (the paper leaves it open)", choices=("sft",),
+        "sft",
+        "Validation loss whose gradient is scored: negative log-likelihood of the response tokens.",
+        source="docs/differences.md (the paper leaves it open)",
+        choices=("sft",),
     )
     files: list[str] = documented(
-        [], "Training rows as JSONL or Parquet, each with `messages`, or with `prompt` and `response`.",
+        [],
+        "Training rows as JSONL or Parquet, each with `messages`, or with `prompt` and `response`.",
         source="none: must be given",
     )
     warmup_steps: int = documented(500, "Optimizer steps before scoring.", source="paper §4.3", unit="steps")
@@ -80,10 +85,14 @@ class ProbeConfig:
         2.5e-5, "Warm-up learning rate (AdamW, constant).", source="paper §4.3 (LoRA)", unit="per step"
     )
     init: str = documented(
-        "default", "Initial values: `default` is A kaiming, B = 0, e = 1.", source="own choice: Eq. 7 leaves it open",
+        "default",
+        "Initial values: `default` is A kaiming, B = 0, e = 1.",
+        source="own choice: Eq. 7 leaves it open",
         choices=("default",),
     )
-    seed: int = documented(0, "Seed of the adapters, the data order, the split and the partitions.", source="own choice")
+    seed: int = documented(
+        0, "Seed of the adapters, the data order, the split and the partitions.", source="own choice"
+    )
 
 
 @dataclass
@@ -91,7 +100,9 @@ class AdapterConfig:
     """The LoRA adapters of the modules that are not fully fine-tuned, and of the probe."""
 
     rank: int = documented(16, "LoRA rank r.", source="paper §4.3")
-    alpha: int = documented(32, "LoRA alpha; the adapter is scaled by alpha / rank.", source="2r, the paper does not say")
+    alpha: int = documented(
+        32, "LoRA alpha; the adapter is scaled by alpha / rank.", source="2r, the paper does not say"
+    )
     dropout: float = documented(0.0, "Dropout on the adapter input while training.", source="verl default")
 
 
@@ -100,15 +111,17 @@ class HybridLoraConfig:
     """The ``hybrid_lora`` node of a verl configuration."""
 
     enabled: bool = documented(True, "Whether this run trains under an allocation.", source="plugin")
-    allocation: Optional[str] = documented(
+    allocation: str | None = documented(
         None, "Folder or allocation.json written by `hybrid-lora-probe`.", source="none: must be given"
     )
     criterion: str = documented(
         "hybrid", "Criterion that scores the modules.", source="paper Eq. 14", choices=("hybrid",)
     )
     direction: str = documented(
-        "auto", "Which end of the score goes to full fine-tuning; auto is the criterion's own.",
-        source="paper Algorithm 2: lowest", choices=("auto", "lowest", "highest"),
+        "auto",
+        "Which end of the score goes to full fine-tuning; auto is the criterion's own.",
+        source="paper Algorithm 2: lowest",
+        choices=("auto", "lowest", "highest"),
     )
     normalise: str = documented(
         "none", "Normalisation of the score over module shapes; none is the paper.", source="paper", choices=("none",)
@@ -116,13 +129,17 @@ class HybridLoraConfig:
     budget: BudgetConfig = documented(BudgetConfig, "Full fine-tuning budget.", source="paper Eq. 4")
     probe: ProbeConfig = documented(ProbeConfig, "Probing run.", source="paper Algorithm 1")
     full_lr: float = documented(
-        1.0e-6, "Learning rate of the fully fine-tuned modules; that of LoRA is actor_rollout_ref.actor.optim.lr.",
-        source="paper §4.3", unit="per step",
+        1.0e-6,
+        "Learning rate of the fully fine-tuned modules; that of LoRA is actor_rollout_ref.actor.optim.lr.",
+        source="paper §4.3",
+        unit="per step",
     )
     lora: AdapterConfig = documented(AdapterConfig, "LoRA adapters.", source="paper §4.3")
     sync: str = documented(
-        "merge", "How trained weights reach the rollout engine: merged in fp32 from the untouched base, rounded once.",
-        source="own choice: the rollout engine then runs no adapter", choices=("merge",),
+        "merge",
+        "How trained weights reach the rollout engine: merged in fp32 from the untouched base, rounded once.",
+        source="own choice: the rollout engine then runs no adapter",
+        choices=("merge",),
     )
 
 
@@ -130,12 +147,16 @@ class HybridLoraConfig:
 class ModelConfig:
     """The model to probe."""
 
-    path: Optional[str] = documented(None, "Hugging Face folder or name of the model to probe.", source="none: must be given")
-    dtype: str = documented(
-        "auto", "Precision of the frozen base while probing; auto is bfloat16 on an accelerator, float32 on a CPU.",
-        source="own choice", choices=("auto", "float32", "bfloat16"),
+    path: str | None = documented(
+        None, "Hugging Face folder or name of the model to probe.", source="none: must be given"
     )
-    gguf_file: Optional[str] = documented(
+    dtype: str = documented(
+        "auto",
+        "Precision of the frozen base while probing; auto is bfloat16 on an accelerator, float32 on a CPU.",
+        source="own choice",
+        choices=("auto", "float32", "bfloat16"),
+    )
+    gguf_file: str | None = documented(
         None, "Name of a GGUF file inside `model.path` to load instead of safetensors.", source="transformers"
     )
     trust_remote_code: bool = documented(False, "Run model code from the checkpoint.", source="transformers")
@@ -146,7 +167,9 @@ class ProbeCommandConfig:
     """What ``hybrid-lora-probe`` takes on the command line as ``key=value``."""
 
     model: ModelConfig = documented(ModelConfig, "The model.", source="plugin")
-    output_dir: Optional[str] = documented(None, "Folder for the artifact; must not hold another one.", source="none: must be given")
+    output_dir: str | None = documented(
+        None, "Folder for the artifact; must not hold another one.", source="none: must be given"
+    )
     criterion: str = documented("hybrid", "As hybrid_lora.criterion.", source="paper Eq. 14", choices=("hybrid",))
     direction: str = documented(
         "auto", "As hybrid_lora.direction.", source="paper Algorithm 2", choices=("auto", "lowest", "highest")
@@ -154,18 +177,20 @@ class ProbeCommandConfig:
     normalise: str = documented("none", "As hybrid_lora.normalise.", source="paper", choices=("none",))
     budget: BudgetConfig = documented(BudgetConfig, "Full fine-tuning budget.", source="paper Eq. 4")
     probe: ProbeConfig = documented(ProbeConfig, "Probing run.", source="paper Algorithm 1")
-    lora: AdapterConfig = documented(AdapterConfig, "Adapters of the probe (rank only; Eq. 7 has its own scale).", source="paper §4.3")
+    lora: AdapterConfig = documented(
+        AdapterConfig, "Adapters of the probe (rank only; Eq. 7 has its own scale).", source="paper §4.3"
+    )
 
 
 @dataclass
 class ExportCommandConfig:
     """What ``hybrid-lora-export`` takes on the command line as ``key=value``."""
 
-    checkpoint: Optional[str] = documented(
+    checkpoint: str | None = documented(
         None, "A global_step_N folder saved by a run with +hybrid_lora=enabled.", source="none: must be given"
     )
-    output_dir: Optional[str] = documented(None, "New folder for the Hugging Face model.", source="none: must be given")
-    base: Optional[str] = documented(
+    output_dir: str | None = documented(None, "New folder for the Hugging Face model.", source="none: must be given")
+    base: str | None = documented(
         None, "Base model, if it is no longer where the run found it.", source="recorded in the checkpoint"
     )
     trust_remote_code: bool = documented(False, "Run model code from the base checkpoint.", source="transformers")
@@ -203,7 +228,12 @@ def validate(config: HybridLoraConfig | ProbeCommandConfig, prefix: str = "") ->
     require(config.lora.alpha > 0, "lora.alpha", config.lora.alpha, "a LoRA alpha above 0, e.g. 32")
     require(0 <= config.lora.dropout < 1, "lora.dropout", config.lora.dropout, "a dropout in [0, 1), e.g. 0.0")
     require(config.probe.warmup_steps >= 0, "probe.warmup_steps", config.probe.warmup_steps, "0 or more steps")
-    require(config.probe.partitions >= 2, "probe.partitions", config.probe.partitions, "at least 2, or no spread can be measured")
+    require(
+        config.probe.partitions >= 2,
+        "probe.partitions",
+        config.probe.partitions,
+        "at least 2, or no spread can be measured",
+    )
     require(config.probe.batch_size >= 1, "probe.batch_size", config.probe.batch_size, "at least 1 row")
     require(config.probe.max_length >= 2, "probe.max_length", config.probe.max_length, "at least 2 tokens")
     require(config.probe.lr > 0, "probe.lr", config.probe.lr, "a learning rate above 0, e.g. 2.5e-5")

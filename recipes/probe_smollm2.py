@@ -74,7 +74,9 @@ def word_problem(rng: random.Random) -> tuple[str, str]:
     a, b, c = rng.randint(12, 99), rng.randint(2, 11), rng.randint(3, 9)
     kind = rng.randrange(4)
     if kind == 0:
-        question = f"{name} has {a} {thing}, gives away {b} and then buys {c} bags of {b} {thing}. How many are there now?"
+        question = (
+            f"{name} has {a} {thing}, gives away {b} and then buys {c} bags of {b} {thing}. How many are there now?"
+        )
         steps = f"{a} - {b} = {a - b}. {c} x {b} = {c * b}. {a - b} + {c * b} = {a - b + c * b}."
         answer = a - b + c * b
     elif kind == 1:
@@ -111,9 +113,12 @@ def main(argv: list[str] | None = None) -> int:
     """Prepare model and rows, then probe; returns the exit status of ``hybrid-lora-probe``."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
-        description=__doc__.split("\n")[0], epilog=f"defaults: {' '.join(DEFAULTS)}; all options: hybrid-lora-probe --help"
+        description=__doc__.split("\n")[0],
+        epilog=f"defaults: {' '.join(DEFAULTS)}; all options: hybrid-lora-probe --help",
     )
-    parser.add_argument("--output", type=Path, default=REPOSITORY / "outputs" / "probe-smollm2", help="folder of the artifact")
+    parser.add_argument(
+        "--output", type=Path, default=REPOSITORY / "outputs" / "probe-smollm2", help="folder of the artifact"
+    )
     parser.add_argument("--cache", type=Path, default=REPOSITORY / ".cache", help="folder for the converted model")
     arguments, overrides = parser.parse_known_args(argv)
 

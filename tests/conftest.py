@@ -1,9 +1,15 @@
-"""Shared by all tests: one thread, and tiny checkpoints made once."""
+"""Shared by all tests: one thread, the CPU environment, and tiny checkpoints made once."""
 
-import pytest
-import torch
+import os
 
-from tiny_models import make_tiny_qwen2
+from recipes.demo.environment import CPU_ENVIRONMENT
+
+# Before anything imports verl or vLLM, which read their platform once.
+os.environ.update(CPU_ENVIRONMENT)
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
+from tiny_models import make_tiny_qwen2  # noqa: E402
 
 torch.set_num_threads(1)
 

@@ -152,8 +152,13 @@ def train(engine, batch, loss, steps: int, ranks: int) -> list[dict]:
         engine.lr_scheduler_step()
         value = torch.tensor(sum(output["loss"]), dtype=torch.float64)
         torch.distributed.all_reduce(value)
-        metrics = {key: value for key, value in output["metrics"].items() if isinstance(value, float)}
-        seen.append({"loss": value.item() / ranks, **metrics})
+        grad_norm = output["metrics"].pop("grad_norm")
+        ours = {
+            key: seen_values[0]
+            for key, seen_values in output["metrics"].items()
+            if key.startswith(("lr_", "grad_norm_"))
+        }
+        seen.append({"loss": value.item() / ranks, "grad_norm": grad_norm, **ours})
     return seen
 
 
@@ -198,7 +203,9 @@ def main(path: str) -> None:
                 raise ZeroDivisionError
         except ZeroDivisionError:
             results["actor_after_error"] = gather_log_probs(engine, batch, ranks, reference=False)
-        tensors["synced"] = {name: tensor.clone() for name, tensor in engine.get_per_tensor_param(base_sync_done=True)[0]}
+        tensors["synced"] = {
+            name: tensor.clone() for name, tensor in engine.get_per_tensor_param(base_sync_done=True)[0]
+        }
         results["peft_config"] = engine.get_per_tensor_param(base_sync_done=True)[1]
 
         checkpoint = out / "checkpoint"

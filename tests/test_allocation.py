@@ -10,6 +10,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from tiny_models import tiny_qwen2_config
 from transformers import Qwen2Config
 
 from hybrid_lora_plugin.allocation import AllocationError, allocate, load_allocation, save_allocation
@@ -26,7 +27,6 @@ from hybrid_lora_plugin.allocation.report import Census
 from hybrid_lora_plugin.candidates import TYPE_ORDER, Candidate, find_candidates_from_config, model_fingerprint
 from hybrid_lora_plugin.config import BudgetConfig
 from hybrid_lora_plugin.scoring import has_signal, hybrid_score, moments
-from tiny_models import tiny_qwen2_config
 
 
 def candidates_of(parameters):
@@ -57,9 +57,12 @@ def test_stop_does_not_go_on_to_a_smaller_module():
 @settings(max_examples=60, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(1, 50), st.floats(1e-6, 1e3)), min_size=1, max_size=21),
-    st.floats(0.01, 1.0), st.sampled_from(["lowest", "highest"]),
+    st.floats(0.01, 1.0),
+    st.sampled_from(["lowest", "highest"]),
 )
-def test_the_selection_is_a_prefix_of_the_score_order_that_fills_but_never_exceeds_the_budget(modules, ratio, direction):
+def test_the_selection_is_a_prefix_of_the_score_order_that_fills_but_never_exceeds_the_budget(
+    modules, ratio, direction
+):
     candidates = candidates_of([size for size, _ in modules])
     scores = [score for _, score in modules]
     order = sorted(range(len(scores)), key=lambda i: (scores[i] if direction == "lowest" else -scores[i], i))
@@ -137,20 +140,42 @@ def make_allocation(config=None, name="models/tiny", ratio=0.3, batches=4):
     """A consistent allocation of a tiny Qwen2 with random sensitivities, and those."""
     config = config or tiny_qwen2_config(50)
     candidates = find_candidates_from_config(config)
-    sensitivities = torch.rand(batches, len(candidates), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    sensitivities = torch.rand(
+        batches, len(candidates), generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    )
     sensitivities[:, 3] = 0
     scores = hybrid_score(sensitivities)
     (mean, std), signal = moments(sensitivities), has_signal(scores)
     assignment = allocate(candidates, scores, BudgetConfig(ratio=ratio), means=mean)
     modules = [
-        ModuleRecord(**vars(c), mean=float(mean[i]), std=float(std[i]), score=float(scores[i]), signal=bool(signal[i]),
-                     assignment=assignment.modules[c.name])
+        ModuleRecord(
+            **vars(c),
+            mean=float(mean[i]),
+            std=float(std[i]),
+            score=float(scores[i]),
+            signal=bool(signal[i]),
+            assignment=assignment.modules[c.name],
+        )
         for i, c in enumerate(candidates)
     ]
     allocation = Allocation(
-        model=ModelIdentity(name, "Qwen2ForCausalLM", model_fingerprint(config), config.num_hidden_layers, assignment.total),
+        model=ModelIdentity(
+            name, "Qwen2ForCausalLM", model_fingerprint(config), config.num_hidden_layers, assignment.total
+        ),
         criterion=CriterionRecord(
-            "hybrid", "lowest", "none", "sft", 16, "default", 500, 2.5e-5, batches, 8, 2048, "float32", 0,
+            "hybrid",
+            "lowest",
+            "none",
+            "sft",
+            16,
+            "default",
+            500,
+            2.5e-5,
+            batches,
+            8,
+            2048,
+            "float32",
+            0,
             {"files": [{"name": "rows.jsonl", "rows": 100, "sha256": "0" * 64}]},
         ),
         budget=BudgetRecord("parameters", ratio, "stop", assignment.limit, assignment.used),
@@ -218,9 +243,16 @@ def test_the_report_states_budget_census_modules_doubt_and_use(artifact):
     allocation, _ = make_allocation()
     report = (artifact / "report.md").read_text()
     for wanted in (
-        f"| limit | {allocation.budget.limit:,} |", f"| used | {allocation.budget.used:,} |", "| frozen | 1,000 |",
-        "| full fine-tuning | 200 |", "| LoRA (rank 16) | 30 |", "unproven", "worse than choosing",
-        "+hybrid_lora=enabled hybrid_lora.allocation=PATH", "No signal", *(f"`{name}`" for name in allocation.full_names),
+        f"| limit | {allocation.budget.limit:,} |",
+        f"| used | {allocation.budget.used:,} |",
+        "| frozen | 1,000 |",
+        "| full fine-tuning | 200 |",
+        "| LoRA (rank 16) | 30 |",
+        "unproven",
+        "worse than choosing",
+        "+hybrid_lora=enabled hybrid_lora.allocation=PATH",
+        "No signal",
+        *(f"`{name}`" for name in allocation.full_names),
     ):
         assert wanted in report, wanted
 
@@ -289,8 +321,11 @@ def test_a_damaged_allocation_is_refused_with_the_field_named(artifact, damage):
 @pytest.mark.parametrize(
     "text, message",
     [
-        ("{", "not valid JSON"), ("[1]", "schema_version: None"), ('{"schema_version": 1, "schema_version": 1}', "duplicate key"),
-        ('{"schema_version": NaN}', "NaN is not a number"), ("\0", "not valid JSON"),
+        ("{", "not valid JSON"),
+        ("[1]", "schema_version: None"),
+        ('{"schema_version": 1, "schema_version": 1}', "duplicate key"),
+        ('{"schema_version": NaN}', "NaN is not a number"),
+        ("\0", "not valid JSON"),
     ],
 )
 def test_a_file_that_is_not_such_json_is_refused(artifact, text, message):
@@ -341,7 +376,12 @@ def test_another_architecture_is_refused(artifact):
     from transformers import LlamaConfig
 
     config = LlamaConfig(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
     )
     with pytest.raises(AllocationError, match="Qwen2ForCausalLM against LlamaForCausalLM"):
         load_allocation(artifact).check_model(config, find_candidates_from_config(config))

@@ -4,6 +4,7 @@ import dataclasses
 
 import pytest
 import torch
+from tiny_models import tiny_qwen2_config
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -15,7 +16,6 @@ from hybrid_lora_plugin.candidates import (
     model_fingerprint,
 )
 from hybrid_lora_plugin.config import ConfigurationError
-from tiny_models import tiny_qwen2_config
 
 QWEN25 = {
     # hidden, intermediate, layers, heads, kv heads -> candidate parameters, modules
@@ -28,8 +28,12 @@ QWEN25 = {
 def qwen25_config(shape, **changes):
     hidden, intermediate, layers, heads, kv_heads = shape
     return Qwen2Config(
-        hidden_size=hidden, intermediate_size=intermediate, num_hidden_layers=layers, num_attention_heads=heads,
-        num_key_value_heads=kv_heads, **changes,
+        hidden_size=hidden,
+        intermediate_size=intermediate,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        **changes,
     )
 
 
@@ -55,8 +59,13 @@ def test_candidates_come_in_layer_and_type_order_with_plain_names():
 @pytest.mark.parametrize("kind", [LlamaConfig, Qwen3Config])
 def test_llama_smollm_and_qwen3_are_found_by_the_same_structure(kind):
     config = kind(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=3, num_attention_heads=4,
-        num_key_value_heads=2, head_dim=8,
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
     )
     candidates = find_candidates_from_config(config)
     assert len(candidates) == 21 and {c.type for c in candidates} == set(TYPE_ORDER)
@@ -79,11 +88,15 @@ def test_two_stacks_of_layers_are_refused_instead_of_mixed():
 def test_look_alikes_that_are_not_linear_or_not_in_a_layer_are_ignored():
     layer = nn.ModuleDict(
         {
-            "self_attn": nn.ModuleDict({"q_proj": nn.Linear(2, 2), "k_proj": nn.Identity(), "gate_proj": nn.Linear(2, 2)}),
+            "self_attn": nn.ModuleDict(
+                {"q_proj": nn.Linear(2, 2), "k_proj": nn.Identity(), "gate_proj": nn.Linear(2, 2)}
+            ),
             "router": nn.ModuleDict({"up_proj": nn.Linear(2, 2)}),
         }
     )
-    assert [c.name for c in find_candidates(nn.ModuleDict({"layers": nn.ModuleList([layer])}))] == ["layers.0.self_attn.q_proj"]
+    assert [c.name for c in find_candidates(nn.ModuleDict({"layers": nn.ModuleList([layer])}))] == [
+        "layers.0.self_attn.q_proj"
+    ]
 
 
 def test_fingerprint_survives_dtype_kernel_token_ids_and_a_round_trip_through_a_folder(tiny_qwen2, tmp_path):
@@ -104,8 +117,12 @@ def test_fingerprint_survives_dtype_kernel_token_ids_and_a_round_trip_through_a_
 @pytest.mark.parametrize(
     "change",
     [
-        {"hidden_size": 64}, {"intermediate_size": 65}, {"num_hidden_layers": 3}, {"num_key_value_heads": 4},
-        {"vocab_size": 51}, {"tie_word_embeddings": False},
+        {"hidden_size": 64},
+        {"intermediate_size": 65},
+        {"num_hidden_layers": 3},
+        {"num_key_value_heads": 4},
+        {"vocab_size": 51},
+        {"tie_word_embeddings": False},
     ],
     ids=lambda change: next(iter(change)),
 )
@@ -119,7 +136,12 @@ def test_fingerprint_changes_with_the_architecture(change):
 
 def test_fingerprint_tells_families_of_equal_shape_apart():
     shape = dict(
-        vocab_size=50, hidden_size=32, intermediate_size=64, num_hidden_layers=2, num_attention_heads=4,
-        num_key_value_heads=2, tie_word_embeddings=True,
+        vocab_size=50,
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        tie_word_embeddings=True,
     )
     assert model_fingerprint(LlamaConfig(**shape)) != model_fingerprint(Qwen2Config(**shape))

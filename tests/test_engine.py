@@ -41,9 +41,7 @@ def one(setting):
 def two(setting):
     """Two ranks, one row a micro-batch, and verl's default gradient checkpointing."""
     folder, model, allocation = setting
-    return run_engine(
-        folder / "two", 2, model=model, allocation=allocation, micro_batch=1, gradient_checkpointing=True
-    )
+    return run_engine(folder / "two", 2, model=model, allocation=allocation, micro_batch=1, gradient_checkpointing=True)
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
@@ -88,7 +86,11 @@ def test_reference_is_base_model_after_full_weights_moved(result, setting):
     moved = [n for n in result["trained"] if not torch.equal(result["trained"][n], result["start"][n])]
     assert set(moved) == set(result["trainable"]), "every trainable weight moved, and nothing else"
     assert_rows_close(result["reference_after"], base_log_probs(setting[1]), atol=1e-5)
-    far = max(abs(a - b) for x, y in zip(result["actor_after"], result["reference_after"], strict=True) for a, b in zip(x, y, strict=True))
+    far = max(
+        abs(a - b)
+        for x, y in zip(result["actor_after"], result["reference_after"], strict=True)
+        for a, b in zip(x, y, strict=True)
+    )
     assert far > 0.05, "the actor itself has gone somewhere else"
 
 
@@ -119,7 +121,9 @@ def test_synced_weights_are_the_fp32_merge_of_the_untouched_base(result, setting
 
 
 def test_exported_checkpoint_is_bit_equal_to_what_was_synced(result, tmp_path):
-    exported = AutoModelForCausalLM.from_pretrained(export_checkpoint(result["folder"] / "checkpoint", tmp_path / "out"))
+    exported = AutoModelForCausalLM.from_pretrained(
+        export_checkpoint(result["folder"] / "checkpoint", tmp_path / "out")
+    )
     assert all(torch.equal(tensor, result["synced"][name]) for name, tensor in exported.state_dict().items())
 
 
@@ -130,17 +134,12 @@ def test_each_kind_of_module_has_its_own_learning_rate_and_gradient_norm(result)
 
 
 def test_loss_of_the_first_step_is_the_float64_reference(result, setting):
-    batch = make_batch(1)
-    total = 0.0
-    for row, (log_probs, old, advantage) in enumerate(
-        zip(base_log_probs(setting[1]), batch["old_log_probs"].unbind(), batch["advantages"].unbind(), strict=True)
-    ):
-        one = torch.ones(1, len(old), dtype=torch.int64)
-        losses, _, _ = gspo_sequence_losses(
-            log_probs[None].double(), old[None].double(), advantage[None].double(), one, 0.2, 0.2
-        )
-        total += losses.item()
-    assert result["steps"][0]["loss"] == pytest.approx(total / (row + 1), abs=1e-5)
+    batch, losses = make_batch(1), []
+    columns = base_log_probs(setting[1]), batch["old_log_probs"].unbind(), batch["advantages"].unbind()
+    for row in zip(*columns, strict=True):
+        log_probs, old, advantage = (tensor[None].double() for tensor in row)
+        losses.append(gspo_sequence_losses(log_probs, old, advantage, torch.ones_like(old), 0.2, 0.2)[0].item())
+    assert result["steps"][0]["loss"] == pytest.approx(sum(losses) / len(losses), abs=1e-5)
 
 
 def test_two_ranks_with_checkpointing_train_as_one_rank_does(one, two):

@@ -73,7 +73,9 @@ def test_only_the_backend_the_commands_and_the_configuration_group_know_verl():
             continue
         for module, _ in imports(file):
             assert module.partition(".")[0] not in VERL, f"{file.relative_to(ROOT)} imports {module}"
-            assert module.split(".")[:2] != ["hybrid_lora_plugin", "verl_backend"], f"{file.relative_to(ROOT)} imports {module}"
+            assert module.split(".")[:2] != ["hybrid_lora_plugin", "verl_backend"], (
+                f"{file.relative_to(ROOT)} imports {module}"
+            )
 
 
 @pytest.mark.parametrize("layer", INTERNAL)

@@ -179,9 +179,7 @@ def test_advantage_equals_equation_18(rows):
     assert torch.equal(result[:, 0], result[:, -1])
 
 
-@pytest.mark.parametrize(
-    "rewards, expected", [([1, 0, 0, 0], [1.7320, -0.5773]), ([1, 1, 0, 0], [1.0, -1.0])]
-)
+@pytest.mark.parametrize("rewards, expected", [([1, 0, 0, 0], [1.7320, -0.5773]), ([1, 1, 0, 0], [1.0, -1.0])])
 def test_advantage_uses_the_population_variance(rewards, expected):
     result = advantages_of([float(r) for r in rewards], ["a"] * 4)[:, 0]
     assert [result[0].item(), result[-1].item()] == pytest.approx(expected, abs=1e-4)

@@ -9,7 +9,6 @@ import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Optional
 
 import pytest
 
@@ -33,9 +32,16 @@ def write_rows(file, rows=40):
 @pytest.fixture
 def arguments(tiny_qwen2, tmp_path):
     values = {
-        "model.path": tiny_qwen2, "probe.files": write_rows(tmp_path / "rows.jsonl"), "output_dir": tmp_path / "out",
-        "probe.warmup_steps": 4, "probe.partitions": 3, "probe.batch_size": 2, "probe.max_length": 64, "lora.rank": 2,
-        "probe.lr": 0.005, "budget.ratio": 0.3,
+        "model.path": tiny_qwen2,
+        "probe.files": write_rows(tmp_path / "rows.jsonl"),
+        "output_dir": tmp_path / "out",
+        "probe.warmup_steps": 4,
+        "probe.partitions": 3,
+        "probe.batch_size": 2,
+        "probe.max_length": 64,
+        "lora.rank": 2,
+        "probe.lr": 0.005,
+        "budget.ratio": 0.3,
     }
 
     def make(**changes):
@@ -102,7 +108,9 @@ def test_a_mistaken_argument_gives_one_line_and_status_2(arguments, argument, me
 def test_what_must_be_given_is_asked_for(arguments):
     for name in ("model.path", "output_dir", "probe.files"):
         status, _, err = run(*arguments(**{name.replace(".", "__"): None}))
-        assert status == 2 and err.startswith(f"hybrid-lora-probe: {name}: n") and "give" in err and err.count("\n") == 1
+        assert (
+            status == 2 and err.startswith(f"hybrid-lora-probe: {name}: n") and "give" in err and err.count("\n") == 1
+        )
 
 
 BAD_DATA = {
@@ -110,7 +118,10 @@ BAD_DATA = {
     "empty file": ("", "is empty"),
     "row without response": ('{"prompt": "a"}\n', "row 1 of"),
     "not JSON": ("{\n", "row 1 of"),
-    "too few rows": ('{"prompt": "a", "response": "b"}\n', "1 usable rows (0 more do not fit probe.max_length), but 8 are needed"),
+    "too few rows": (
+        '{"prompt": "a", "response": "b"}\n',
+        "1 usable rows (0 more do not fit probe.max_length), but 8 are needed",
+    ),
 }
 
 
@@ -144,13 +155,17 @@ def test_settings_that_lead_nowhere_give_a_last_line_that_says_so_and_status_2(a
 def test_a_model_that_cannot_be_loaded_gives_one_line_and_status_2(arguments, tmp_path):
     (tmp_path / "nothing").mkdir()
     status, _, err = run(*arguments(model__path=tmp_path / "nothing"))
-    assert status == 2 and err.splitlines()[-1].startswith("hybrid-lora-probe: model.path: ") and "cannot be loaded" in err
+    assert (
+        status == 2 and err.splitlines()[-1].startswith("hybrid-lora-probe: model.path: ") and "cannot be loaded" in err
+    )
 
 
 def test_an_existing_artifact_is_not_overwritten(arguments):
     assert run(*arguments())[0] == 0
     status, _, err = run(*arguments())
-    assert status == 2 and "holds an allocation already; give another folder or delete it" in err and err.count("\n") == 1
+    assert (
+        status == 2 and "holds an allocation already; give another folder or delete it" in err and err.count("\n") == 1
+    )
 
 
 def test_ctrl_c_keeps_the_state_says_how_to_resume_and_the_same_command_continues(arguments, tmp_path):
@@ -168,7 +183,10 @@ def test_ctrl_c_keeps_the_state_says_how_to_resume_and_the_same_command_continue
     _, rest = process.communicate(timeout=60)
     assert process.returncode == 130, "".join(seen) + rest
     last = rest.splitlines()[-1]
-    assert last.startswith("hybrid-lora-probe: interrupted, state kept in") and "to continue, run: hybrid-lora-probe model.path=" in last
+    assert (
+        last.startswith("hybrid-lora-probe: interrupted, state kept in")
+        and "to continue, run: hybrid-lora-probe model.path=" in last
+    )
     assert (tmp_path / "out.partial" / "warmup.safetensors").exists() and not (tmp_path / "out").exists()
     status, _, err = run(*arguments())
     assert status == 2 and "probe.warmup_steps" in err and "delete" in err
@@ -183,22 +201,32 @@ def test_files_may_be_a_list_or_a_single_name():
 
 
 def test_arguments_become_the_dataclass_with_its_types():
-    config = parse(["probe.lr=1e-3", "model.path=null", "budget.ratio=1", "output_dir=17", "output_dir=18"], ProbeCommandConfig)
+    config = parse(
+        ["probe.lr=1e-3", "model.path=null", "budget.ratio=1", "output_dir=17", "output_dir=18"], ProbeCommandConfig
+    )
     assert isinstance(config, ProbeCommandConfig)
-    assert config.probe.lr == 1e-3 and config.model.path is None and config.budget.ratio == 1.0 and config.output_dir == "18"
+    assert (
+        config.probe.lr == 1e-3
+        and config.model.path is None
+        and config.budget.ratio == 1.0
+        and config.output_dir == "18"
+    )
 
 
 @dataclass
 class OtherConfig:
     """Another command's options."""
 
-    path: Optional[str] = documented(None, "Where.", source="plugin")
+    path: str | None = documented(None, "Where.", source="plugin")
     count: int = documented(3, "How many.", source="own choice", unit="pieces")
 
 
 def test_other_commands_can_use_the_same_parser_and_help():
     assert parse(["count=4"], OtherConfig) == OtherConfig(count=4)
     text = help_text("other", "Does it.", "other count=1", OtherConfig)
-    assert "usage: other key=value" in text and "count=3\n      How many. Unit: pieces. Source of the default: own choice." in text
+    assert (
+        "usage: other key=value" in text
+        and "count=3\n      How many. Unit: pieces. Source of the default: own choice." in text
+    )
     with pytest.raises(UsageError, match="did you mean 'count'"):
         parse(["cuont=4"], OtherConfig)

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import load_file
+from tiny_models import make_char_tokenizer, tiny_qwen2_config
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -29,7 +30,6 @@ from hybrid_lora_plugin.probing.score import batch_sensitivities, draw_partition
 from hybrid_lora_plugin.probing.seeding import generator
 from hybrid_lora_plugin.probing.svd_lora import SvdLoraLinear, attach, detach
 from hybrid_lora_plugin.probing.warmup import Warmup, check_trained
-from tiny_models import make_char_tokenizer, tiny_qwen2_config
 
 RANK = 3
 
@@ -57,7 +57,8 @@ def tiny_model(dtype=torch.float64, seed=0, **changes):
 def random_batch(rows=3, length=9, seed=0):
     rng = generator(seed, "batch")
     batch = Batch(
-        torch.randint(0, 40, (rows, length), generator=rng), torch.ones(rows, length, dtype=torch.long),
+        torch.randint(0, 40, (rows, length), generator=rng),
+        torch.ones(rows, length, dtype=torch.long),
         torch.full((rows, length), IGNORED),
     )
     for row in range(rows):
@@ -180,7 +181,12 @@ def test_loss_is_the_mean_over_response_tokens_of_the_whole_batch():
 
 def test_padding_does_not_change_the_loss():
     model, batch = tiny_model(), random_batch(rows=1)
-    padded = Batch(*(functional.pad(t, (0, 4), value=v) for t, v in ((batch.input_ids, 0), (batch.attention_mask, 0), (batch.labels, IGNORED))))
+    padded = Batch(
+        *(
+            functional.pad(t, (0, 4), value=v)
+            for t, v in ((batch.input_ids, 0), (batch.attention_mask, 0), (batch.labels, IGNORED))
+        )
+    )
     torch.testing.assert_close(response_loss(model, padded), response_loss(model, batch))
 
 
@@ -197,14 +203,16 @@ def test_algorithm_1_agrees_with_two_separate_autograd_passes_in_float64():
     es = [layer.e for layer in layers.values()]
     gradients, losses = [torch.zeros_like(e) for e in es], []
     for disabled in (True, False):
-        for layer, in_a in zip(layers.values(), bucket_a.tolist()):
+        for layer, in_a in zip(layers.values(), bucket_a.tolist(), strict=False):
             layer.active = in_a is not disabled
         value = reference_loss(model, batch)
         losses.append(float(value.detach()))
-        for total, gradient in zip(gradients, torch.autograd.grad(value, es, allow_unused=True)):
+        for total, gradient in zip(gradients, torch.autograd.grad(value, es, allow_unused=True), strict=False):
             if gradient is not None:
                 total += gradient
-    want = [sum(abs(float((e[j] * g[j]).detach())) for j in range(RANK)) / RANK for e, g in zip(es, gradients)]
+    want = [
+        sum(abs(float((e[j] * g[j]).detach())) for j in range(RANK)) / RANK for e, g in zip(es, gradients, strict=False)
+    ]
     # Qwen2 normalises in float32 whatever its weights are, which bounds the agreement.
     assert got.tolist() == pytest.approx(want, rel=1e-6)
     assert got.dtype == torch.float64 and loss == pytest.approx(sum(losses) / 2, rel=1e-9)
@@ -222,7 +230,7 @@ def test_masks_are_complementary_and_every_module_is_active_in_exactly_one_pass(
     batch_sensitivities(model, layers, batch, bucket_a)
     assert len(passes) == 2
     assert passes[0] == (~bucket_a).tolist() and passes[1] == bucket_a.tolist()
-    assert all(first != second for first, second in zip(*passes))
+    assert all(first != second for first, second in zip(*passes, strict=False))
 
 
 def test_a_bucket_that_holds_everything_still_scores_every_module():
@@ -372,14 +380,17 @@ def test_validation_rows_are_fixed_by_the_seed_recorded_and_never_trained_on(tmp
 def test_a_warmup_batch_depends_on_its_number_alone_and_an_epoch_shows_every_row_once(tmp_path):
     data = data_of(tmp_path, count=20, warmup_steps=100)
     assert torch.equal(data.warmup_batch(7).input_ids, data.warmup_batch(7).input_ids)
-    first, second = ([tuple(i for i in r if i) for s in steps for r in data.warmup_batch(s).input_ids.tolist()] for steps in ((0, 1), (2, 3)))
+    first, second = (
+        [tuple(i for i in r if i) for s in steps for r in data.warmup_batch(s).input_ids.tolist()]
+        for steps in ((0, 1), (2, 3))
+    )
     assert len(set(first)) == 8 and set(first) == set(second) and first != second
 
 
 def test_labels_cover_response_and_end_token_only(tmp_path):
     batch = data_of(tmp_path).validation_batch(0)
     tokenizer = make_char_tokenizer()
-    for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels):
+    for ids, mask, labels in zip(batch.input_ids, batch.attention_mask, batch.labels, strict=False):
         answer = tokenizer.decode(labels[labels != IGNORED])
         prompt = tokenizer.decode(ids[(labels == IGNORED) & (mask == 1)])
         assert answer.endswith("<|im_end|>") and answer.removesuffix("<|im_end|>").isdigit()
@@ -389,7 +400,9 @@ def test_labels_cover_response_and_end_token_only(tmp_path):
 def test_rows_cut_by_max_length_are_left_out_and_counted(tmp_path):
     rows = sums(30) + [{"prompt": "x" * 200, "response": "y"}] * 5
     data = ProbeData(
-        ProbeConfig(files=[write_jsonl(tmp_path / "r.jsonl", rows)], partitions=2, batch_size=4, warmup_steps=500, max_length=64),
+        ProbeConfig(
+            files=[write_jsonl(tmp_path / "r.jsonl", rows)], partitions=2, batch_size=4, warmup_steps=500, max_length=64
+        ),
         make_char_tokenizer(),
     )
     assert data.dropped == 5 and data.record["rows"] == 35
@@ -418,8 +431,10 @@ def test_an_unusable_row_is_named_by_its_number(tmp_path, case):
 
 def test_files_that_cannot_be_rows_are_refused(tmp_path):
     cases = {
-        "empty.jsonl": (b"\n", "is empty"), "broken.jsonl": (b'{"prompt"\n', "row 1 of .* is not JSON"),
-        "binary.jsonl": (b"\xff\xfe\x00", "not UTF-8"), "rows.csv": (b"a,b", "ends in '.csv'"),
+        "empty.jsonl": (b"\n", "is empty"),
+        "broken.jsonl": (b'{"prompt"\n', "row 1 of .* is not JSON"),
+        "binary.jsonl": (b"\xff\xfe\x00", "not UTF-8"),
+        "rows.csv": (b"a,b", "ends in '.csv'"),
         "rows.parquet": (b"abc", "not a Parquet file"),
     }
     for name, (content, message) in cases.items():
@@ -445,7 +460,9 @@ def test_too_few_rows_are_refused_with_the_number_needed(tmp_path):
 def probe_config(model, tmp_path, name="out", rows=60, **probe):
     values = dict(warmup_steps=8, partitions=4, batch_size=4, max_length=64, lr=5e-3)
     return ProbeCommandConfig(
-        model=ModelConfig(path=str(model)), output_dir=str(tmp_path / name), budget=BudgetConfig(ratio=0.3),
+        model=ModelConfig(path=str(model)),
+        output_dir=str(tmp_path / name),
+        budget=BudgetConfig(ratio=0.3),
         lora=AdapterConfig(rank=RANK),
         probe=ProbeConfig(files=[write_jsonl(tmp_path / "rows.jsonl", sums(rows))], **(values | probe)),
     )
@@ -486,7 +503,7 @@ def test_the_same_settings_give_the_same_bytes_and_another_seed_does_not(tiny_qw
 @pytest.mark.parametrize("stops", [(1,), (5,), (8,), (10,), (3, 3, 4)], ids=str)
 def test_an_interrupted_run_continues_to_the_bytes_of_an_uninterrupted_one(tiny_qwen2, uninterrupted, tmp_path, stops):
     config = probe_config(tiny_qwen2, tmp_path)
-    for stop, signum in zip(stops, (signal.SIGINT, signal.SIGTERM, signal.SIGINT)):
+    for stop, signum in zip(stops, (signal.SIGINT, signal.SIGTERM, signal.SIGINT), strict=False):
         with pytest.raises(ProbeInterrupted) as caught:
             run_probe(config, InterruptAt(stop, signum))
         assert caught.value.folder == tmp_path / "out.partial" and caught.value.signum == signum
@@ -518,8 +535,10 @@ def test_the_state_is_saved_by_time_as_well(tiny_qwen2, tmp_path, monkeypatch):
 @pytest.mark.parametrize(
     "change, field",
     [
-        (dict(lr=1e-3), "probe.lr: .*begun with 0.005, this run has 0.001"), (dict(seed=4), "probe.seed"),
-        (dict(warmup_steps=9), "probe.warmup_steps"), (dict(rows=61), "probe.files"),
+        (dict(lr=1e-3), "probe.lr: .*begun with 0.005, this run has 0.001"),
+        (dict(seed=4), "probe.seed"),
+        (dict(warmup_steps=9), "probe.warmup_steps"),
+        (dict(rows=61), "probe.files"),
     ],
     ids=["lr", "seed", "steps", "data"],
 )

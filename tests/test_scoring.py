@@ -8,7 +8,14 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_lora_plugin.config import ConfigurationError
-from hybrid_lora_plugin.scoring import ScoringError, get_criterion, has_signal, hybrid_score, moments, register_criterion
+from hybrid_lora_plugin.scoring import (
+    ScoringError,
+    get_criterion,
+    has_signal,
+    hybrid_score,
+    moments,
+    register_criterion,
+)
 
 
 def reference(columns):

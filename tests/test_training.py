@@ -49,7 +49,9 @@ def trainables_of(model):
 
 
 def save_checkpoint(model, base, allocation_folder, folder, **changes):
-    description = TrainablesDescription(**({"base_model": str(base), "rank": 4, "alpha": 8, "global_step": 3} | changes))
+    description = TrainablesDescription(
+        **({"base_model": str(base), "rank": 4, "alpha": 8, "global_step": 3} | changes)
+    )
     text = (allocation_folder / "allocation.json").read_text()
     return save_trainables(folder, trainables_of(model), description, text)
 
@@ -157,7 +159,9 @@ def test_bf16_base_exports_in_bf16(tiny_qwen2, allocation, tmp_path):
     hybrid = apply_allocation(base.float(), allocation, rank=4, alpha=8)
     train_a_little(hybrid)
     save_checkpoint(hybrid, tmp_path / "base", tmp_path / "allocation", tmp_path / "actor")
-    exported = AutoModelForCausalLM.from_pretrained(export_checkpoint(tmp_path / "actor", tmp_path / "out"), dtype="auto")
+    exported = AutoModelForCausalLM.from_pretrained(
+        export_checkpoint(tmp_path / "actor", tmp_path / "out"), dtype="auto"
+    )
     assert {p.dtype for p in exported.parameters()} == {torch.bfloat16}
 
 

@@ -25,7 +25,10 @@ def make_char_tokenizer():
     tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"[\s\S]"), "isolated")
     tokenizer.decoder = decoders.Fuse()
     fast = PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="<unk>", pad_token="<pad>", eos_token="<|im_end|>",
+        tokenizer_object=tokenizer,
+        unk_token="<unk>",
+        pad_token="<pad>",
+        eos_token="<|im_end|>",
         additional_special_tokens=["<|im_start|>"],
     )
     fast.chat_template = CHAT_TEMPLATE
@@ -37,8 +40,14 @@ def tiny_qwen2_config(vocab_size: int, layers: int = 2, hidden: int = 32, heads:
     from transformers import Qwen2Config
 
     values = dict(
-        vocab_size=vocab_size, hidden_size=hidden, intermediate_size=2 * hidden, num_hidden_layers=layers,
-        num_attention_heads=heads, num_key_value_heads=kv_heads, max_position_embeddings=512, tie_word_embeddings=True,
+        vocab_size=vocab_size,
+        hidden_size=hidden,
+        intermediate_size=2 * hidden,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=kv_heads,
+        max_position_embeddings=512,
+        tie_word_embeddings=True,
     )
     return Qwen2Config(**(values | changes))
 
@@ -59,8 +68,14 @@ def make_tiny_qwen2(
     folder = Path(folder)
     tokenizer = make_char_tokenizer()
     config = tiny_qwen2_config(
-        len(tokenizer), layers, hidden, heads, kv_heads,
-        pad_token_id=tokenizer.pad_token_id, eos_token_id=tokenizer.eos_token_id, **changes,
+        len(tokenizer),
+        layers,
+        hidden,
+        heads,
+        kv_heads,
+        pad_token_id=tokenizer.pad_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        **changes,
     )
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)

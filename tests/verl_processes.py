@@ -19,7 +19,9 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def run(arguments: list[str], *, timeout: int = 600, check: bool = True, **environment: str) -> subprocess.CompletedProcess:
+def run(
+    arguments: list[str], *, timeout: int = 600, check: bool = True, **environment: str
+) -> subprocess.CompletedProcess:
     """Run ``python ARGUMENTS`` in the CPU environment; on failure the end of its output is in the assertion."""
     done = subprocess.run(
         [sys.executable, *arguments],

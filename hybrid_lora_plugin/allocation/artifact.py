@@ -14,9 +14,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -165,23 +166,27 @@ def check_allocation(allocation: Allocation, where: str) -> None:
         require(module.name not in seen, field, f"duplicate module {module.name!r}")
         seen.add(module.name)
         require(
-            module.assignment in (FULL, LORA), f"{field}.assignment",
+            module.assignment in (FULL, LORA),
+            f"{field}.assignment",
             f"{module.assignment!r} for {module.name}, {FULL!r} or {LORA!r} is wanted",
         )
         require(module.type in COMPONENT_OF_TYPE, f"{field}.type", f"{module.type!r} is unknown")
         require(
-            module.component == COMPONENT_OF_TYPE[module.type], f"{field}.component",
+            module.component == COMPONENT_OF_TYPE[module.type],
+            f"{field}.component",
             f"{module.component!r} for a {module.type}, {COMPONENT_OF_TYPE[module.type]!r} is wanted",
         )
         require(
-            0 <= module.layer < model.num_layers, f"{field}.layer",
+            0 <= module.layer < model.num_layers,
+            f"{field}.layer",
             f"{module.layer} for {module.name}, 0 to {model.num_layers - 1} is wanted",
         )
         require(module.parameters > 0, f"{field}.parameters", f"{module.parameters}, more than 0 is wanted")
     total = sum(module.parameters for module in modules)
     used = sum(module.parameters for module in modules if module.assignment == FULL)
     require(
-        total == model.candidate_parameters, "model.candidate_parameters",
+        total == model.candidate_parameters,
+        "model.candidate_parameters",
         f"{model.candidate_parameters:,} but the modules add up to {total:,}",
     )
     require(0 < budget.ratio <= 1, "budget.ratio", f"{budget.ratio}, a fraction in (0, 1] is wanted")
@@ -229,7 +234,8 @@ def save_allocation(folder: str | Path, allocation: Allocation, sensitivities: T
         names = json.dumps([module.name for module in allocation.modules])
         save_file(
             {"sensitivities": sensitivities.double().cpu().contiguous()},
-            temporary / SENSITIVITIES_FILE, metadata={"modules": names},
+            temporary / SENSITIVITIES_FILE,
+            metadata={"modules": names},
         )
         draw_heatmap(allocation, temporary / "heatmap.png")
         write_report(allocation, census, temporary / "report.md")

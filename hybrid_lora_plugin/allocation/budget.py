@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from typing import Sequence
 
 from hybrid_lora_plugin.allocation.errors import AllocationError
 from hybrid_lora_plugin.candidates import TYPE_ORDER, Candidate
@@ -81,7 +81,7 @@ def allocate(
     for label, values in (("scores", score), ("signal", usable), ("means", mean)):
         if len(values) != count:
             raise AllocationError(f"{label}: {len(values)} values for {count} candidates; give one for each")
-    for candidate, value in zip(candidates, score):
+    for candidate, value in zip(candidates, score, strict=True):
         if not math.isfinite(value):
             raise AllocationError(f"scores: {value} for {candidate.name}; give finite scores")
     if direction not in ("lowest", "highest"):

@@ -13,7 +13,7 @@ if TYPE_CHECKING:
     from hybrid_lora_plugin.allocation.artifact import Allocation
 
 
-def draw_heatmap(allocation: "Allocation", file: Path) -> None:
+def draw_heatmap(allocation: Allocation, file: Path) -> None:
     """Write a PNG: one column a layer, one row a type, colour = log10 of the score.
 
     A fully fine-tuned module has a red frame and a dot; one without signal is grey and hatched.
@@ -46,11 +46,15 @@ def draw_heatmap(allocation: "Allocation", file: Path) -> None:
         column, row = module.layer, types.index(module.type)
         if not module.signal:
             silent = True
-            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="////", edgecolor="#888888", lw=0))
+            axes.add_patch(
+                Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="////", edgecolor="#888888", lw=0)
+            )
         if module.assignment == FULL:
             marked = True
             axes.add_patch(Rectangle((column - 0.42, row - 0.42), 0.84, 0.84, fill=False, edgecolor="#ff2b2b", lw=1.8))
-            axes.plot(column, row, marker="o", markersize=4.5, color="#ff2b2b", markeredgecolor="white", markeredgewidth=0.7)
+            axes.plot(
+                column, row, marker="o", markersize=4.5, color="#ff2b2b", markeredgecolor="white", markeredgewidth=0.7
+            )
     step = 1 if layers <= 40 else 5
     axes.set_xticks(range(0, layers, step))
     axes.tick_params(labelsize=7)
@@ -73,7 +77,9 @@ def draw_heatmap(allocation: "Allocation", file: Path) -> None:
     legend = []
     if marked:
         legend.append(
-            Line2D([], [], marker="s", ls="", markerfacecolor="none", markeredgecolor="#ff2b2b", label="full fine-tuning")
+            Line2D(
+                [], [], marker="s", ls="", markerfacecolor="none", markeredgecolor="#ff2b2b", label="full fine-tuning"
+            )
         )
     legend.append(Line2D([], [], marker="s", ls="", color="#35608d", label="LoRA (no frame)"))
     if silent:

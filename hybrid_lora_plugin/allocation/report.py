@@ -39,7 +39,7 @@ class Census:
         )
 
 
-def write_report(allocation: "Allocation", census: Census, file: Path) -> None:
+def write_report(allocation: Allocation, census: Census, file: Path) -> None:
     """Write ``report.md`` (Markdown, one table an idea).
 
     Args:
@@ -50,7 +50,7 @@ def write_report(allocation: "Allocation", census: Census, file: Path) -> None:
     file.write_text("\n".join(_lines(allocation, census)) + "\n", encoding="utf-8")
 
 
-def _lines(allocation: "Allocation", census: Census) -> list[str]:
+def _lines(allocation: Allocation, census: Census) -> list[str]:
     model, criterion, budget, modules = allocation.model, allocation.criterion, allocation.budget, allocation.modules
     full = [module for module in modules if module.assignment == FULL]
     silent = [module.name for module in modules if not module.signal]
@@ -127,7 +127,7 @@ def _lines(allocation: "Allocation", census: Census) -> list[str]:
     return lines
 
 
-def _by_type_and_depth(modules: list["ModuleRecord"], num_layers: int) -> list[str]:
+def _by_type_and_depth(modules: list[ModuleRecord], num_layers: int) -> list[str]:
     """Counts ``full/all`` per type for each third of the depth."""
     thirds = [range(k * num_layers // 3, (k + 1) * num_layers // 3) for k in range(3)]
     # A model of one or two layers has empty thirds; they are left out rather than shown as 0/0.

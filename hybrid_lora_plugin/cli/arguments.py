@@ -11,7 +11,8 @@ import difflib
 import sys
 import textwrap
 import typing
-from typing import Any, Iterator, Sequence, TypeVar
+from collections.abc import Iterator, Sequence
+from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -97,7 +98,15 @@ def wants_help(argv: Sequence[str]) -> bool:
 
 def help_text(program: str, summary: str, example: str, kind: type) -> str:
     """Usage, then every option with default, meaning, unit, choices and where the default comes from."""
-    lines = [f"usage: {program} key=value ...", "", *textwrap.wrap(summary, 100), "", f"example: {example}", "", "options:"]
+    lines = [
+        f"usage: {program} key=value ...",
+        "",
+        *textwrap.wrap(summary, 100),
+        "",
+        f"example: {example}",
+        "",
+        "options:",
+    ]
     for name, _, spec in options(kind):
         default = spec.default_factory() if spec.default_factory is not dataclasses.MISSING else spec.default
         shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default

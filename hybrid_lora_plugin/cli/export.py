@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sys
-from typing import Sequence
+from collections.abc import Sequence
 
 from hybrid_lora_plugin.cli.arguments import help_text, parse, report_error, wants_help
 from hybrid_lora_plugin.config import ConfigurationError, ExportCommandConfig

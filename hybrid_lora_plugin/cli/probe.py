@@ -5,8 +5,8 @@ from __future__ import annotations
 import shlex
 import signal
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Sequence
 
 from hybrid_lora_plugin.cli.arguments import help_text, parse, report_error, wants_help
 from hybrid_lora_plugin.config import ConfigurationError, ProbeCommandConfig
@@ -83,8 +83,12 @@ def print_result(folder: Path) -> None:
         f"budget: {100 * budget.ratio:g} % of {model.candidate_parameters:,} parameters = {budget.limit:,}; "
         f"used {budget.used:,} ({100 * budget.used / model.candidate_parameters:.2f} %)"
     )
-    print(f"full fine-tuning: {len(allocation.full_names)} of {len(allocation.modules)} modules, LoRA on the other {len(allocation.lora_names)}")
-    print(f"next: python -m verl.trainer.main_ppo ... +hybrid_lora=enabled hybrid_lora.allocation={shlex.quote(str(folder))}")
+    print(
+        f"full fine-tuning: {len(allocation.full_names)} of {len(allocation.modules)} modules, LoRA on the other {len(allocation.lora_names)}"
+    )
+    print(
+        f"next: python -m verl.trainer.main_ppo ... +hybrid_lora=enabled hybrid_lora.allocation={shlex.quote(str(folder))}"
+    )
 
 
 if __name__ == "__main__":

@@ -8,8 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, Sequence
+from typing import Any
 
 import torch
 
@@ -62,7 +63,9 @@ def tokenize(row: Row, tokenizer: Any, max_length: int) -> Example | None:
         try:
             text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
         except Exception as error:  # templates raise whatever Jinja raises
-            raise ProbeError(f"probe.files: the chat template refuses a row ({error}); give turns it accepts") from error
+            raise ProbeError(
+                f"probe.files: the chat template refuses a row ({error}); give turns it accepts"
+            ) from error
         prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
     response_ids = tokenizer(row.response, add_special_tokens=False)["input_ids"]
     end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
@@ -148,9 +151,7 @@ class ProbeData:
 
     def _collate(self, examples: Sequence[Example]) -> Batch:
         shape = (len(examples), max(len(example.input_ids) for example in examples))
-        batch = Batch(
-            torch.full(shape, self._pad), torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED)
-        )
+        batch = Batch(torch.full(shape, self._pad), torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED))
         for row, example in enumerate(examples):
             length, start = len(example.input_ids), example.response_start
             ids = torch.tensor(example.input_ids)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Iterator, Sequence
+from typing import Any
 
 from hybrid_lora_plugin.probing.errors import ProbeError
 
@@ -73,7 +74,9 @@ def _values(file: Path) -> Iterator[tuple[int, Any]]:
         try:
             values = pyarrow.parquet.read_table(file).to_pylist()
         except (pyarrow.ArrowException, OSError) as error:
-            raise ProbeError(f"probe.files: {file} is not a Parquet file ({_first_line(error)}); give another file") from error
+            raise ProbeError(
+                f"probe.files: {file} is not a Parquet file ({_first_line(error)}); give another file"
+            ) from error
         yield from enumerate(values, start=1)
         return
     if file.suffix not in (".jsonl", ".json"):
@@ -86,7 +89,9 @@ def _values(file: Path) -> Iterator[tuple[int, Any]]:
                 try:
                     yield number, json.loads(line)
                 except ValueError as error:
-                    raise ProbeError(f"probe.files: row {number} of {file} is not JSON ({error}); correct it") from error
+                    raise ProbeError(
+                        f"probe.files: row {number} of {file} is not JSON ({error}); correct it"
+                    ) from error
         except UnicodeDecodeError as error:
             raise ProbeError(f"probe.files: {file} is not UTF-8 text; give a JSONL or Parquet file") from error
 

@@ -9,8 +9,9 @@ from __future__ import annotations
 import contextlib
 import os
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Callable, Iterator
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -72,7 +73,9 @@ def run_probe(config: ProbeCommandConfig, progress: Progress | None = None) -> P
     # The data first: a mistake there is found before the weights are read.
     data = ProbeData(config.probe, load_tokenizer(config.model))
     if data.dropped:
-        progress.note(f"{data.dropped} rows left out: no response token within probe.max_length={config.probe.max_length}")
+        progress.note(
+            f"{data.dropped} rows left out: no response token within probe.max_length={config.probe.max_length}"
+        )
     model = load_model(config.model, device)
     candidates = find_candidates(model)
     progress.note(
@@ -215,8 +218,12 @@ def decide(
     assignment = allocate(candidates, scores, config.budget, direction, signal=signal, means=mean)
     modules = [
         ModuleRecord(
-            **vars(candidate), mean=float(mean[index]), std=float(std[index]), score=float(scores[index]),
-            signal=bool(signal[index]), assignment=assignment.modules[candidate.name],
+            **vars(candidate),
+            mean=float(mean[index]),
+            std=float(std[index]),
+            score=float(scores[index]),
+            signal=bool(signal[index]),
+            assignment=assignment.modules[candidate.name],
         )
         for index, candidate in enumerate(candidates)
     ]
@@ -230,18 +237,33 @@ def decide(
             candidate_parameters=assignment.total,
         ),
         criterion=CriterionRecord(
-            name=config.criterion, direction=direction, normalise=config.normalise, objective=probe.objective,
-            rank=config.lora.rank, init=probe.init, warmup_steps=probe.warmup_steps, lr=float(probe.lr),
-            partitions=probe.partitions, batch_size=probe.batch_size, max_length=probe.max_length,
-            dtype=str(model.dtype).removeprefix("torch."), seed=probe.seed, data=data_record,
+            name=config.criterion,
+            direction=direction,
+            normalise=config.normalise,
+            objective=probe.objective,
+            rank=config.lora.rank,
+            init=probe.init,
+            warmup_steps=probe.warmup_steps,
+            lr=float(probe.lr),
+            partitions=probe.partitions,
+            batch_size=probe.batch_size,
+            max_length=probe.max_length,
+            dtype=str(model.dtype).removeprefix("torch."),
+            seed=probe.seed,
+            data=data_record,
         ),
         budget=BudgetRecord(
-            mode=config.budget.mode, ratio=float(config.budget.ratio), overflow=config.budget.overflow,
-            limit=assignment.limit, used=assignment.used,
+            mode=config.budget.mode,
+            ratio=float(config.budget.ratio),
+            overflow=config.budget.overflow,
+            limit=assignment.limit,
+            used=assignment.used,
         ),
         modules=modules,
         environment={
-            "hybrid_lora_plugin": __version__, "torch": torch.__version__, "transformers": transformers.__version__
+            "hybrid_lora_plugin": __version__,
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
         },
     )
 

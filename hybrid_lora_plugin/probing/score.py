@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -58,7 +58,7 @@ def batch_sensitivities(
     losses = []
     try:
         for active in (~in_bucket_a, in_bucket_a):
-            for layer, on in zip(wrapped, active.tolist()):
+            for layer, on in zip(wrapped, active.tolist(), strict=True):
                 layer.active = on
             with torch.set_grad_enabled(bool(active.any())):
                 loss = response_loss(model, batch)

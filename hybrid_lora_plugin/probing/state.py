@@ -52,7 +52,9 @@ class PartialState:
             self.folder.mkdir(parents=True, exist_ok=True)
             _replace(file, lambda path: path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8"))
         except OSError as error:
-            raise ProbeError(f"output_dir: {self.folder} cannot be written ({error}); give another output_dir") from error
+            raise ProbeError(
+                f"output_dir: {self.folder} cannot be written ({error}); give another output_dir"
+            ) from error
         except ValueError as error:
             if isinstance(error, ProbeError):
                 raise

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from typing import Mapping
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
@@ -27,7 +27,9 @@ class Warmup:
         """Make A, B, e and alpha of all layers trainable; dropout of the model is off throughout."""
         self.step = 0
         self._model = model.eval()
-        self._named = {f"{name}.{which}": getattr(layer, which) for name, layer in layers.items() for which in _PARAMETERS}
+        self._named = {
+            f"{name}.{which}": getattr(layer, which) for name, layer in layers.items() for which in _PARAMETERS
+        }
         for parameter in self._named.values():
             parameter.requires_grad_(True)
         # No weight decay: it would pull e and alpha from 1 to 0, and the paper names none.

@@ -7,5 +7,5 @@ direction=...)`` and import it at the end of this file; then add its name to the
 Dimension letters: T validation batches, M modules.
 """
 
-from hybrid_lora_plugin.scoring.registry import Criterion, get_criterion, register_criterion  # noqa: F401
 from hybrid_lora_plugin.scoring.hybrid import ScoringError, has_signal, hybrid_score, moments  # noqa: F401
+from hybrid_lora_plugin.scoring.registry import Criterion, get_criterion, register_criterion  # noqa: F401

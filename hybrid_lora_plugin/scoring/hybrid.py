@@ -52,7 +52,9 @@ def hybrid_score(sensitivities: Tensor) -> Tensor:
         raise ScoringError(f"sensitivities: shape {list(sensitivities.shape)}; give [T, M] with at least one module")
     batches = sensitivities.shape[0]
     if batches < 2:
-        raise ScoringError(f"sensitivities: {batches} validation batch; a spread needs 2 or more, raise probe.partitions")
+        raise ScoringError(
+            f"sensitivities: {batches} validation batch; a spread needs 2 or more, raise probe.partitions"
+        )
     bad = (~torch.isfinite(sensitivities)).any(dim=0)
     if bad.any():
         raise ScoringError(

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Callable
 
 from torch import Tensor
 
 from hybrid_lora_plugin.config import ConfigurationError
 
-_CRITERIA: dict[str, "Criterion"] = {}
+_CRITERIA: dict[str, Criterion] = {}
 
 
 @dataclass(frozen=True)

@@ -43,7 +43,9 @@ def merged_model(checkpoint: str | os.PathLike, base: str | None = None, trust_r
 
     def take(name: str) -> torch.Tensor:
         if name not in tensors:
-            raise ConfigurationError(f"checkpoint: tensor {name!r} is missing; the checkpoint is incomplete, use another")
+            raise ConfigurationError(
+                f"checkpoint: tensor {name!r} is missing; the checkpoint is incomplete, use another"
+            )
         unused.discard(name)
         return tensors[name]
 
@@ -60,7 +62,10 @@ def merged_model(checkpoint: str | os.PathLike, base: str | None = None, trust_r
 
 
 def export_checkpoint(
-    checkpoint: str | os.PathLike, output_dir: str | os.PathLike, base: str | None = None, trust_remote_code: bool = False
+    checkpoint: str | os.PathLike,
+    output_dir: str | os.PathLike,
+    base: str | None = None,
+    trust_remote_code: bool = False,
 ) -> Path:
     """Write the trained model with tokenizer as a folder that ``AutoModelForCausalLM`` loads.
 

@@ -53,7 +53,9 @@ class BaseSnapshot:
         named = dict(parameters)
         if named.keys() != self.values.keys():
             wrong = sorted(named.keys() ^ self.values.keys())[0]
-            raise RuntimeError(f"reference snapshot: {wrong!r} is not in both the snapshot and the model's full modules")
+            raise RuntimeError(
+                f"reference snapshot: {wrong!r} is not in both the snapshot and the model's full modules"
+            )
         with torch.no_grad():
             trained = {name: local_tensor(p).detach().clone() for name, p in named.items()}
             for name, parameter in named.items():

@@ -98,4 +98,6 @@ def load_trainables(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor],
         description = TrainablesDescription(**{f.name: raw[f.name] for f in fields(TrainablesDescription)})
         return load_file(found / TENSORS), description, found / ALLOCATION
     except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
-        raise ConfigurationError(f"checkpoint: {str(found)!r} cannot be read ({error}); use another checkpoint") from error
+        raise ConfigurationError(
+            f"checkpoint: {str(found)!r} cannot be read ({error}); use another checkpoint"
+        ) from error

@@ -91,15 +91,14 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         outputs = super().train_batch(data, loss_function)
         if self.is_mp_src_rank_with_outputs():
             for kind, norm in self._gradient_norms.items():
-                outputs["metrics"][f"grad_norm_{kind}"] = norm
-                outputs["metrics"][f"lr_{kind}"] = rates[kind]
+                # Lists, like the per-micro-batch metrics: verl chains them over ranks and mini-batches.
+                outputs["metrics"][f"grad_norm_{kind}"] = [norm]
+                outputs["metrics"][f"lr_{kind}"] = [rates[kind]]
         return outputs
 
     def optimizer_step(self):
         # Before verl clips: one norm over both groups decides the clipping, these two say where it comes from.
-        self._gradient_norms = {
-            group["name"]: _gradient_norm(group["params"]) for group in self.optimizer.param_groups
-        }
+        self._gradient_norms = {group["name"]: _gradient_norm(group["params"]) for group in self.optimizer.param_groups}
         return super().optimizer_step()
 
     # -- reference policy -------------------------------------------------------------------------------------

@@ -19,6 +19,8 @@ from hybrid_lora_plugin.config import ConfigurationError
 def check_configuration(config: DictConfig) -> None:
     """Everything that can be known to fail before a worker exists.
 
+    The path of the allocation is made absolute in ``config``: workers may start in another folder.
+
     Raises:
         ConfigurationError: an option, the allocation, or a verl setting cannot be used.
         ImportError: this plugin was not written for the installed verl.
@@ -26,12 +28,18 @@ def check_configuration(config: DictConfig) -> None:
     from hybrid_lora_plugin.verl_backend import registration, requirements
 
     registration.register()
+    if "algorithm" not in config or "rollout" not in config.get("actor_rollout_ref", {}):
+        raise ConfigurationError(
+            "+hybrid_lora=enabled: this is not the configuration of a reinforcement learning run; use it with "
+            "verl.trainer.main_ppo"
+        )
     hybrid = requirements.hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
     requirements.check_run(config)
 
     from hybrid_lora_plugin.allocation.artifact import load_allocation
 
     allocation = load_allocation(hybrid.allocation)
+    OmegaConf.update(config, "hybrid_lora.allocation", os.path.abspath(hybrid.allocation))
     path = OmegaConf.select(config, "actor_rollout_ref.model.path")
     if os.path.isdir(os.path.expanduser(str(path))):
         # A model on a hub or on HDFS is only fetched by the workers, which check it themselves.

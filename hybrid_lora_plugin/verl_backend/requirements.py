@@ -50,7 +50,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v == "fsdp2",
         "fsdp2, the strategy this version supports: leave it out or give actor_rollout_ref.actor.strategy=fsdp2",
     ),
-    ROLLOUT + "name": (lambda v: v == "vllm", "vllm, the rollout engine this version supports"),
+    # None: not given, which verl itself refuses.
+    ROLLOUT + "name": (lambda v: v in (None, "vllm"), "vllm, the rollout engine this version supports"),
     ROLLOUT + "checkpoint_engine.backend": (
         lambda v: not str(v).startswith("delta"),
         "an engine that carries named tensors, e.g. naive: delta engines send shards of unmerged weights",
@@ -58,19 +59,25 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     MODEL + "lora_rank": (lambda v: isinstance(v, int) and v > 0, "a LoRA rank of at least 1, e.g. 16"),
     MODEL + "lora_alpha": (lambda v: v > 0, "a LoRA alpha above 0, e.g. 32"),
     MODEL + "lora.merge": (
-        lambda v: v is True, "true: hybrid_lora.sync=merge sends merged weights and the rollout engine runs no adapter"
+        lambda v: v is True,
+        "true: hybrid_lora.sync=merge sends merged weights and the rollout engine runs no adapter",
     ),
     MODEL + "lora_adapter_path": (lambda v: v is None, "null: training starts from the base model"),
-    MODEL + "target_modules": (lambda v: v == "all-linear", "all-linear: the allocation decides which modules get LoRA"),
+    MODEL + "target_modules": (
+        lambda v: v == "all-linear",
+        "all-linear: the allocation decides which modules get LoRA",
+    ),
     MODEL + "external_lib": (
         lambda v: v == ENGINE_MODULE or ENGINE_MODULE in (v or []),
         f"a list that names it too, [YOUR_LIB,{ENGINE_MODULE}]: without it workers train plain LoRA",
     ),
     ACTOR + "fsdp_config.model_dtype": (
-        _is_fp32, "fp32: in bfloat16 a step of 1e-6 leaves 98 % of the fully tuned weights unchanged"
+        _is_fp32,
+        "fp32: in bfloat16 a step of 1e-6 leaves 98 % of the fully tuned weights unchanged",
     ),
     ACTOR + "fsdp_config.mixed_precision.param_dtype": (
-        lambda v: str(v) not in ("fp16", "float16", "half"), "bf16 or fp32: float16 is not supported here"
+        lambda v: str(v) not in ("fp16", "float16", "half"),
+        "bf16 or fp32: float16 is not supported here",
     ),
     ACTOR + "fsdp_config.qat.enable": (lambda v: not v, "false: quantization-aware training is not supported here"),
     ACTOR + "checkpoint.save_lora_only": (lambda v: not v, "false: it would drop the fully tuned weights"),

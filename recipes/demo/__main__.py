@@ -1,0 +1,204 @@
+"""``make demo``: base model → probe → allocation → verl GSPO run → proof → export → report, on two CPU cores.
+
+Everything real: the run is ``verl.trainer.main_ppo`` with Ray, FSDP2 and vLLM. The base model is cached, and a
+finished probe of it is used again; the training run is made anew every time, in a numbered folder.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shutil
+import subprocess
+import sys
+import time
+from contextlib import contextmanager
+from pathlib import Path
+
+from hybrid_lora_plugin.allocation import load_allocation
+from hybrid_lora_plugin.config import ConfigurationError
+from recipes.demo import base_model, evidence, task
+from recipes.demo.environment import cpu_environment
+from recipes.demo.memory import PeakMemory
+from recipes.demo.report import Findings, print_summary, write_report
+from recipes.demo.verl_run import ROOT, RunFailed, Step, run_verl
+
+#: a full demo must gain this much; a run of a few steps only has to work
+LEAST_GAIN, FULL_DEMO_STEPS = 0.10, 20
+
+
+def say(line: str) -> None:
+    print(line, flush=True)
+
+
+class Stages:
+    """Announces the stages and measures them."""
+
+    def __init__(self, names: list[str]):
+        self._names, self.seconds = names, {}
+
+    @contextmanager
+    def __call__(self, name: str, doing: str):
+        say(f"[{self._names.index(name) + 1}/{len(self._names)}] {doing}")
+        started = time.monotonic()
+        yield
+        self.seconds[name] = time.monotonic() - started
+
+
+def command(module: str, *arguments: str) -> None:
+    """Run one of the plugin's commands as a user would; its output is shown.
+
+    Raises:
+        RunFailed: it ended with an error.
+    """
+    done = subprocess.run(
+        [sys.executable, "-m", module, *arguments], cwd=ROOT, env=cpu_environment(OMP_NUM_THREADS="2")
+    )
+    if done.returncode != 0:
+        raise RunFailed(f"{module} ended with exit status {done.returncode}")
+
+
+def probed_allocation(model: Path, data: Path, output: Path) -> Path:
+    """The allocation of the demo's model under ``output``; probed unless a finished one of this model is there."""
+    folder = output / "allocation"
+    if (folder / "allocation.json").exists():
+        from transformers import AutoConfig
+
+        from hybrid_lora_plugin.candidates import find_candidates_from_config
+
+        config = AutoConfig.from_pretrained(model)
+        load_allocation(folder).check_model(config, find_candidates_from_config(config))
+        say(f"  using the finished probe in {folder}")
+        return folder
+    command(
+        "hybrid_lora_plugin.cli.probe",
+        f"model.path={model}",
+        f"probe.files={data}",
+        "probe.warmup_steps=100",
+        "probe.batch_size=32",
+        "probe.max_length=32",
+        "probe.lr=1e-3",
+        f"output_dir={folder}",
+    )
+    return folder
+
+
+def new_run_folder(output: Path) -> Path:
+    """``output/run-N`` with the next free number."""
+    taken = [int(p.name[4:]) for p in output.glob("run-*") if p.name[4:].isdigit()]
+    folder = output / f"run-{max(taken, default=0) + 1}"
+    folder.mkdir(parents=True)
+    return folder
+
+
+def describe(step: Step) -> str:
+    """Reward, accuracy and sync proof of a step, as far as it has them."""
+    parts = []
+    if (reward := evidence.reward_of(step)) is not None:
+        parts.append(f"reward {reward:.3f}")
+    if (accuracy := evidence.accuracy_of(step)) is not None:
+        parts.append(f"validation accuracy {accuracy:.3f}")
+    if evidence.PROBS_DIFF in step.metrics:
+        parts.append(f"rollout/trainer difference {step.metrics[evidence.PROBS_DIFF]:.1e}")
+    return "  ".join(parts)
+
+
+def census_line(log: Path) -> str:
+    """What the engine printed about its parameters."""
+    for line in log.read_text().splitlines():
+        _, found, rest = line.partition("hybrid_lora: ")
+        if found and "frozen" in rest:
+            return rest.partition(";")[0].strip()
+    return "not found in the log"
+
+
+def demo(output: Path, steps: int, cache: Path) -> int:
+    """Run every stage; returns 0 if every check holds, else 1."""
+    stage = Stages(["model", "probe", "train", "export", "report"])
+    output.mkdir(parents=True, exist_ok=True)
+    model = cache / "demo-base-model"
+    with PeakMemory() as memory:
+        with stage("model", f"base model: a small Qwen2 that can almost add, cached in {cache}"):
+            base_model.build(model)
+            data = cache / "demo-data"
+            files = task.write_rl_parquet(data)
+            task.write_sft_jsonl(data / "sft.jsonl")
+        with stage("probe", "probe: which modules does LoRA serve worst?"):
+            allocation_folder = probed_allocation(model, data / "sft.jsonl", output)
+            allocation = load_allocation(allocation_folder)
+        run = new_run_folder(output)
+        with stage("train", f"verl GSPO run, {steps} steps, log in {run / 'verl.log'}"):
+            results = run_verl(
+                [
+                    "+hybrid_lora=enabled",
+                    f"hybrid_lora.allocation={allocation_folder}",
+                    "+recipe=demo",
+                    f"actor_rollout_ref.model.path={model}",
+                    f"data.train_files={files['train']}",
+                    f"data.val_files={files['validation']}",
+                    f"trainer.total_training_steps={steps}",
+                    f"trainer.save_freq={steps}",
+                    f"trainer.default_local_dir={run / 'checkpoints'}",
+                    f"trainer.validation_data_dir={run / 'validation'}",
+                    f"hydra.run.dir={run / 'hydra'}",
+                ],
+                metrics=run / "metrics.jsonl",
+                log=run / "verl.log",
+                steps=steps,
+                say=say,
+                describe=describe,
+            )
+        with stage("export", "export: a plain Hugging Face folder"):
+            exported = run / "exported"
+            command(
+                "hybrid_lora_plugin.cli.export",
+                f"checkpoint={run / 'checkpoints' / f'global_step_{steps}'}",
+                f"output_dir={exported}",
+            )
+    with stage("report", "checks and report"):
+        checks = [
+            evidence.check_steps(results, steps),
+            evidence.check_rollout_weights(results, steps),
+            evidence.check_reference(results),
+            evidence.check_export(exported, files["validation"], run / "validation" / f"{steps}.jsonl"),
+        ]
+        if steps >= FULL_DEMO_STEPS:
+            checks.append(evidence.check_accuracy(results, LEAST_GAIN))
+    findings = Findings(
+        steps=results,
+        allocation=allocation,
+        census=census_line(run / "verl.log"),
+        checks=checks,
+        seconds=stage.seconds,
+        peak_memory=memory.peak,
+        exported=exported,
+    )
+    report = write_report(findings, run, allocation_folder / "heatmap.png")
+    for name in ("report.md", "curves.png", "heatmap.png"):
+        shutil.copyfile(run / name, output / name)
+    print_summary(findings)
+    say(f"report: {output / report.name} (this run's own copy: {report})")
+    return 0 if all(check.holds for check in checks) else 1
+
+
+def main(arguments: list[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m recipes.demo", description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--steps", type=int, default=24, help="training steps (default 24; at least 20 for the full demo)"
+    )
+    parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder for probe, runs and report")
+    parser.add_argument("--cache", type=Path, default=Path(".cache"), help="folder for the base model and data")
+    options = parser.parse_args(arguments)
+    if options.steps < 2:
+        parser.error(f"--steps: {options.steps} is too few; give at least 2, so that a step follows a weight sync")
+    try:
+        return demo(options.output.resolve(), options.steps, options.cache.resolve())
+    except (ConfigurationError, RunFailed) as error:
+        print(f"demo: {error}", file=sys.stderr)
+        return 1
+    except KeyboardInterrupt:
+        print("demo: interrupted; the base model and a finished probe are kept", file=sys.stderr)
+        return 130
+
+
+if __name__ == "__main__":
+    sys.exit(main())

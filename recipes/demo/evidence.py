@@ -1,0 +1,104 @@
+"""What the demo claims, checked on what the run left behind. Nothing here is assumed: a missing figure is a failure."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+
+from recipes.demo.verl_run import Step
+
+PROBS_DIFF = "training/rollout_probs_diff_max"
+#: largest |p_vllm − p_trainer| of a sampled token that counts as the same weights in fp32
+PROBS_DIFF_LIMIT = 1e-4
+
+
+@dataclass(frozen=True)
+class Check:
+    """One claim: whether it holds, and the figures it was judged by."""
+
+    claim: str
+    holds: bool
+    seen: str
+
+
+def accuracy_of(step: Step) -> float | None:
+    """Validation accuracy of a step, if it was validated."""
+    keys = [key for key in step.metrics if key.startswith("val-core/") and key.endswith("/acc/mean@1")]
+    return step.metrics[keys[0]] if keys else None
+
+
+def reward_of(step: Step) -> float | None:
+    """Mean reward of a step's rollouts."""
+    return step.metrics.get("critic/score/mean")
+
+
+def check_steps(steps: list[Step], asked: int) -> Check:
+    """Every step asked for was taken, once, in order."""
+    taken = [step.number for step in steps if PROBS_DIFF in step.metrics]
+    return Check(f"{asked} training steps ran", taken == list(range(1, asked + 1)), f"{len(taken)} steps")
+
+
+def check_rollout_weights(steps: list[Step], asked: int) -> Check:
+    """At every step vLLM gave the sampled tokens the probabilities that the trainer gives them."""
+    by_step = {step.number: step.metrics.get(PROBS_DIFF, math.nan) for step in steps if step.number > 0}
+    values = [by_step.get(number, math.nan) for number in range(1, asked + 1)]
+    holds = bool(values) and all(value <= PROBS_DIFF_LIMIT for value in values)
+    return Check(
+        f"rollouts were sampled with the trained weights: {PROBS_DIFF} ≤ {PROBS_DIFF_LIMIT:g} at every step",
+        holds,
+        f"maximum {max(values, default=math.nan):.2e} over {len(values)} steps",
+    )
+
+
+def check_reference(steps: list[Step]) -> Check:
+    """KL to the reference starts at 0 and grows: the reference stays where the actor came from."""
+    values = [step.metrics["actor/kl_loss"] for step in steps if "actor/kl_loss" in step.metrics]
+    holds = len(values) > 1 and values[-1] > values[0]
+    seen = f"actor/kl_loss {values[0]:.1e} at the first step, {values[-1]:.1e} at the last" if values else "no KL"
+    return Check("the reference policy stays the base model while the actor moves away", holds, seen)
+
+
+def check_accuracy(steps: list[Step], least_gain: float) -> Check:
+    """Greedy validation accuracy rose by at least ``least_gain``."""
+    values = [value for value in map(accuracy_of, steps) if value is not None]
+    before, after = (values[0], values[-1]) if len(values) > 1 else (math.nan, math.nan)
+    return Check(
+        f"validation accuracy rose by at least {least_gain:.2f}",
+        after - before >= least_gain,
+        f"{before:.3f} → {after:.3f}",
+    )
+
+
+def check_export(exported: Path, validation: Path, generations: Path) -> Check:
+    """The exported folder, loaded by transformers, answers every validation prompt as vLLM did after the last step.
+
+    Args:
+        exported: Hugging Face folder.
+        validation: validation.parquet with the chat prompts.
+        generations: verl's dump of the last validation (JSONL with ``input`` and ``output`` texts).
+    """
+    import pandas
+    import torch
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(exported, padding_side="left")
+    model = AutoModelForCausalLM.from_pretrained(exported).eval()
+    prompts = [list(prompt) for prompt in pandas.read_parquet(validation)["prompt"]]
+    texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
+    encoded = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    with torch.no_grad():
+        output = model.generate(**encoded, do_sample=False, max_new_tokens=16)
+
+    def plain(ids) -> str:
+        return tokenizer.decode(ids, skip_special_tokens=True)
+
+    width = encoded["input_ids"].shape[1]
+    ours = {plain(row[:width]): plain(row[width:]) for row in output}
+    theirs = {row["input"]: row["output"] for row in map(json.loads, generations.read_text().splitlines())}
+    same = sum(ours.get(prompt) == answer for prompt, answer in theirs.items())
+    holds = len(ours) == len(theirs) == len(prompts) and same == len(theirs)
+    return Check(
+        "the exported model answers greedily as vLLM did after the last step", holds, f"{same} of {len(theirs)} equal"
+    )

@@ -1,0 +1,241 @@
+"""``+hybrid_lora=enabled`` and the recipes on verl's real configuration, and what is refused before Ray starts."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import shutil
+
+import pytest
+import yaml
+
+pytest.importorskip("verl", reason="verl is not installed")
+
+from allocations import make_allocation  # noqa: E402
+from hydra import compose, initialize_config_module  # noqa: E402
+from omegaconf import OmegaConf, open_dict  # noqa: E402
+from tiny_models import make_tiny_qwen2  # noqa: E402
+from verl_processes import ROOT, run  # noqa: E402
+
+from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig  # noqa: E402
+from hybrid_lora_plugin.verl_backend import registration  # noqa: E402
+from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
+
+RECIPES = sorted(path.stem for path in (ROOT / "recipes" / "recipe").glob("*.yaml"))
+MAIN_PPO = ["-m", "verl.trainer.main_ppo"]
+
+
+def composed(*overrides: str):
+    """verl's PPO configuration as ``main_ppo`` composes it, recipes on the search path."""
+    search = f"hydra.searchpath=[file://{ROOT / 'recipes'}]"
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        return compose("ppo_trainer", overrides=[search, *overrides])
+
+
+@pytest.fixture(scope="module")
+def artifact(tiny_qwen2, tmp_path_factory):
+    return make_allocation(tiny_qwen2, tmp_path_factory.mktemp("artifact") / "allocation")
+
+
+@pytest.fixture
+def accepted(tiny_qwen2, artifact):
+    """Overrides that the preflight accepts, for tests to add one mistake to."""
+    return ["+hybrid_lora=enabled", f"hybrid_lora.allocation={artifact}", f"actor_rollout_ref.model.path={tiny_qwen2}"]
+
+
+def test_group_has_the_defaults_of_the_dataclasses():
+    text = (ROOT / "hybrid_lora_plugin/conf/hybrid_lora/enabled.yaml").read_text()
+    assert yaml.safe_load(text)["hybrid_lora"] == OmegaConf.to_container(OmegaConf.structured(HybridLoraConfig))
+
+
+def test_group_is_found_without_a_search_path_flag_and_sets_what_it_needs():
+    config = composed("+hybrid_lora=enabled")
+    model, actor = config.actor_rollout_ref.model, config.actor_rollout_ref.actor
+    assert (model.lora_rank, model.lora_alpha, model.lora.merge) == (16, 32, True)
+    assert (actor.strategy, actor.optim.lr, model.lora.hybrid.full_lr) == ("fsdp2", 2.5e-5, 1e-6)
+    assert config.actor_rollout_ref.rollout.load_format == "safetensors"
+    assert model.lora.rollout_dtype == config.actor_rollout_ref.rollout.dtype
+
+
+@pytest.mark.verl
+def test_main_ppo_shows_the_group_and_the_command_line_wins(tmp_path):
+    shown = run(
+        [*MAIN_PPO, "+hybrid_lora=enabled", "hybrid_lora.lora.rank=8", "actor_rollout_ref.actor.optim.lr=3e-4",
+         "actor_rollout_ref.rollout.load_format=dummy", "--cfg", "job", f"hydra.run.dir={tmp_path}"]
+    ).stdout  # fmt: skip
+    config = OmegaConf.create(shown[shown.index("actor_rollout_ref:") :])
+    assert config.actor_rollout_ref.actor.optim.lr == 3e-4
+    assert config.actor_rollout_ref.rollout.load_format == "dummy"
+    assert config.actor_rollout_ref.model.lora_rank == 8, "follows hybrid_lora.lora.rank"
+
+
+def test_command_line_value_wins_over_the_group():
+    assert (
+        composed("+hybrid_lora=enabled", "actor_rollout_ref.model.lora_rank=4").actor_rollout_ref.model.lora_rank == 4
+    )
+
+
+def test_configuration_without_the_group_is_verls_own():
+    from hydra.core.plugins import Plugins
+    from hydra.plugins.search_path_plugin import SearchPathPlugin
+
+    ours = OmegaConf.to_yaml(composed())
+    assert "hybrid_lora" not in ours
+    # Composed again from verl's files alone, our search-path plugin taken out.
+    plugins = Plugins.instance()
+    registered = plugins.plugin_type_to_subclass_list[SearchPathPlugin]
+    kept = [plugin for plugin in registered if plugin.__module__.startswith("hydra_plugins.hybrid_lora")]
+    assert kept, "Hydra has found the plugin"
+    try:
+        for plugin in kept:
+            registered.remove(plugin)
+        assert OmegaConf.to_yaml(composed()) == ours
+    finally:
+        registered.extend(kept)
+
+
+def test_accepted_overrides_pass_the_preflight_and_the_path_becomes_absolute(accepted, artifact, monkeypatch):
+    monkeypatch.chdir(artifact.parent)
+    config = composed(*accepted, f"hybrid_lora.allocation={artifact.name}")
+    check_configuration(config)
+    assert config.actor_rollout_ref.model.lora.hybrid.allocation == str(artifact)
+
+
+def test_trainer_without_rollouts_is_refused():
+    search = f"hydra.searchpath=[file://{ROOT / 'recipes'}]"
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("sft_trainer_engine", overrides=[search, "+hybrid_lora=enabled"])
+    with pytest.raises(ConfigurationError, match="verl.trainer.main_ppo"):
+        check_configuration(config)
+
+
+REFUSED = {
+    "missing artifact": (["hybrid_lora.allocation=/nowhere/at/all"], ["/nowhere/at/all", "hybrid-lora-probe"]),
+    "no artifact": (["hybrid_lora.allocation=null"], ["hybrid_lora.allocation", "hybrid-lora-probe"]),
+    "unknown option": (["+hybrid_lora.warp=9"], ["warp", "docs/configuration.md"]),
+    "unknown nested option": (["+hybrid_lora.lora.rnak=9"], ["rnak"]),
+    "wrong type": (["hybrid_lora.full_lr=fast"], ["hybrid_lora.full_lr", "fast"]),
+    "rank 0": (["hybrid_lora.lora.rank=0"], ["hybrid_lora.lora.rank", "0", "at least 1"]),
+    "rank -3 for verl": (["actor_rollout_ref.model.lora_rank=-3"], ["actor_rollout_ref.model.lora_rank", "-3"]),
+    "learning rate 0": (["hybrid_lora.full_lr=0"], ["hybrid_lora.full_lr"]),
+    "FSDP1": (["actor_rollout_ref.actor.strategy=fsdp"], ["actor_rollout_ref.actor.strategy", "'fsdp'", "fsdp2"]),
+    "sync mode": (["hybrid_lora.sync=adapter"], ["hybrid_lora.sync", "'adapter'", "merge"]),
+    "other rollout": (["actor_rollout_ref.rollout.name=sglang"], ["rollout.name", "vllm"]),
+    "bf16 masters": (["actor_rollout_ref.actor.fsdp_config.model_dtype=bf16"], ["model_dtype", "fp32"]),
+    "adapter only": (["+actor_rollout_ref.actor.checkpoint.save_lora_only=true"], ["save_lora_only", "false"]),
+    "no merge": (["actor_rollout_ref.model.lora.merge=false"], ["lora.merge", "true"]),
+    "own external_lib": (["actor_rollout_ref.model.external_lib=mine"], ["external_lib", "[YOUR_LIB,"]),
+    "switched off": (["hybrid_lora.enabled=false"], ["hybrid_lora.enabled", "leave that argument out"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line_that_names_field_value_and_way_out(case, accepted):
+    mistake, words = REFUSED[case]
+    with pytest.raises(ConfigurationError) as caught:
+        check_configuration(composed(*accepted, *mistake))
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_own_external_lib_is_accepted_beside_ours(accepted):
+    both = "actor_rollout_ref.model.external_lib=[json,hybrid_lora_plugin.verl_backend.engine_registration]"
+    check_configuration(composed(*accepted, both))
+
+
+def test_unreadable_artifact_is_refused(accepted, tmp_path):
+    (tmp_path / "allocation.json").write_text("{ not json")
+    with pytest.raises(ConfigurationError, match="allocation.json"):
+        check_configuration(composed(*accepted, f"hybrid_lora.allocation={tmp_path}"))
+
+
+def test_artifact_of_another_model_is_refused(accepted, tmp_path):
+    other = make_tiny_qwen2(tmp_path / "other", layers=3)
+    with pytest.raises(ConfigurationError, match="artifact of another model"):
+        check_configuration(composed(*accepted, f"actor_rollout_ref.model.path={other}"))
+
+
+def test_artifact_with_a_contradiction_is_refused(accepted, artifact, tmp_path):
+    shutil.copytree(artifact, tmp_path / "edited")
+    path = tmp_path / "edited" / "allocation.json"
+    raw = json.loads(path.read_text())
+    next(module for module in raw["modules"] if module["assignment"] == "lora")["assignment"] = "full"
+    path.write_text(json.dumps(raw))
+    with pytest.raises(ConfigurationError, match="budget.used"):
+        check_configuration(composed(*accepted, f"hybrid_lora.allocation={tmp_path / 'edited'}"))
+
+
+@pytest.mark.parametrize("version", ["0.9.0", "0.10.0", "0.8.2", "1.0"])
+def test_verl_outside_the_supported_range_is_refused(version):
+    with pytest.raises(ImportError, match=f"verl {version} is installed.*install verl==0.9.1"):
+        registration.require_supported_verl(version)
+
+
+def test_installed_verl_is_supported():
+    registration.require_supported_verl(registration.installed_verl())
+
+
+@pytest.mark.verl
+@pytest.mark.parametrize("case", ["missing artifact", "FSDP1"])
+def test_main_ppo_stops_with_one_line_and_writes_nothing(case, accepted, tmp_path):
+    mistake, words = REFUSED[case]
+    done = run([*MAIN_PPO, *accepted, *mistake, f"hydra.run.dir={tmp_path / 'run'}"], check=False)
+    last = done.stdout.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("hybrid_lora: ") and all(word in last for word in words)
+    assert "Traceback" not in done.stdout and not (tmp_path / "run").exists()
+
+
+@pytest.mark.verl
+def test_worker_without_the_plugin_stops_instead_of_training_plain_lora(tiny_qwen2):
+    """A worker whose plugin cannot register fails where verl reads the model, with the reason."""
+    code = (
+        "import sys, verl.utils.device\n"
+        "import importlib.metadata\n"
+        "from hybrid_lora_plugin import verl_backend\n"
+        "sys.modules['hybrid_lora_plugin.verl_backend.registration'] = None\n"
+        "from verl.workers.config import HFModelConfig\n"
+        f"HFModelConfig(path={str(tiny_qwen2)!r}, "
+        "external_lib='hybrid_lora_plugin.verl_backend.engine_registration')\n"
+    )
+    environment = {
+        "VERL_USE_EXTERNAL_PLUGINS": "none",
+        "VERL_USE_EXTERNAL_MODULES": "hybrid_lora_plugin.verl_backend.cpu_platform",
+    }
+    done = run(["-c", code], check=False, **environment)
+    assert done.returncode != 0 and "hybrid_lora_plugin.verl_backend.registration" in done.stdout.splitlines()[-1]
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipe_composes_and_passes_verls_own_validation(name, tiny_qwen2, artifact):
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+    config = composed(
+        "+hybrid_lora=enabled", f"+recipe={name}", f"hybrid_lora.allocation={artifact}",
+        f"actor_rollout_ref.model.path={tiny_qwen2}",
+    )  # fmt: skip
+    check_configuration(config)
+    with open_dict(config):
+        OmegaConf.resolve(config)
+    validate_config(config=config, use_reference_policy=True, use_critic=False)
+    for node in (config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout, config.algorithm):
+        assert dataclasses.is_dataclass(omega_conf_to_dataclass(node))
+    actor = config.actor_rollout_ref.actor
+    assert (actor.policy_loss.loss_mode, config.algorithm.adv_estimator) == ("hybrid_gspo", "hybrid_group")
+    assert actor.use_kl_loss and actor.kl_loss_coef == 0.01
+    steps_per_batch = config.data.train_batch_size // actor.ppo_mini_batch_size * actor.ppo_epochs
+    assert steps_per_batch > 1, "with one update a batch the ratio is 1 and the clip range is inert"
+
+
+def test_paper_recipe_has_the_papers_settings(artifact):
+    config = composed("+hybrid_lora=enabled", "+recipe=qwen2_5_1_5b_gspo_8xa800", f"hybrid_lora.allocation={artifact}")
+    actor, rollout, model = (config.actor_rollout_ref[name] for name in ("actor", "rollout", "model"))
+    assert (rollout.temperature, rollout.n, actor.clip_ratio_low, actor.clip_ratio_high) == (1.0, 4, 0.2, 0.2)
+    assert (actor.optim.lr, config.hybrid_lora.full_lr, model.lora_rank) == (2.5e-5, 1e-6, 16)
+    assert (config.hybrid_lora.budget.ratio, config.hybrid_lora.probe.warmup_steps) == (0.1, 500)
+    assert (config.trainer.test_freq, config.trainer.n_gpus_per_node) == (50, 8)
+
+
+def test_configuration_page_is_what_the_dataclasses_say():
+    from hybrid_lora_plugin.cli.reference import configuration_page
+
+    assert (ROOT / "docs/configuration.md").read_text() == configuration_page(), "run `make docs`"
