@@ -106,6 +106,18 @@ def test_merge_rounds_once_from_the_untouched_base(dtype):
     assert ((merged.double() - exact).abs() <= 0.5 * spacing + 1e-5).all()
 
 
+def test_merge_is_exact_fp32_inside_autocast_and_with_reduced_matmul_precision():
+    base, lora_a, lora_b = torch.randn(12, 10), torch.randn(4, 10), torch.randn(12, 4)
+    expected = merge_weight(base, lora_a, lora_b, 2.0, torch.float32)
+    torch.set_float32_matmul_precision("medium")
+    try:
+        with torch.autocast("cpu", dtype=torch.bfloat16):
+            assert torch.equal(merge_weight(base, lora_a, lora_b, 2.0, torch.float32), expected)
+        assert torch.get_float32_matmul_precision() == "medium"
+    finally:
+        torch.set_float32_matmul_precision("highest")
+
+
 def test_merged_model_computes_what_the_adapted_model_computes(hybrid, tiny_qwen2, tmp_path):
     train_a_little(hybrid)
     save_checkpoint(hybrid, tiny_qwen2, tmp_path / "allocation", tmp_path / "actor")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import string
 from pathlib import Path
 
@@ -86,3 +87,17 @@ def make_tiny_qwen2(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
+
+
+def write_jsonl(file, rows):
+    """Write rows as JSONL; returns the path as text."""
+    file.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(file)
+
+
+def sums(count):
+    """``count`` distinct chat rows of small additions."""
+    return [
+        {"messages": [{"role": "user", "content": f"{i}+{2 * i}="}, {"role": "assistant", "content": str(3 * i)}]}
+        for i in range(count)
+    ]

@@ -7,7 +7,22 @@ in fp32 from the untouched base and rounded once: merging and unmerging in place
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
+
+
+@contextmanager
+def _exact_fp32(device: torch.device) -> Iterator[None]:
+    """fp32 products at full precision: no TF32, which another library may have switched on, and no autocast."""
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.autocast(device.type, enabled=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
 
 
 @torch.no_grad()
@@ -23,4 +38,5 @@ def merge_weight(
         scaling: s = alpha / rank.
         dtype: of the result.
     """
-    return (base.float() + scaling * (lora_b.float() @ lora_a.float())).to(dtype)
+    with _exact_fp32(base.device):
+        return (base.float() + scaling * (lora_b.float() @ lora_a.float())).to(dtype)

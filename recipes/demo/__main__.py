@@ -1,7 +1,7 @@
 """``make demo``: base model → probe → allocation → verl GSPO run → proof → export → report, on two CPU cores.
 
-Everything real: the run is ``verl.trainer.main_ppo`` with Ray, FSDP2 and vLLM. The base model is cached, and a
-finished probe of it is used again; the training run is made anew every time, in a numbered folder.
+Everything real: the run is ``verl.trainer.main_ppo`` with Ray, FSDP2 and vLLM. The base model is cached; probe and
+training are made anew every time, in a numbered folder, so that nothing of an earlier run is lost or mixed in.
 """
 
 from __future__ import annotations
@@ -57,29 +57,18 @@ def command(module: str, *arguments: str) -> None:
         raise RunFailed(f"{module} ended with exit status {done.returncode}")
 
 
-def probed_allocation(model: Path, data: Path, output: Path) -> Path:
-    """The allocation of the demo's model under ``output``; probed unless a finished one of this model is there."""
-    folder = output / "allocation"
-    if (folder / "allocation.json").exists():
-        from transformers import AutoConfig
-
-        from hybrid_lora_plugin.candidates import find_candidates_from_config
-
-        config = AutoConfig.from_pretrained(model)
-        load_allocation(folder).check_model(config, find_candidates_from_config(config))
-        say(f"  using the finished probe in {folder}")
-        return folder
+def probe(model: Path, rows: Path, folder: Path) -> None:
+    """Write the allocation of the demo's model to ``folder``."""
     command(
         "hybrid_lora_plugin.cli.probe",
         f"model.path={model}",
-        f"probe.files={data}",
+        f"probe.files={rows}",
         "probe.warmup_steps=100",
         "probe.batch_size=32",
         "probe.max_length=32",
         "probe.lr=1e-3",
         f"output_dir={folder}",
     )
-    return folder
 
 
 def new_run_folder(output: Path) -> Path:
@@ -122,15 +111,15 @@ def demo(output: Path, steps: int, cache: Path) -> int:
             data = cache / "demo-data"
             files = task.write_rl_parquet(data)
             task.write_sft_jsonl(data / "sft.jsonl")
-        with stage("probe", "probe: which modules does LoRA serve worst?"):
-            allocation_folder = probed_allocation(model, data / "sft.jsonl", output)
-            allocation = load_allocation(allocation_folder)
         run = new_run_folder(output)
+        with stage("probe", "probe: which modules does LoRA serve worst?"):
+            probe(model, data / "sft.jsonl", run / "allocation")
+            allocation = load_allocation(run / "allocation")
         with stage("train", f"verl GSPO run, {steps} steps, log in {run / 'verl.log'}"):
             results = run_verl(
                 [
                     "+hybrid_lora=enabled",
-                    f"hybrid_lora.allocation={allocation_folder}",
+                    f"hybrid_lora.allocation={run / 'allocation'}",
                     "+recipe=demo",
                     f"actor_rollout_ref.model.path={model}",
                     f"data.train_files={files['train']}",
@@ -172,7 +161,7 @@ def demo(output: Path, steps: int, cache: Path) -> int:
         peak_memory=memory.peak,
         exported=exported,
     )
-    report = write_report(findings, run, allocation_folder / "heatmap.png")
+    report = write_report(findings, run, run / "allocation" / "heatmap.png")
     for name in ("report.md", "curves.png", "heatmap.png"):
         shutil.copyfile(run / name, output / name)
     print_summary(findings)
@@ -196,7 +185,9 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"demo: {error}", file=sys.stderr)
         return 1
     except KeyboardInterrupt:
-        print("demo: interrupted; the base model and a finished probe are kept", file=sys.stderr)
+        print(
+            "demo: interrupted; a finished base model is kept, and what the run left is in its folder", file=sys.stderr
+        )
         return 130
 
 

@@ -27,7 +27,7 @@ from hybrid_lora_plugin.config import ConfigurationError
 from recipes.demo import task
 
 FINGERPRINT_FILE = "demo_base_model.json"  # written last: a folder that has it is complete
-RECIPE_VERSION = 3  # raise it when a change to this file changes the model
+RECIPE_VERSION = 4  # raise it when a change to this file changes the model
 FORGET_RATE = 0.7
 # verl builds a turn builder for every Qwen2 model and requires this name for the end of a turn.
 PAD, EOS, USER, ANSWER = "<pad>", "<|im_end|>", "<user>", "<answer>"
@@ -80,9 +80,9 @@ def build_untrained(tokenizer, hidden: int, intermediate: int, layers: int):
         hidden_size=hidden,
         intermediate_size=intermediate,
         num_hidden_layers=layers,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=32,  # a head size that vLLM's CPU attention supports
+        # 32 is a head size that vLLM's CPU attention supports; for Qwen2 it takes hidden size by heads, not head_dim.
+        num_attention_heads=hidden // 32,
+        num_key_value_heads=hidden // 64,
         max_position_embeddings=256,
         tie_word_embeddings=False,
         initializer_range=0.06,  # at 0.02, meant for wide models, some seeds are still on the first plateau when training ends
@@ -211,7 +211,7 @@ def build(
     steps: int = 500,
     batch_size: int = 64,
     lr: float = 2e-3,
-    hidden: int = 96,
+    hidden: int = 128,
     intermediate: int = 192,
     layers: int = 4,
     forget_rate: float = FORGET_RATE,
