@@ -19,7 +19,7 @@ FIND_LINKS = $(or $(PIP_FIND_LINKS),$(shell $(BIN)/pip config get global.find-li
 TORCH_SOURCE = $(if $(strip $(FIND_LINKS)),$(addprefix --find-links ,$(FIND_LINKS)),--torch-backend cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast demo probe-smollm2 bench docs lint lock clean
+.PHONY: help install test test-fast demo probe-smollm2 docs lint lock clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
