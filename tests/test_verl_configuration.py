@@ -58,11 +58,13 @@ def test_group_is_found_without_a_search_path_flag_and_sets_what_it_needs():
 
 
 @pytest.mark.verl
-def test_main_ppo_shows_the_group_and_the_command_line_wins(tmp_path):
-    shown = run(
-        [*MAIN_PPO, "+hybrid_lora=enabled", "hybrid_lora.lora.rank=8", "actor_rollout_ref.actor.optim.lr=3e-4",
-         "actor_rollout_ref.rollout.load_format=dummy", "--cfg", "job", f"hydra.run.dir={tmp_path}"]
-    ).stdout  # fmt: skip
+def test_main_ppo_shows_the_group_and_the_command_line_wins():
+    overrides = [
+        "hybrid_lora.lora.rank=8",
+        "actor_rollout_ref.actor.optim.lr=3e-4",
+        "actor_rollout_ref.rollout.load_format=dummy",
+    ]
+    shown = run([*MAIN_PPO, "--cfg", "job", "+hybrid_lora=enabled", *overrides]).stdout
     config = OmegaConf.create(shown[shown.index("actor_rollout_ref:") :])
     assert config.actor_rollout_ref.actor.optim.lr == 3e-4
     assert config.actor_rollout_ref.rollout.load_format == "dummy"

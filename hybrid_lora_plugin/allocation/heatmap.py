@@ -35,12 +35,12 @@ def draw_heatmap(allocation: Allocation, file: Path) -> None:
         if module.signal and module.score > 0:
             grid[types.index(module.type), module.layer] = math.log10(module.score)
 
-    # A cell is 0.25 inch whatever the depth, so that 80 layers stay as readable as 28.
+    # A cell is 0.25 inch high and wide, so that 80 layers stay as readable as 28; of few layers it is wider.
     figure = Figure(figsize=(max(6.0, 0.25 * layers + 2.4), 0.25 * len(types) + 2.0), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     axes.set_facecolor("#d9d9d9")
-    image = axes.imshow(grid, cmap="viridis", aspect="equal", interpolation="nearest")
+    image = axes.imshow(grid, cmap="viridis", aspect="equal" if layers > 14 else "auto", interpolation="nearest")
     silent = marked = False
     for module in allocation.modules:
         column, row = module.layer, types.index(module.type)

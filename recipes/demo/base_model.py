@@ -119,7 +119,9 @@ def encode_rows(tokenizer, problems: list[task.Problem], answers: list[str]) -> 
 
 
 @torch.no_grad()
-def respond(model, tokenizer, problems: list[task.Problem], temperature: float = 0.0, generator=None, max_new_tokens: int = 8) -> list[str]:
+def respond(
+    model, tokenizer, problems: list[task.Problem], temperature: float = 0.0, generator=None, max_new_tokens: int = 8
+) -> list[str]:
     """One response per problem, decoded without special tokens; temperature 0 is greedy."""
     chats = [[{"role": "user", "content": problem.prompt}] for problem in problems]
     prompts = tokenizer.apply_chat_template(chats, add_generation_prompt=True, tokenize=False)
@@ -168,7 +170,9 @@ class _Progress:
         print(line, end=end, file=sys.stderr, flush=True)
 
 
-def train(model, tokenizer, *, seed: int, steps: int, batch_size: int, lr: float, forget_rate: float, quiet: bool) -> None:
+def train(
+    model, tokenizer, *, seed: int, steps: int, batch_size: int, lr: float, forget_rate: float, quiet: bool
+) -> None:
     """Supervised training in place: AdamW, warm-up over a tenth of the steps, then cosine to zero.
 
     The flaw is drawn anew for every row and step. Drawn once per problem it would be a fact to memorise; drawn
@@ -241,22 +245,39 @@ def build(
     Raises:
         ConfigurationError: a value cannot be used, or the folder holds something else.
     """
-    for name, value in (("steps", steps), ("batch_size", batch_size), ("hidden", hidden), ("intermediate", intermediate), ("layers", layers)):
+    for name, value in (
+        ("steps", steps),
+        ("batch_size", batch_size),
+        ("hidden", hidden),
+        ("intermediate", intermediate),
+        ("layers", layers),
+    ):
         if value < 1:
             raise ConfigurationError(f"{name}: {value!r} is not usable; give a whole number of at least 1")
     if not 0 <= forget_rate <= 1:
-        raise ConfigurationError(f"forget_rate: {forget_rate!r} is not usable; give a share in [0, 1], e.g. {FORGET_RATE}")
+        raise ConfigurationError(
+            f"forget_rate: {forget_rate!r} is not usable; give a share in [0, 1], e.g. {FORGET_RATE}"
+        )
     folder = Path(folder)
     settings = {
-        "recipe_version": RECIPE_VERSION, "seed": seed, "steps": steps, "batch_size": batch_size, "lr": lr,
-        "hidden": hidden, "intermediate": intermediate, "layers": layers, "forget_rate": forget_rate,
+        "recipe_version": RECIPE_VERSION,
+        "seed": seed,
+        "steps": steps,
+        "batch_size": batch_size,
+        "lr": lr,
+        "hidden": hidden,
+        "intermediate": intermediate,
+        "layers": layers,
+        "forget_rate": forget_rate,
         "task_sha256": hashlib.sha256(repr((CHAT_TEMPLATE, task.pool("train"))).encode()).hexdigest(),
     }
     found = _read_fingerprint(folder)
     if found is not None and found["settings"] == settings:
         return folder
     if found is None and folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigurationError(f"folder: {folder} holds something that is not a demo base model; give a new or an empty folder")
+        raise ConfigurationError(
+            f"folder: {folder} holds something that is not a demo base model; give a new or an empty folder"
+        )
 
     started = time.monotonic()
     tokenizer = build_tokenizer()
@@ -304,7 +325,9 @@ def _read_fingerprint(folder: Path) -> dict | None:
 
 
 def main(arguments: list[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m recipes.demo.base_model", description="Train the demo's base model.")
+    parser = argparse.ArgumentParser(
+        prog="python -m recipes.demo.base_model", description="Train the demo's base model."
+    )
     parser.add_argument("folder", help="where to save it; returns at once if it is already there")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--steps", type=int, default=500)

@@ -80,7 +80,12 @@ def draw(split: str, count: int, seed: int = 0) -> list[Problem]:
     for wanted, carries in ((carry_count, True), (count - carry_count, False)):
         candidates = [problem for problem in problems if problem.carries == carries]
         if not 0 <= wanted <= len(candidates):
-            most = int(min(sum(p.carries for p in problems) / CARRY_SHARE, sum(not p.carries for p in problems) / (1 - CARRY_SHARE)))
+            most = int(
+                min(
+                    sum(p.carries for p in problems) / CARRY_SHARE,
+                    sum(not p.carries for p in problems) / (1 - CARRY_SHARE),
+                )
+            )
             raise ConfigurationError(
                 f"count: {count} problems asked for, the {split} split can give 0 to {most}; ask for fewer"
             )
