@@ -112,7 +112,9 @@ class HybridLoraConfig:
 
     enabled: bool = documented(True, "Whether this run trains under an allocation.", source="plugin")
     allocation: str | None = documented(
-        None, "Folder or allocation.json written by `hybrid-lora-probe`.", source="none: must be given"
+        None,
+        "Folder or allocation.json written by `hybrid-lora-probe`, on a path that every worker can read.",
+        source="none: must be given",
     )
     criterion: str = documented(
         "hybrid", "Criterion that scores the modules.", source="paper Eq. 14", choices=("hybrid",)

@@ -91,6 +91,14 @@ def _describe(type_: Any) -> str:
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(plain, str(plain))
 
 
+def default_text(spec: dataclasses.Field) -> str:
+    """The default of a field as a user would type it."""
+    default = spec.default_factory() if spec.default_factory is not dataclasses.MISSING else spec.default
+    if default is None:
+        return "null"
+    return str(default).lower() if isinstance(default, bool) else str(default)
+
+
 def wants_help(argv: Sequence[str]) -> bool:
     """Whether the user asks for help."""
     return any(argument in ("-h", "--help", "help") for argument in argv)
@@ -108,9 +116,7 @@ def help_text(program: str, summary: str, example: str, kind: type) -> str:
         "options:",
     ]
     for name, _, spec in options(kind):
-        default = spec.default_factory() if spec.default_factory is not dataclasses.MISSING else spec.default
-        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
-        lines.append(f"  {name}={shown}")
+        lines.append(f"  {name}={default_text(spec)}")
         details = [spec.metadata["help"]]
         if spec.metadata["choices"]:
             details.append(f"Choices: {', '.join(map(str, spec.metadata['choices']))}.")

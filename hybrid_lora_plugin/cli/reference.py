@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import sys
 from pathlib import Path
 
-from hybrid_lora_plugin.cli.arguments import options
+from hybrid_lora_plugin.cli.arguments import default_text, options
 from hybrid_lora_plugin.config import ExportCommandConfig, HybridLoraConfig, ProbeCommandConfig
 
 SECTIONS = (
@@ -26,14 +25,12 @@ def table(kind: type, prefix: str) -> list[str]:
     """Markdown rows, one for each option of a configuration dataclass."""
     lines = ["| option | default | meaning | source of the default |", "| --- | --- | --- | --- |"]
     for name, _, spec in options(kind):
-        default = spec.default_factory() if spec.default_factory is not dataclasses.MISSING else spec.default
-        shown = "null" if default is None else str(default).lower() if isinstance(default, bool) else default
         meaning = spec.metadata["help"]
         if spec.metadata["choices"]:
             meaning += " One of " + ", ".join(f"`{choice}`" for choice in spec.metadata["choices"]) + "."
         if spec.metadata["unit"]:
             meaning += f" Unit: {spec.metadata['unit']}."
-        lines.append(f"| `{prefix}{name}` | `{shown}` | {meaning} | {spec.metadata['source']} |")
+        lines.append(f"| `{prefix}{name}` | `{default_text(spec)}` | {meaning} | {spec.metadata['source']} |")
     return lines
 
 

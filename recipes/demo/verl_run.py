@@ -20,11 +20,10 @@ ROOT = Path(__file__).parents[2]
 #: what verl and Ray print on their way up, and what that means; start-up is most of a short run
 _PHASES = (
     ("Started a local Ray instance", "Ray is up, starting the trainer"),
-    ("create worker group", "starting the actor"),
+    ("dataloader initialized", "data loaded, starting the actor"),
     ("actor and ref model engine initialized", "actor built under the allocation, starting vLLM"),
-    ("reward loop manager initialized", "vLLM process started, loading the model"),
-    ("llm server manager initialized", "vLLM is up"),
-    ("Training Progress", "first validation done, training"),
+    ("checkpoint engine manager initialized", "vLLM is up, starting the agent workers"),
+    ("Saving checkpoint to", "saving the checkpoint"),
 )
 
 
