@@ -39,7 +39,7 @@ $(VENV)/.installed: requirements/cpu.txt requirements/overrides.txt pyproject.to
 test: install ## all tests, with the real verl, Ray and vLLM
 	$(BIN)/python -m pytest
 
-test-fast: install ## the tests of the pure parts: seconds
+test-fast: install ## the tests that start no verl process: about a minute
 	$(BIN)/python -m pytest -m "not verl"
 
 demo: install ## the whole line on two CPU cores: probe, verl GSPO run, proof, export, report
