@@ -100,7 +100,7 @@ def census_line(log: Path) -> str:
     return "not found in the log"
 
 
-def demo(output: Path, steps: int, cache: Path) -> int:
+def demo(output: Path, steps: int, cache: Path, ranks: int = 1) -> int:
     """Run every stage; returns 0 if every check holds, else 1."""
     stage = Stages(["model", "probe", "train", "export", "report"])
     output.mkdir(parents=True, exist_ok=True)
@@ -124,6 +124,7 @@ def demo(output: Path, steps: int, cache: Path) -> int:
                     f"actor_rollout_ref.model.path={model}",
                     f"data.train_files={files['train']}",
                     f"data.val_files={files['validation']}",
+                    f"trainer.n_gpus_per_node={ranks}",
                     f"trainer.total_training_steps={steps}",
                     f"trainer.save_freq={steps}",
                     f"trainer.default_local_dir={run / 'checkpoints'}",
@@ -176,11 +177,14 @@ def main(arguments: list[str] | None = None) -> int:
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder for probe, runs and report")
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="folder for the base model and data")
+    parser.add_argument(
+        "--ranks", type=int, default=1, choices=(1, 2), help="trainer ranks, each with a vLLM (default 1)"
+    )
     options = parser.parse_args(arguments)
     if options.steps < 2:
         parser.error(f"--steps: {options.steps} is too few; give at least 2, so that a step follows a weight sync")
     try:
-        return demo(options.output.resolve(), options.steps, options.cache.resolve())
+        return demo(options.output.resolve(), options.steps, options.cache.resolve(), options.ranks)
     except (ConfigurationError, RunFailed) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1
