@@ -24,7 +24,7 @@ TORCH_SOURCE = $(if $(strip $(FIND_LINKS)),$(addprefix --find-links ,$(FIND_LINK
 .PHONY: help install test test-fast demo probe-smollm2 docs lint lock clean
 
 help:
-	@sed -n 's/^\([a-z0-9-]*\):.*## /  make \1|/p' $(MAKEFILE_LIST) | column -t -s '|'
+	@sed -n 's/^\([a-z0-9-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r name text; do printf '  make %-15s %s\n' "$$name" "$$text"; done
 
 install: $(VENV)/.installed ## install the locked CPU set and the plugin into .venv
 
