@@ -139,7 +139,9 @@ def main(argv: list[str] | None = None) -> int:
         convert(find_gguf(), folder)
     write_rows(rows)
     return probe(
-        config, program="probe_smollm2", resume_command=shlex.join(["python", "recipes/probe_smollm2.py", *argv])
+        config,
+        program="probe_smollm2",
+        resume_command=shlex.join([os.path.relpath(sys.executable), "recipes/probe_smollm2.py", *argv]),
     )
 
 
