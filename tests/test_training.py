@@ -92,6 +92,12 @@ def test_apply_refuses_the_allocation_of_another_model(allocation, tmp_path):
         apply_allocation(other, allocation)
 
 
+def test_apply_refuses_an_allocation_that_leaves_nothing_to_lora(tiny_qwen2, tmp_path):
+    everything = load_allocation(make_allocation(tiny_qwen2, tmp_path / "all", ratio=1.0))
+    with pytest.raises(ConfigurationError, match="leaves no module to LoRA"):
+        apply_allocation(AutoModelForCausalLM.from_pretrained(tiny_qwen2), everything)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_merge_rounds_once_from_the_untouched_base(dtype):
     generator = torch.Generator().manual_seed(0)

@@ -43,6 +43,10 @@ def apply_allocation(
         )
     allocation.check_model(model.config, find_candidates(model))
     full, lora = set(allocation.full_names), sorted(allocation.lora_names)
+    if not lora:
+        raise ConfigurationError(
+            "allocation: it leaves no module to LoRA; lower budget.ratio, or train without hybrid_lora for full fine-tuning"
+        )
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,
         r=rank,
