@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import sys
 from functools import partial
@@ -170,6 +171,34 @@ def weights_of(engine) -> dict[str, torch.Tensor]:
     return {name: whole(parameter) for name, parameter in engine.module.named_parameters()}
 
 
+def refused_resumes(engine, checkpoint: str, other_allocation: str) -> dict[str, str]:
+    """What the engine says when a run resumes under another allocation, another alpha, or on another base model."""
+    from hybrid_lora_plugin import load_allocation
+    from hybrid_lora_plugin.config import ConfigurationError
+
+    def message() -> str:
+        try:
+            engine.load_checkpoint(checkpoint, del_local_after_load=False)
+        except ConfigurationError as error:
+            return str(error)
+        return "accepted"
+
+    said, own = {}, (engine.allocation, engine.model_config)
+    engine.allocation = load_allocation(other_allocation)
+    said["allocation"] = message()
+    engine.allocation, engine.model_config = own[0], copy.copy(own[1])
+    object.__setattr__(engine.model_config, "lora_alpha", 64)
+    said["alpha"] = message()
+    engine.model_config = own[1]
+    frozen = next(p for n, p in engine.module.named_parameters() if not p.requires_grad and "norm" in n)
+    with torch.no_grad():
+        local = frozen.to_local() if hasattr(frozen, "to_local") else frozen
+        local.add_(1e-3)
+    said["base model"] = message()
+    said["nothing wrong"] = message()
+    return said
+
+
 def main(path: str) -> None:
     import verl  # noqa: F401  loads the plugin as in any verl process
     from verl.utils.distributed import initialize_global_process_group
@@ -217,6 +246,7 @@ def main(path: str) -> None:
         results["reference_resumed"] = gather_log_probs(engine, batch, ranks, reference=True)
         results["steps_resumed"] = train(engine, batch, loss, 2, ranks)
         tensors["resumed"] = weights_of(engine)
+        results["refused"] = refused_resumes(engine, str(checkpoint), arguments["other_allocation"])
 
     if rank == 0:
         for name, group in tensors.items():

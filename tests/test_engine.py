@@ -28,20 +28,36 @@ pytestmark = pytest.mark.verl
 def setting(tmp_path_factory):
     folder = tmp_path_factory.mktemp("engine")
     model = make_tiny_qwen2(folder / "model", layers=2, tie_word_embeddings=False)
+    make_allocation(model, folder / "other_allocation", seed=5)
     return folder, model, make_allocation(model, folder / "allocation")
 
 
 @pytest.fixture(scope="module")
 def one(setting):
     folder, model, allocation = setting
-    return run_engine(folder / "one", 1, model=model, allocation=allocation, micro_batch=2)
+    return run_engine(
+        folder / "one",
+        1,
+        model=model,
+        allocation=allocation,
+        micro_batch=2,
+        other_allocation=folder / "other_allocation",
+    )
 
 
 @pytest.fixture(scope="module")
 def two(setting):
     """Two ranks, one row a micro-batch, and verl's default gradient checkpointing."""
     folder, model, allocation = setting
-    return run_engine(folder / "two", 2, model=model, allocation=allocation, micro_batch=1, gradient_checkpointing=True)
+    return run_engine(
+        folder / "two",
+        2,
+        model=model,
+        allocation=allocation,
+        micro_batch=1,
+        gradient_checkpointing=True,
+        other_allocation=folder / "other_allocation",
+    )
 
 
 @pytest.fixture(scope="module", params=[1, 2], ids=["1-rank", "2-ranks"])
@@ -152,3 +168,16 @@ def test_two_ranks_with_checkpointing_train_as_one_rank_does(one, two):
 def test_resumed_run_continues_bit_for_bit(result):
     assert result["steps_resumed"] == result["steps_on"]
     assert all(torch.equal(tensor, result["trained_on"][name]) for name, tensor in result["resumed"].items())
+
+
+@pytest.mark.parametrize(
+    "case, words",
+    [
+        ("allocation", ["hybrid_lora.allocation", "resume with"]),
+        ("alpha", ["alpha 64", "hybrid_lora.lora.alpha=8"]),
+        ("base model", ["actor_rollout_ref.model.path", "norm"]),
+        ("nothing wrong", ["accepted"]),
+    ],
+)
+def test_resume_is_refused_where_it_would_make_another_model(result, case, words):
+    assert all(word in result["refused"][case] for word in words), result["refused"][case]

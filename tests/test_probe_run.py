@@ -161,3 +161,10 @@ def test_lines_state_step_loss_and_remaining_time(capsys):
     lines = capsys.readouterr().err.splitlines()
     assert len(lines) == 2 and lines[0].startswith("warm-up 2/3  loss 1.5000") and lines[1].endswith("ETA 0:00")
     assert clock(3725) == "1:02:05" and clock(65) == "1:05"
+
+
+def test_several_processes_are_refused_instead_of_probing_the_same_thing_each(tiny_qwen2, tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    with pytest.raises(ProbeError, match="WORLD_SIZE: 4 processes"):
+        run_probe(probe_config(tiny_qwen2, tmp_path))
+    assert not (tmp_path / "out").exists()

@@ -12,7 +12,8 @@ SECTIONS = (
     (
         "The `hybrid_lora` node of a verl run",
         "Set on the command line of `verl.trainer.main_ppo` behind `+hybrid_lora=enabled`, for example "
-        "`hybrid_lora.full_lr=2e-6`.",
+        "`hybrid_lora.full_lr=2e-6`. `criterion`, `direction`, `normalise`, `budget` and `probe` describe probing: a run that "
+        "is given an allocation does not read them, the artifact records what it was made with.",
         "hybrid_lora.",
         HybridLoraConfig,
     ),

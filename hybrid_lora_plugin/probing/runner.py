@@ -66,6 +66,11 @@ def run_probe(config: ProbeCommandConfig, progress: Progress | None = None) -> P
     ):
         if not value:
             raise ProbeError(f"{field}: nothing given; give it, e.g. {example}")
+    ranks = int(os.environ.get("WORLD_SIZE", "1"))
+    if ranks > 1:
+        raise ProbeError(
+            f"WORLD_SIZE: {ranks} processes were started, the probe runs on one; start it without torchrun"
+        )
     output_dir = Path(config.output_dir)
     refuse_existing(output_dir)
 

@@ -21,6 +21,7 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from hybrid_lora_plugin.allocation.artifact import Allocation, load_allocation
 from hybrid_lora_plugin.config import ConfigurationError
 
 FOLDER = "hybrid_lora"
@@ -71,6 +72,46 @@ def save_trainables(
     return target
 
 
+def load_description(folder: Path) -> TrainablesDescription:
+    """Read the JSON of a ``hybrid_lora`` folder.
+
+    Raises:
+        ConfigurationError: missing or not understood.
+    """
+    try:
+        raw = json.loads((folder / DESCRIPTION).read_text())
+        if raw.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(f"schema_version is {raw.get('schema_version')!r}, wanted {SCHEMA_VERSION}")
+        return TrainablesDescription(**{f.name: raw[f.name] for f in fields(TrainablesDescription)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"checkpoint: {str(folder)!r} cannot be read ({error}); use another checkpoint"
+        ) from error
+
+
+def require_same_setting(folder: Path, allocation: Allocation, rank: int, alpha: int) -> None:
+    """Refuse to resume a checkpoint under a setting that would make another model of its weights.
+
+    Args:
+        folder: the checkpoint's ``hybrid_lora`` folder.
+        allocation, rank, alpha: of the run that resumes.
+
+    Raises:
+        ConfigurationError: modules are assigned differently, or the adapters would be scaled differently.
+    """
+    saved, description = load_allocation(folder / ALLOCATION), load_description(folder)
+    if (saved.full_names, saved.lora_names) != (allocation.full_names, allocation.lora_names):
+        raise ConfigurationError(
+            f"hybrid_lora.allocation: it assigns modules differently from the checkpoint in {str(folder)!r}; resume with "
+            f"hybrid_lora.allocation={folder / ALLOCATION}"
+        )
+    if (description.rank, description.alpha) != (rank, alpha):
+        raise ConfigurationError(
+            f"hybrid_lora.lora: rank {rank} and alpha {alpha} differ from the checkpoint in {str(folder)!r}; resume with "
+            f"hybrid_lora.lora.rank={description.rank} hybrid_lora.lora.alpha={description.alpha}"
+        )
+
+
 def load_trainables(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], TrainablesDescription, Path]:
     """Read what ``save_trainables`` wrote.
 
@@ -91,13 +132,10 @@ def load_trainables(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor],
             f"checkpoint: {str(folder)!r} holds no {FOLDER}/{TENSORS}; give a global_step_N folder that a run with "
             "+hybrid_lora=enabled saved"
         )
+    description = load_description(found)
     try:
-        raw = json.loads((found / DESCRIPTION).read_text())
-        if raw.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(f"schema_version is {raw.get('schema_version')!r}, wanted {SCHEMA_VERSION}")
-        description = TrainablesDescription(**{f.name: raw[f.name] for f in fields(TrainablesDescription)})
         return load_file(found / TENSORS), description, found / ALLOCATION
-    except (OSError, ValueError, KeyError, TypeError, SafetensorError) as error:
+    except (OSError, SafetensorError) as error:
         raise ConfigurationError(
             f"checkpoint: {str(found)!r} cannot be read ({error}); use another checkpoint"
         ) from error

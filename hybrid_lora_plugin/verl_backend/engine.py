@@ -21,8 +21,8 @@ from verl.workers.engine import FSDPEngineWithLMHead
 from hybrid_lora_plugin.allocation.artifact import ALLOCATION_FILE, load_allocation
 from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig
 from hybrid_lora_plugin.training.apply import apply_allocation, census, plain_name, trainable_groups
-from hybrid_lora_plugin.training.reference import BaseSnapshot
-from hybrid_lora_plugin.training.trainables import ALLOCATION, FOLDER, TrainablesDescription, save_trainables
+from hybrid_lora_plugin.training.reference import BaseSnapshot, local_tensor
+from hybrid_lora_plugin.training.trainables import FOLDER, TrainablesDescription, require_same_setting, save_trainables
 from hybrid_lora_plugin.verl_backend import requirements
 from hybrid_lora_plugin.verl_backend.rollout_sync import merged_weights
 
@@ -53,14 +53,13 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
     def _build_lora_module(self, module):
         # As in verl: the embedding output needs a gradient for checkpointed layers below the first adapter.
         module.enable_input_require_grads()
-        peft_model = apply_allocation(
+        return apply_allocation(
             module,
             self.allocation,
             rank=self.model_config.lora_rank,
             alpha=self.model_config.lora_alpha,
             dropout=self.hybrid.lora.dropout,
         )
-        return peft_model
 
     def _build_fsdp_module(self, module):
         module = super()._build_fsdp_module(module)
@@ -149,15 +148,26 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         torch.distributed.barrier()
 
     def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=True, **kwargs):
-        kept = Path(local_path or "") / FOLDER / ALLOCATION
-        if local_path is not None and kept.is_file():
-            saved = load_allocation(kept)
-            if saved.full_names != self.allocation.full_names or saved.lora_names != self.allocation.lora_names:
-                raise ConfigurationError(
-                    f"hybrid_lora.allocation: {self.hybrid.allocation!r} assigns modules differently from the checkpoint "
-                    f"in {str(local_path)!r}; resume with hybrid_lora.allocation={kept}"
-                )
+        kept = Path(local_path or "") / FOLDER
+        if local_path is not None and kept.is_dir():
+            require_same_setting(kept, self.allocation, self.model_config.lora_rank, self.model_config.lora_alpha)
+        base = self._frozen_sums()
         super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
+        # The checkpoint holds frozen weights too. If they are not those of model.path, the reference snapshot, which
+        # was taken from there, belongs to another base model.
+        changed = [name for name, sums in self._frozen_sums().items() if sums != base[name]]
+        if changed:
+            raise ConfigurationError(
+                f"actor_rollout_ref.model.path: {self.model_config.path!r} is not the base model of the checkpoint in "
+                f"{str(local_path)!r}, first difference {plain_name(changed[0])!r}; give the model the run started from"
+            )
+
+    def _frozen_sums(self) -> dict[str, tuple[float, float]]:
+        """Sum and absolute sum of this rank's shard of each frozen weight: enough to tell one base from another."""
+        shards = {n: local_tensor(p).detach() for n, p in self.module.named_parameters() if not p.requires_grad}
+        return {
+            n: (s.sum(dtype=torch.float64).item(), s.abs().sum(dtype=torch.float64).item()) for n, s in shards.items()
+        }
 
 
 def _gradient_norm(parameters) -> float:

@@ -62,6 +62,14 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v is True,
         "true: hybrid_lora.sync=merge sends merged weights and the rollout engine runs no adapter",
     ),
+    MODEL + "lora.hybrid": (
+        lambda v: isinstance(v, Mapping) and bool(v),
+        "leave it as +hybrid_lora=enabled sets it: without it workers train plain LoRA",
+    ),
+    MODEL + "lora.rollout_dtype": (
+        lambda v: v in ("bfloat16", "bf16", "float16", "fp16", "float32", "fp32"),
+        "a type for merged weights: actor_rollout_ref.rollout.dtype=bfloat16, float16 or float32",
+    ),
     MODEL + "lora_adapter_path": (lambda v: v is None, "null: training starts from the base model"),
     MODEL + "target_modules": (
         lambda v: v == "all-linear",
@@ -119,6 +127,7 @@ def check_engine(model_config, engine_config, checkpoint_config) -> None:
             MODEL + "lora_rank": model_config.lora_rank,
             MODEL + "lora_alpha": model_config.lora_alpha,
             MODEL + "lora.merge": model_config.lora.get("merge"),
+            MODEL + "lora.rollout_dtype": model_config.lora.get("rollout_dtype"),
             MODEL + "lora_adapter_path": model_config.lora_adapter_path,
             MODEL + "target_modules": model_config.target_modules,
         }

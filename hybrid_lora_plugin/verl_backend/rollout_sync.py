@@ -36,15 +36,19 @@ def merged_weights(
     Yields:
         (plain Hugging Face name, tensor of ``dtype``); fresh storage where the value is a product or was sharded,
         so the receiver must not write to it.
+
+    Raises:
+        KeyError: an adapted layer lacks a factor under the name PEFT gives it.
     """
     state = model.state_dict()
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     for name, tensor in state.items():
         if is_adapter(name) or (tied and plain_name(name) == "lm_head.weight"):
             continue
-        factor = name.replace(".base_layer.weight", ".lora_{}." + ADAPTER + ".weight")
         whole = _whole(tensor, device)
-        if factor.format("A") in state and factor != name:
+        if name.endswith(".base_layer.weight"):
+            # A wrapped layer always has both factors; a name that changed must fail here, not send the bare base.
+            factor = name.removesuffix(".base_layer.weight") + ".lora_{}." + ADAPTER + ".weight"
             lora_a, lora_b = (_whole(state[factor.format(kind)], device) for kind in "AB")
             yield plain_name(name), merge_weight(whole, lora_a, lora_b, scaling, dtype)
         else:
