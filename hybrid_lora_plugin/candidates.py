@@ -52,6 +52,7 @@ class Candidate:
         type: one of ``TYPE_ORDER``.
         component: ``attention`` or ``mlp``.
         parameters: weight plus bias.
+        in_features, out_features: d_in and d_out of the weight; 0 where they are not known.
     """
 
     name: str
@@ -59,6 +60,12 @@ class Candidate:
     type: str
     component: str
     parameters: int
+    in_features: int = 0
+    out_features: int = 0
+
+    def lora_parameters(self, rank: int) -> int:
+        """Parameters of a LoRA adapter on this module, ``r (d_in + d_out)``."""
+        return rank * (self.in_features + self.out_features)
 
 
 def find_candidates(model: nn.Module) -> list[Candidate]:
@@ -85,7 +92,10 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
         if not isinstance(model.get_submodule(match["stack"]), nn.ModuleList):
             continue
         parameters = sum(parameter.numel() for parameter in module.parameters(recurse=False))
-        found.setdefault(match["stack"], []).append(Candidate(name, int(match["layer"]), type_, component, parameters))
+        candidate = Candidate(
+            name, int(match["layer"]), type_, component, parameters, module.in_features, module.out_features
+        )
+        found.setdefault(match["stack"], []).append(candidate)
     if not found:
         raise ConfigurationError(
             f"model: {type(model).__name__} has no linear module named "

@@ -43,18 +43,84 @@ def documented(default: Any, help: str, *, source: str, unit: str | None = None,
 class BudgetConfig:
     """How much of the candidate modules may be fully fine-tuned (Eq. 4)."""
 
-    mode: str = documented("parameters", "What the ratio is a share of.", source="paper Eq. 4", choices=("parameters",))
+    mode: str = documented(
+        "parameters",
+        "What is limited: `parameters` the share of candidate parameters that is fully fine-tuned, `modules` the share of "
+        "candidate modules, `total_trainable` the number of trainable parameters, LoRA included.",
+        source="paper Eq. 4",
+        choices=("parameters", "modules", "total_trainable"),
+    )
     ratio: float = documented(
         0.10,
-        "Share of the candidate parameters (weights and biases) that full fine-tuning may use.",
+        "Share that full fine-tuning may use, in mode `parameters` (weights and biases) or `modules`.",
         source="paper §4.3",
         unit="fraction in (0, 1]",
     )
+    total: int | None = documented(
+        None,
+        "Largest number of trainable parameters, full and LoRA together, in mode `total_trainable`.",
+        source="none: must be given in that mode",
+        unit="parameters",
+    )
     overflow: str = documented(
         "stop",
-        "At the first module that no longer fits: stop, as the paper's greedy rule does.",
+        "At the first module that no longer fits: `stop`, as the paper's greedy rule does, or `skip` it and go on.",
         source="paper §3.4",
-        choices=("stop",),
+        choices=("stop", "skip"),
+    )
+
+
+@dataclass
+class ControlConfig:
+    """Options of the criteria that choose modules without a probe: the controls of any claim about a score."""
+
+    seed: int = documented(0, "Seed of criterion `random`; draw several, each with its own.", source="own choice")
+    type: str = documented(
+        "o_proj",
+        "Module type that criterion `spread` tunes fully over the whole depth.",
+        source="own study: o_proj of every layer beat random draws",
+    )
+    modules: list[str] = documented(
+        [], "Names of the modules that criterion `explicit` tunes fully.", source="none: must be given for `explicit`"
+    )
+
+
+@dataclass
+class AdaLoraConfig:
+    """The AdaLoRA parameterisation (`probe.init=adalora`) and its rank allocation (criterion `adalora`)."""
+
+    lr: float = documented(
+        5.0e-4,
+        "Warm-up learning rate; at 2.5e-5 this initialisation barely trains.",
+        source="AdaLoRA, MNLI script",
+        unit="per step",
+    )
+    initial_rank: int = documented(24, "Rank of every adapter before pruning.", source="1.5 × target, as in AdaLoRA")
+    target_rank: int = documented(16, "Mean rank of the adapters after pruning.", source="paper §4.3 (LoRA rank)")
+    start: float = documented(
+        0.1, "Share of the warm-up before pruning begins.", source="AdaLoRA scripts, about 0.1", unit="fraction"
+    )
+    final: float = documented(
+        0.3, "Share of the warm-up after pruning ended.", source="AdaLoRA scripts, 0.2 to 0.5", unit="fraction"
+    )
+    interval: int = documented(10, "Steps between two prunings.", source="AdaLoRA scripts, 1 to 100", unit="steps")
+    beta: float = documented(
+        0.85, "Decay of the moving averages of importance and of its uncertainty.", source="AdaLoRA §4"
+    )
+    orthogonal: float = documented(
+        0.1, "Weight of the orthogonality penalty on A and B.", source="AdaLoRA, official scripts"
+    )
+
+
+@dataclass
+class AutoLoraConfig:
+    """The bi-level warm-up of criterion `autolora`."""
+
+    alpha_lr: float = documented(
+        3.0e-4,
+        "Learning rate of the selection scalars alpha, which are trained on validation batches.",
+        source="AutoLoRA, official code",
+        unit="per step",
     )
 
 
@@ -64,35 +130,83 @@ class ProbeConfig:
 
     objective: str = documented(
         "sft",
-        "Validation loss whose gradient is scored: negative log-likelihood of the response tokens.",
+        "Loss that warms up and is scored: `sft` the negative log-likelihood of the response tokens, `policy` the policy "
+        "loss of a verl run on its own rollouts (in a verl run only).",
         source="docs/differences.md (the paper leaves it open)",
-        choices=("sft",),
+        choices=("sft", "policy"),
     )
     files: list[str] = documented(
         [],
-        "Training rows as JSONL or Parquet, each with `messages`, or with `prompt` and `response`.",
-        source="none: must be given",
+        "Rows as JSONL, Parquet or a Hugging Face `datasets` folder, each with `messages`, or with `prompt` and `response`.",
+        source="none: must be given for objective sft",
     )
     warmup_steps: int = documented(500, "Optimizer steps before scoring.", source="paper §4.3", unit="steps")
     partitions: int = documented(
-        20, "Random two-bucket partitions K; one validation batch each, so T = K.", source="paper §4.3", unit="batches"
+        20, "Random two-bucket partitions K, one row of sensitivities each, so T = K.", source="paper §4.3", unit="rows"
     )
-    batch_size: int = documented(8, "Rows per warm-up step and per validation batch.", source="own choice", unit="rows")
+    partitions_per_batch: int = documented(
+        1, "Partitions drawn for one validation batch.", source="paper Algorithm 1: one", unit="partitions"
+    )
+    batch_size: int = documented(
+        8, "Rows per warm-up step and per validation batch, over all ranks.", source="own choice", unit="rows"
+    )
+    micro_batch_size: int | None = documented(
+        None,
+        "Most rows in one pass on one rank; null: as many as hold 4096 tokens. Changes memory, not the result.",
+        source="own choice",
+        unit="rows",
+    )
     max_length: int = documented(
         2048, "Longest row; the end of a longer one is cut.", source="own choice", unit="tokens"
     )
     lr: float = documented(
         2.5e-5, "Warm-up learning rate (AdamW, constant).", source="paper §4.3 (LoRA)", unit="per step"
     )
+    full_lr: float = documented(
+        1.0e-6,
+        "Warm-up learning rate of the full deltas of criterion `full_pruning`.",
+        source="paper §4.3 (full fine-tuning)",
+        unit="per step",
+    )
     init: str = documented(
         "default",
-        "Initial values: `default` is A kaiming, B = 0, e = 1.",
+        "Initial values: `default` is A kaiming, B = 0, e = 1; `adalora` is e = 0, A and B from N(0, 0.02²), trained at "
+        "`probe.adalora.lr`.",
         source="own choice: Eq. 7 leaves it open",
-        choices=("default",),
+        choices=("default", "adalora"),
     )
+    controls: bool = documented(
+        True,
+        "Also measure what `lora_drop`, `gradient_norm` and `snip` need: one more, unmasked pass per validation batch.",
+        source="own choice: every score needs controls beside it",
+    )
+    adalora: AdaLoraConfig = documented(AdaLoraConfig, "AdaLoRA.", source="arXiv 2303.10512")
+    autolora: AutoLoraConfig = documented(AutoLoraConfig, "AutoLoRA.", source="arXiv 2403.09113")
     seed: int = documented(
         0, "Seed of the adapters, the data order, the split and the partitions.", source="own choice"
     )
+
+
+#: Every criterion by name; `trial` (successive halving over allocations) has its place but is not built yet.
+CRITERIA = (
+    "hybrid",
+    "hybrid_ratio",
+    "hybrid_cv",
+    "hybrid_additive",
+    "full_pruning",
+    "adalora",
+    "autolora",
+    "lora_drop",
+    "alpha",
+    "perturbation",
+    "gradient_norm",
+    "snip",
+    "random",
+    "lora_ffn",
+    "explicit",
+    "spread",
+)
+NORMALISATIONS = ("none", "sqrt_dims", "delta_norm", "type_zscore")
 
 
 @dataclass
@@ -113,12 +227,21 @@ class HybridLoraConfig:
     enabled: bool = documented(True, "Whether this run trains under an allocation.", source="plugin")
     allocation: str | None = documented(
         None,
-        "Folder or allocation.json written by `hybrid-lora-probe`, on a path that every worker can read.",
-        source="none: must be given",
+        "Folder or allocation.json written by `hybrid-lora-probe`, on a path that every worker can read; null probes first.",
+        source="own choice",
     )
-    criterion: str = documented(
-        "hybrid", "Criterion that scores the modules.", source="paper Eq. 14", choices=("hybrid",)
+    output_dir: str | None = documented(
+        None,
+        "Where a run without an allocation writes the one it probes; null is `allocation` beside the checkpoints.",
+        source="own choice",
     )
+    phase: str = documented(
+        "train",
+        "Set by the plugin: a run that probes with objective `policy` first starts itself as `probe`.",
+        source="plugin",
+        choices=("train", "probe"),
+    )
+    criterion: str = documented("hybrid", "Criterion that scores the modules.", source="paper Eq. 14", choices=CRITERIA)
     direction: str = documented(
         "auto",
         "Which end of the score goes to full fine-tuning; auto is the criterion's own.",
@@ -126,10 +249,15 @@ class HybridLoraConfig:
         choices=("auto", "lowest", "highest"),
     )
     normalise: str = documented(
-        "none", "Normalisation of the score over module shapes; none is the paper.", source="paper", choices=("none",)
+        "none",
+        "What is divided out of the score: `none` is the paper, `sqrt_dims` the module's shape, `delta_norm` the norm of its "
+        "probe update, `type_zscore` the mean and spread of its type.",
+        source="paper",
+        choices=NORMALISATIONS,
     )
     budget: BudgetConfig = documented(BudgetConfig, "Full fine-tuning budget.", source="paper Eq. 4")
     probe: ProbeConfig = documented(ProbeConfig, "Probing run.", source="paper Algorithm 1")
+    control: ControlConfig = documented(ControlConfig, "Criteria without a probe.", source="own choice")
     full_lr: float = documented(
         1.0e-6,
         "Learning rate of the fully fine-tuned modules; that of LoRA is actor_rollout_ref.actor.optim.lr.",
@@ -172,15 +300,47 @@ class ProbeCommandConfig:
     output_dir: str | None = documented(
         None, "Folder for the artifact; must not hold another one.", source="none: must be given"
     )
-    criterion: str = documented("hybrid", "As hybrid_lora.criterion.", source="paper Eq. 14", choices=("hybrid",))
+    criterion: str = documented("hybrid", "As hybrid_lora.criterion.", source="paper Eq. 14", choices=CRITERIA)
     direction: str = documented(
         "auto", "As hybrid_lora.direction.", source="paper Algorithm 2", choices=("auto", "lowest", "highest")
     )
-    normalise: str = documented("none", "As hybrid_lora.normalise.", source="paper", choices=("none",))
+    normalise: str = documented("none", "As hybrid_lora.normalise.", source="paper", choices=NORMALISATIONS)
     budget: BudgetConfig = documented(BudgetConfig, "Full fine-tuning budget.", source="paper Eq. 4")
     probe: ProbeConfig = documented(ProbeConfig, "Probing run.", source="paper Algorithm 1")
+    control: ControlConfig = documented(ControlConfig, "Criteria without a probe.", source="own choice")
     lora: AdapterConfig = documented(
         AdapterConfig, "Adapters of the probe (rank only; Eq. 7 has its own scale).", source="paper §4.3"
+    )
+
+
+@dataclass
+class AllocateCommandConfig:
+    """What ``hybrid-lora-allocate`` takes on the command line as ``key=value``."""
+
+    artifact: str | None = documented(
+        None, "Folder written by `hybrid-lora-probe`, with its sensitivities.", source="none: must be given"
+    )
+    output_dir: str | None = documented(
+        None, "Folder for the new artifact; must not hold another one.", source="none: must be given"
+    )
+    criterion: str = documented("hybrid", "As hybrid_lora.criterion.", source="paper Eq. 14", choices=CRITERIA)
+    direction: str = documented(
+        "auto", "As hybrid_lora.direction.", source="paper Algorithm 2", choices=("auto", "lowest", "highest")
+    )
+    normalise: str = documented("none", "As hybrid_lora.normalise.", source="paper", choices=NORMALISATIONS)
+    budget: BudgetConfig = documented(BudgetConfig, "Full fine-tuning budget.", source="paper Eq. 4")
+    control: ControlConfig = documented(ControlConfig, "Criteria without a probe.", source="own choice")
+
+
+@dataclass
+class CompareCommandConfig:
+    """What ``hybrid-lora-compare`` takes on the command line as ``key=value``."""
+
+    allocations: list[str] = documented(
+        [], "Two or more artifact folders, or allocation.json files, of one model.", source="none: must be given"
+    )
+    output_dir: str | None = documented(
+        None, "New folder for compare.md and compare.png; null prints only.", source="own choice"
     )
 
 
@@ -209,11 +369,11 @@ def _check(config: Any, prefix: str) -> None:
             raise ConfigurationError(f"{name}: {value!r} is not supported; choose one of {', '.join(choices)}")
 
 
-def validate(config: HybridLoraConfig | ProbeCommandConfig, prefix: str = "") -> None:
+def validate(config: Any, prefix: str = "") -> None:
     """Refuse values that cannot work, before anything is loaded or written.
 
     Args:
-        config: the configuration to check.
+        config: one of the configurations above; the parts it has are checked.
         prefix: put before each field name in messages, e.g. ``"hybrid_lora."``.
 
     Raises:
@@ -221,23 +381,66 @@ def validate(config: HybridLoraConfig | ProbeCommandConfig, prefix: str = "") ->
     """
     _check(config, prefix)
 
-    def require(ok: bool, name: str, value: Any, wanted: str) -> None:
+    def require(ok: bool, name: str, wanted: str) -> None:
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
         if not ok:
             raise ConfigurationError(f"{prefix}{name}: {value!r} is not usable; give {wanted}")
 
-    require(0 < config.budget.ratio <= 1, "budget.ratio", config.budget.ratio, "a fraction in (0, 1], e.g. 0.1")
-    require(config.lora.rank > 0, "lora.rank", config.lora.rank, "a LoRA rank of at least 1, e.g. 16")
-    require(config.lora.alpha > 0, "lora.alpha", config.lora.alpha, "a LoRA alpha above 0, e.g. 32")
-    require(0 <= config.lora.dropout < 1, "lora.dropout", config.lora.dropout, "a dropout in [0, 1), e.g. 0.0")
-    require(config.probe.warmup_steps >= 0, "probe.warmup_steps", config.probe.warmup_steps, "0 or more steps")
+    if hasattr(config, "budget"):
+        budget = config.budget
+        require(0 < budget.ratio <= 1, "budget.ratio", "a fraction in (0, 1], e.g. 0.1")
+        if budget.mode == "total_trainable":
+            require(
+                budget.total is not None and budget.total > 0,
+                "budget.total",
+                "the largest number of trainable parameters, e.g. 150000000",
+            )
+    if hasattr(config, "control") and config.criterion == "explicit":
+        require(
+            bool(config.control.modules),
+            "control.modules",
+            "the modules to tune fully, e.g. [model.layers.0.mlp.up_proj]",
+        )
+    if hasattr(config, "lora"):
+        require(config.lora.rank > 0, "lora.rank", "a LoRA rank of at least 1, e.g. 16")
+        require(config.lora.alpha > 0, "lora.alpha", "a LoRA alpha above 0, e.g. 32")
+        require(0 <= config.lora.dropout < 1, "lora.dropout", "a dropout in [0, 1), e.g. 0.0")
+    if hasattr(config, "probe"):
+        _validate_probe(config.probe, require)
+    if hasattr(config, "full_lr"):
+        require(config.full_lr > 0, "full_lr", "a learning rate above 0, e.g. 1e-6")
+
+
+def _validate_probe(probe: ProbeConfig, require: Any) -> None:
+    require(probe.warmup_steps >= 0, "probe.warmup_steps", "0 or more steps")
+    require(probe.partitions >= 2, "probe.partitions", "at least 2, or no spread can be measured")
     require(
-        config.probe.partitions >= 2,
-        "probe.partitions",
-        config.probe.partitions,
-        "at least 2, or no spread can be measured",
+        1 <= probe.partitions_per_batch <= probe.partitions // 2,
+        "probe.partitions_per_batch",
+        "1 to half of probe.partitions, so that there are two validation batches or more",
     )
-    require(config.probe.batch_size >= 1, "probe.batch_size", config.probe.batch_size, "at least 1 row")
-    require(config.probe.max_length >= 2, "probe.max_length", config.probe.max_length, "at least 2 tokens")
-    require(config.probe.lr > 0, "probe.lr", config.probe.lr, "a learning rate above 0, e.g. 2.5e-5")
-    if isinstance(config, HybridLoraConfig):
-        require(config.full_lr > 0, "full_lr", config.full_lr, "a learning rate above 0, e.g. 1e-6")
+    require(probe.batch_size >= 1, "probe.batch_size", "at least 1 row")
+    require(
+        probe.micro_batch_size is None or probe.micro_batch_size >= 1,
+        "probe.micro_batch_size",
+        "at least 1 row, or null",
+    )
+    require(probe.max_length >= 2, "probe.max_length", "at least 2 tokens")
+    require(probe.lr > 0, "probe.lr", "a learning rate above 0, e.g. 2.5e-5")
+    require(probe.full_lr > 0, "probe.full_lr", "a learning rate above 0, e.g. 1e-6")
+    adalora, autolora = probe.adalora, probe.autolora
+    require(adalora.lr > 0, "probe.adalora.lr", "a learning rate above 0, e.g. 5e-4")
+    require(adalora.target_rank >= 1, "probe.adalora.target_rank", "at least 1, e.g. 16")
+    require(
+        adalora.initial_rank >= adalora.target_rank,
+        "probe.adalora.initial_rank",
+        "at least probe.adalora.target_rank, e.g. 24",
+    )
+    require(0 <= adalora.start < 1, "probe.adalora.start", "a fraction in [0, 1), e.g. 0.1")
+    require(0 <= adalora.final < 1 - adalora.start, "probe.adalora.final", "a fraction below 1 - probe.adalora.start")
+    require(adalora.interval >= 1, "probe.adalora.interval", "at least 1 step")
+    require(0 <= adalora.beta < 1, "probe.adalora.beta", "a decay in [0, 1), e.g. 0.85")
+    require(adalora.orthogonal >= 0, "probe.adalora.orthogonal", "0 or more, e.g. 0.1")
+    require(autolora.alpha_lr > 0, "probe.autolora.alpha_lr", "a learning rate above 0, e.g. 1e-3")

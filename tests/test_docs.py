@@ -9,10 +9,22 @@ import pytest
 from verl_processes import ROOT
 
 from hybrid_lora_plugin.cli.arguments import parse
-from hybrid_lora_plugin.config import ExportCommandConfig, ProbeCommandConfig
+from hybrid_lora_plugin.config import (
+    AllocateCommandConfig,
+    CompareCommandConfig,
+    ExportCommandConfig,
+    ProbeCommandConfig,
+)
 
 PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").glob("*.md"))]
-COMMANDS = {"hybrid-lora-probe": ProbeCommandConfig, "hybrid-lora-export": ExportCommandConfig}
+COMMANDS = {
+    "hybrid-lora-probe": ProbeCommandConfig,
+    "hybrid-lora-allocate": AllocateCommandConfig,
+    "hybrid-lora-compare": CompareCommandConfig,
+    "hybrid-lora-export": ExportCommandConfig,
+}
+# Under torchrun a command is the module that its entry point names.
+MODULES = {"hybrid_lora_plugin.cli.probe": ProbeCommandConfig}
 
 
 def code_of(page):
@@ -37,6 +49,13 @@ def test_make_targets_exist():
 def test_plugin_commands_use_known_options(line):
     program, *arguments = shlex.split(line)
     parse(arguments, COMMANDS[program])
+
+
+@pytest.mark.parametrize("line", sorted({line for _, line in ALL if line.startswith("torchrun ")}))
+def test_torchrun_commands_use_known_options(line):
+    words = shlex.split(line)
+    at = words.index("-m")
+    parse(words[at + 2 :], MODULES[words[at + 1]])
 
 
 @pytest.mark.parametrize("line", sorted({line for _, line in ALL if "main_ppo" in line and "=" in line}))

@@ -21,8 +21,8 @@ PURE = {
 # What a layer may use of this package: data flow one way.
 INTERNAL = {
     "candidates.py": {"config"},
-    "scoring": {"config", "scoring"},
-    "allocation": {"config", "candidates", "allocation"},
+    "scoring": {"config", "candidates", "scoring"},
+    "allocation": {"config", "candidates", "scoring", "allocation"},
     "probing": {"config", "candidates", "scoring", "allocation", "probing", "__version__"},
     "training": {"config", "candidates", "allocation", "training", "__version__"},
 }

@@ -1,14 +1,19 @@
-"""The probe's rows: every form, the fixed split, loss on the response only, and what is refused."""
+"""The probe's data: tokens, the fixed split, loss on the response only, no more rows read than needed."""
+
+import pickle
+import weakref
 
 import pytest
 import torch
 from tiny_models import make_char_tokenizer, sums, write_jsonl
 
 from hybrid_lora_plugin.config import ProbeConfig
+from hybrid_lora_plugin.probing import data as data_module
+from hybrid_lora_plugin.probing import rows as rows_module
 from hybrid_lora_plugin.probing.data import ProbeData, tokenize
 from hybrid_lora_plugin.probing.errors import ProbeError
 from hybrid_lora_plugin.probing.loss import IGNORED
-from hybrid_lora_plugin.probing.rows import Row, read_rows
+from hybrid_lora_plugin.probing.rows import Row, row_of
 
 
 def test_all_row_forms_give_the_same_tokens_with_loss_on_the_response_and_its_end():
@@ -20,18 +25,12 @@ def test_all_row_forms_give_the_same_tokens_with_loss_on_the_response_and_its_en
         {"prompt": turns, "response": "2"},
         {"prompt": "1+1=", "response": "2"},
     ]
-    examples = [tokenize(row, tokenizer, 100) for row in _rows(files)]
+    examples = [tokenize(row, tokenizer, 100) for row in (row_of(value, "row") for value in files)]
     assert all(example == examples[0] for example in examples)
     ids, start = examples[0].input_ids, examples[0].response_start
     assert tokenizer.decode(ids[:start]) == "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n"
     assert tokenizer.decode(ids[start:]) == "2<|im_end|>"
     assert ids[-1] == tokenizer.eos_token_id
-
-
-def _rows(values):
-    from hybrid_lora_plugin.probing.rows import _row
-
-    return [_row(value, "row") for value in values]
 
 
 def test_without_a_chat_template_texts_are_verbatim_and_chats_are_refused():
@@ -43,15 +42,12 @@ def test_without_a_chat_template_texts_are_verbatim_and_chats_are_refused():
         tokenize(Row([{"role": "user", "content": "ab"}], "c"), tokenizer, 10)
 
 
-def test_jsonl_and_parquet_of_the_same_rows_are_the_same_data(tmp_path):
+def write_parquet(file, rows):
     import pyarrow
     import pyarrow.parquet
 
-    jsonl = write_jsonl(tmp_path / "rows.jsonl", sums(12))
-    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(sums(12)), tmp_path / "rows.parquet")
-    rows, (source,) = read_rows([jsonl])
-    assert rows == read_rows([str(tmp_path / "rows.parquet")])[0]
-    assert source["name"] == "rows.jsonl" and source["rows"] == 12 and len(source["sha256"]) == 64
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), file, row_group_size=100)
+    return str(file)
 
 
 def data_of(tmp_path, count=40, **changes):
@@ -108,47 +104,101 @@ def test_rows_cut_by_max_length_are_left_out_and_counted(tmp_path):
     assert data.dropped == 5 and data.record["rows"] == 35
 
 
-GOOD = {"prompt": "a", "response": "b"}
-BAD_ROWS = {
-    "no response": ([GOOD, {"prompt": "a", "response": " "}], "row 2 of .*: no response"),
-    "response of another type": ([{"prompt": "a", "response": 3}], "row 1 of .*: no response"),
-    "no prompt": ([{"prompt": "", "response": "b"}], "row 1 of .*: no prompt"),
-    "other columns": ([GOOD, GOOD, {"text": "a"}], r"row 3 of .*neither .*\['text'\]"),
-    "no assistant": ([{"messages": [{"role": "user", "content": "a"}]}], "row 1 of .*no assistant turn"),
-    "assistant first": ([{"messages": [{"role": "assistant", "content": "a"}]}], "row 1 of .*no assistant turn after"),
-    "turn without text": ([{"messages": [{"role": "user"}]}], "row 1 of .*without text"),
-    "messages as text": ([{"messages": "a"}], "row 1 of .*messages is str"),
-    "not an object": ([[1]], "row 1 of .*not an object"),
-}
-
-
-@pytest.mark.parametrize("case", BAD_ROWS)
-def test_an_unusable_row_is_named_by_its_number(tmp_path, case):
-    rows, message = BAD_ROWS[case]
-    with pytest.raises(ProbeError, match=message):
-        read_rows([write_jsonl(tmp_path / "rows.jsonl", rows)])
-
-
-def test_files_that_cannot_be_rows_are_refused(tmp_path):
-    cases = {
-        "empty.jsonl": (b"\n", "is empty"),
-        "broken.jsonl": (b'{"prompt"\n', "row 1 of .* is not JSON"),
-        "binary.jsonl": (b"\xff\xfe\x00", "not UTF-8"),
-        "rows.csv": (b"a,b", "ends in '.csv'"),
-        "rows.parquet": (b"abc", "not a Parquet file"),
-    }
-    for name, (content, message) in cases.items():
-        (tmp_path / name).write_bytes(content)
-        with pytest.raises(ProbeError, match=message):
-            read_rows([str(tmp_path / name)])
-    with pytest.raises(ProbeError, match="is not a file"):
-        read_rows([str(tmp_path / "none.jsonl")])
-    with pytest.raises(ProbeError, match="no file given"):
-        read_rows([])
-
-
 def test_too_few_rows_are_refused_with_the_number_needed(tmp_path):
     with pytest.raises(ProbeError, match="15 usable rows .* but 16 are needed"):
         data_of(tmp_path, count=15)
     with pytest.raises(ProbeError, match="probe.max_length: 8 tokens cut away the response of all 40 rows"):
         data_of(tmp_path, max_length=8)
+    with pytest.raises(ProbeError, match="3 usable rows .* but 12 are needed: 3 validation batches of 4;"):
+        data_of(tmp_path, count=3, warmup_steps=0)
+
+
+def test_rows_one_token_too_long_are_refused_and_one_more_token_admits_them(tmp_path):
+    rows = [{"prompt": "1+1=", "response": "2"}] * 40
+    prompt = tokenize(Row("1+1=", "2"), make_char_tokenizer(), 1000).response_start
+
+    def of_length(length):
+        file = write_jsonl(tmp_path / "equal.jsonl", rows)
+        return data_of(tmp_path, files=[file], max_length=length)
+
+    with pytest.raises(ProbeError, match="cut away the response of all 40 rows"):
+        of_length(prompt)
+    assert of_length(prompt + 1).dropped == 0
+
+
+def test_tokens_and_split_are_those_of_the_first_release(tmp_path):
+    """Rows once read whole into memory; an artifact made then must still be reproducible."""
+    rows = [row if i % 3 else {"prompt": "x" * 90, "response": "y"} for i, row in enumerate(sums(60))]
+    file = write_jsonl(tmp_path / "mixed.jsonl", rows)
+    data = data_of(tmp_path, files=[file])
+    assert (data.dropped, data.record["validation_rows"], data.record["tokens_sha256"][:16]) == (
+        17,
+        [8, 28, 40, 19, 5, 52, 44, 41, 53, 49, 50, 46],
+        "d542ee81a5726b5f",
+    )
+
+
+def test_partitions_share_a_validation_batch_if_asked_to(tmp_path):
+    data = data_of(tmp_path, partitions=7, partitions_per_batch=3)
+    assert data.validation_batches == 3 and len(data.record["validation_rows"]) == 12
+    assert data.validation_batch(2).rows == 4
+    assert data_of(tmp_path).validation_batches == 3
+
+
+def test_without_warmup_only_validation_rows_are_taken(tmp_path):
+    data = data_of(tmp_path, count=12, warmup_steps=0)
+    assert data.record["warmup_rows"] == 0 and len(data.record["validation_rows"]) == 12
+
+
+def test_only_rows_that_are_needed_are_converted_and_one_at_a_time(tmp_path, monkeypatch):
+    """Of a Parquet file no row becomes a Python object unless it is used, and none outlives its tokens."""
+    converted, alive = [], []  # references to rows; how many of them were alive at each tokenisation
+
+    def counted(value, where, row_of=rows_module.row_of):
+        row = row_of(value, where)
+        converted.append(weakref.ref(row))
+        return row
+
+    def watched(row, *arguments, tokenize=data_module.tokenize):
+        alive.append(sum(reference() is not None for reference in converted))
+        return tokenize(row, *arguments)
+
+    monkeypatch.setattr(rows_module, "row_of", counted)
+    monkeypatch.setattr(data_module, "tokenize", watched)
+    data_of(tmp_path, files=[write_parquet(tmp_path / "rows.parquet", sums(3000))])
+    assert len(converted) == len(alive) == 3 * 4 + 5 * 4
+    assert max(alive) <= 2
+
+    converted.clear(), alive.clear()
+    data_of(tmp_path, count=3000)
+    assert len(converted) == 3000 + 32 and max(alive) <= 2  # JSONL: each row checked, none kept
+
+
+def test_rows_that_do_not_fit_are_replaced_in_few_passes_over_the_files(tmp_path, monkeypatch):
+    rows = [row if i % 10 == 0 else {"prompt": "x" * 200, "response": "y"} for i, row in enumerate(sums(2000))]
+    requests = []
+
+    def counted(self, indices, read=rows_module.Rows.read):
+        requests.append(indices)
+        return read(self, indices)
+
+    monkeypatch.setattr(rows_module.Rows, "read", counted)
+    data = data_of(tmp_path, files=[write_jsonl(tmp_path / "long.jsonl", rows)])
+    assert len(data.record["validation_rows"]) + data.record["warmup_rows"] == 32
+    assert len(requests) <= 4 and data.dropped > 100
+
+
+def test_the_object_sent_to_other_ranks_is_small_and_gives_the_same_batches(tmp_path):
+    content = pickle.dumps(data_of(tmp_path, count=5000))
+    assert len(content) < 20_000
+    sent, data = pickle.loads(content), data_of(tmp_path, count=5000)
+    assert torch.equal(sent.validation_batch(1).labels, data.validation_batch(1).labels)
+    assert torch.equal(sent.warmup_batch(6).input_ids, data.warmup_batch(6).input_ids)
+
+
+def test_jsonl_and_parquet_of_the_same_rows_give_identical_batches(tmp_path):
+    parquet = data_of(tmp_path, files=[write_parquet(tmp_path / "rows.parquet", sums(40))])
+    jsonl = data_of(tmp_path)
+    assert parquet.record.keys() == jsonl.record.keys()
+    assert parquet.record["tokens_sha256"] == jsonl.record["tokens_sha256"]
+    assert torch.equal(parquet.warmup_batch(3).input_ids, jsonl.warmup_batch(3).input_ids)

@@ -1,16 +1,25 @@
 """A whole probe: reproducible to the byte, resumable, and careful with what is already there."""
 
+import shutil
 import signal
 from dataclasses import replace
 
 import pytest
+import torch
 from safetensors.torch import load_file
-from tiny_models import sums, write_jsonl
+from tiny_models import make_tiny_qwen2, sums, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from hybrid_lora_plugin.allocation import AllocationError, load_allocation
 from hybrid_lora_plugin.candidates import find_candidates
-from hybrid_lora_plugin.config import AdapterConfig, BudgetConfig, ModelConfig, ProbeCommandConfig, ProbeConfig
+from hybrid_lora_plugin.config import (
+    AdaLoraConfig,
+    AdapterConfig,
+    BudgetConfig,
+    ModelConfig,
+    ProbeCommandConfig,
+    ProbeConfig,
+)
 from hybrid_lora_plugin.probing import runner
 from hybrid_lora_plugin.probing.errors import ProbeError
 from hybrid_lora_plugin.probing.interrupt import ProbeInterrupted
@@ -163,8 +172,100 @@ def test_lines_state_step_loss_and_remaining_time(capsys):
     assert clock(3725) == "1:02:05" and clock(65) == "1:05"
 
 
-def test_several_processes_are_refused_instead_of_probing_the_same_thing_each(tiny_qwen2, tmp_path, monkeypatch):
-    monkeypatch.setenv("WORLD_SIZE", "4")
-    with pytest.raises(ProbeError, match="WORLD_SIZE: 4 processes"):
-        run_probe(probe_config(tiny_qwen2, tmp_path))
-    assert not (tmp_path / "out").exists()
+def test_a_checkpoint_that_changes_under_the_probe_is_refused_and_the_state_is_kept(tiny_qwen2, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_qwen2, model)
+
+    class Overwrite(Progress):
+        def advance(self, done, loss):
+            weights = model / "model.safetensors"
+            weights.write_bytes(weights.read_bytes())
+
+    with pytest.raises(ProbeError, match="model.path: .*model.safetensors changed while it was probed"):
+        run_probe(probe_config(model, tmp_path), Overwrite())
+    assert not (tmp_path / "out").exists() and (tmp_path / "out.partial").is_dir()
+
+
+def test_a_run_does_not_continue_on_other_weights_of_the_same_shape(tiny_qwen2, tmp_path):
+    model = tmp_path / "model"
+    shutil.copytree(tiny_qwen2, model)
+    with pytest.raises(ProbeInterrupted):
+        run_probe(probe_config(model, tmp_path), InterruptAt(2))
+    make_tiny_qwen2(model, seed=1)
+    with pytest.raises(ProbeError, match="model.weights: .*begun with"):
+        run_probe(probe_config(model, tmp_path))
+
+
+def test_one_run_fills_all_measurements_of_its_kind(uninterrupted):
+    measured = load_file(uninterrupted / "sensitivities.safetensors")
+    assert {name: tuple(tensor.shape) for name, tensor in measured.items()} == {
+        "sensitivities": (4, 14),
+        "lora_output": (4, 14),
+        "gradient_norm": (4, 14),
+        "snip": (4, 14),
+        "alpha": (14,),
+        "delta_norm": (14,),
+    }
+
+
+def test_several_partitions_share_a_validation_batch(tiny_qwen2, tmp_path):
+    run_probe(probe_config(tiny_qwen2, tmp_path, partitions_per_batch=2))
+    measured = load_file(tmp_path / "out" / "sensitivities.safetensors")
+    assert len(measured["sensitivities"]) == 4 and len(measured["gradient_norm"]) == 2
+    assert not torch.equal(measured["sensitivities"][0], measured["sensitivities"][1])
+
+
+@pytest.mark.parametrize(
+    "criterion, names",
+    [
+        ("perturbation", {"perturbation", "sensitivities"}),
+        ("adalora", {"adalora_rank", "adalora_importance"}),
+        ("autolora", {"autolora_alpha"}),
+        ("full_pruning", {"full_sensitivities"}),
+    ],
+)
+def test_every_run_is_resumable_to_the_byte_and_fills_its_measurements(tiny_qwen2, tmp_path, criterion, names):
+    def config(name):
+        made = probe_config(tiny_qwen2, tmp_path, name, warmup_steps=10, full_lr=1e-3)
+        made.probe.adalora = AdaLoraConfig(lr=5e-3, initial_rank=4, target_rank=2, interval=1)
+        return replace(made, criterion=criterion)
+
+    straight = run_probe(config("straight"))
+    for stop in (4, 3):
+        with pytest.raises(ProbeInterrupted):
+            run_probe(config("parts"), InterruptAt(stop))
+    assert contents(run_probe(config("parts"))) == contents(straight)
+    assert set(load_file(straight / "sensitivities.safetensors")) >= names
+    assert load_allocation(straight).criterion.name == criterion
+
+
+@pytest.mark.parametrize("criterion", ["random", "lora_ffn", "spread"])
+def test_a_criterion_without_a_probe_loads_no_weights_and_no_data(tiny_qwen2, tmp_path, criterion):
+    model = tmp_path / "only-config"
+    model.mkdir()
+    shutil.copyfile(tiny_qwen2 / "config.json", model / "config.json")
+    config = probe_config(model, tmp_path)
+    config.probe.files = []
+    allocation = load_allocation(run_probe(replace(config, criterion=criterion)))
+    assert allocation.full_names and not (tmp_path / "out" / "sensitivities.safetensors").exists()
+    assert (tmp_path / "out" / "report.md").exists()
+
+
+def test_a_rank_whose_adapters_are_no_smaller_than_the_weights_is_refused(tiny_qwen2, tmp_path):
+    config = probe_config(tiny_qwen2, tmp_path)
+    config.lora.rank = 12
+    with pytest.raises(ProbeError, match=r"lora.rank: 12 makes the adapter of .*k_proj \(32 × 16\).*give 10 or less"):
+        run_probe(config)
+
+
+def test_a_budget_below_the_smallest_module_is_refused_before_the_warm_up(tiny_qwen2, tmp_path):
+    config, progress = probe_config(tiny_qwen2, tmp_path), InterruptAt(0)
+    config.budget = BudgetConfig(ratio=1e-4)
+    with pytest.raises(AllocationError, match="budget.ratio: 0.0001"):
+        run_probe(config, progress)
+    assert not progress.losses
+
+
+def test_the_policy_objective_is_refused_outside_a_verl_run(tiny_qwen2, tmp_path):
+    with pytest.raises(ProbeError, match="probe.objective: 'policy' needs rollouts"):
+        run_probe(probe_config(tiny_qwen2, tmp_path, objective="policy"))

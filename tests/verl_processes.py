@@ -3,20 +3,15 @@
 from __future__ import annotations
 
 import json
-import socket
 import subprocess
 import sys
 from pathlib import Path
 
+from processes import free_port
+
 from recipes.demo.environment import cpu_environment
 
 ROOT = Path(__file__).parents[1]
-
-
-def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 def run(
@@ -44,13 +39,15 @@ def torchrun(ranks: int, arguments: list[str], **options) -> subprocess.Complete
     return run([*launcher, *arguments], **options)
 
 
-def run_engine(out: Path, ranks: int, environment: dict | None = None, **arguments) -> dict:
-    """Run ``tests/engine_worker.py``; returns its results, its tensors under their file names, and ``folder``."""
+def run_engine(
+    out: Path, ranks: int, environment: dict | None = None, worker: str = "tests/engine_worker.py", **arguments
+) -> dict:
+    """Run a worker on gloo ranks; returns its results, its tensors under their file names, and ``folder``."""
     from safetensors.torch import load_file
 
     out.mkdir(parents=True)
     (out / "arguments.json").write_text(json.dumps({"out": str(out)} | arguments, default=str))
-    torchrun(ranks, ["tests/engine_worker.py", str(out / "arguments.json")], **(environment or {}))
+    torchrun(ranks, [worker, str(out / "arguments.json")], **(environment or {}))
     results = json.loads((out / "results.json").read_text())
     results["folder"] = out
     return results | {file.stem: load_file(file) for file in out.glob("*.safetensors")}

@@ -1,9 +1,15 @@
-"""From scores to an allocation: the budget, the artifact on disk, its heat map and its report.
+"""From measurements to an allocation: the budget, the decision, the artifact on disk and what people read of it.
 
-A new budget mode or overflow rule is a branch of its own in ``budget.py`` and a name in the ``choices`` of
-``BudgetConfig``.
+    budget             who is fully fine-tuned, within what is allowed
+    decision           criterion, normalisation and budget in one step
+    artifact           the folder on disk; consistency, census and measurement_file are its parts
+    heatmap score_plot report compare    for people
+
+A new budget mode is a branch of ``open_account`` in ``budget.py`` and a name in the ``choices`` of ``BudgetConfig``.
+``decision`` is not imported here: who only reads an allocation needs no criteria.
 """
 
 from hybrid_lora_plugin.allocation.artifact import Allocation, load_allocation, save_allocation  # noqa: F401
 from hybrid_lora_plugin.allocation.budget import Assignment, allocate  # noqa: F401
 from hybrid_lora_plugin.allocation.errors import AllocationError  # noqa: F401
+from hybrid_lora_plugin.allocation.measurement_file import load_measurements  # noqa: F401

@@ -1,8 +1,8 @@
 """The allocation on disk: a folder that says which modules are fully fine-tuned, and from what evidence.
 
-    allocation.json              the decision; all that training needs
-    sensitivities.safetensors    tensor ``sensitivities`` [T, M] float64, module names as metadata
-    heatmap.png  report.md       for people
+    allocation.json                        the decision; all that training needs
+    sensitivities.safetensors              everything measured, [T, M] or [M] float64, module names as metadata
+    heatmap.png  scores.png  report.md     for people
 
 Written to a temporary sibling and renamed, so a folder of that name is always complete. It holds no time
 stamps: the same seed, data and versions give the same bytes. Read strictly: what is not understood is an
@@ -14,39 +14,52 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from hybrid_lora_plugin.allocation.budget import FULL, LORA, budget_limit
+from hybrid_lora_plugin.allocation.budget import FULL, LORA
+from hybrid_lora_plugin.allocation.census import census_of
+from hybrid_lora_plugin.allocation.consistency import check_allocation
 from hybrid_lora_plugin.allocation.errors import AllocationError
+from hybrid_lora_plugin.allocation.measurement_file import check_measurements, write_measurements
 from hybrid_lora_plugin.allocation.strict_json import build, read_json
-from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE, Candidate, architecture_of, model_fingerprint
+from hybrid_lora_plugin.candidates import Candidate, architecture_of, model_fingerprint
 
 SCHEMA_VERSION = 1
 ALLOCATION_FILE = "allocation.json"
-SENSITIVITIES_FILE = "sensitivities.safetensors"
 _PROBE_AGAIN = "probe again with hybrid-lora-probe"
 
 
 @dataclass(frozen=True)
 class ModelIdentity:
-    """The model an allocation is for; ``config_sha256`` is ``candidates.model_fingerprint``."""
+    """The model an allocation is for.
+
+    Attributes:
+        config_sha256: ``candidates.model_fingerprint``.
+        candidate_parameters: weights and biases of all candidates.
+        parameters: all parameters of the model, tied ones once; 0 in artifacts that do not record it.
+    """
 
     name_or_path: str
     architecture: str
     config_sha256: str
     num_layers: int
     candidate_parameters: int
+    parameters: int = 0
 
 
 @dataclass(frozen=True)
 class CriterionRecord:
-    """The criterion with every setting that shaped the scores; ``data`` describes rows and split."""
+    """The criterion with every setting that shaped the scores.
+
+    Attributes:
+        data: rows and split of the probe.
+        options: settings of this criterion only, e.g. the seed of ``random``.
+    """
 
     name: str
     direction: str
@@ -62,11 +75,15 @@ class CriterionRecord:
     dtype: str
     seed: int
     data: dict
+    options: dict = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class BudgetRecord:
-    """Budget asked (``ratio``), allowed (``limit``) and spent (``used``), in parameters."""
+    """Budget asked (``ratio``), allowed (``limit``) and spent (``used``), in the unit of the mode.
+
+    See ``budget.Assignment`` for the units, and for what ``ratio`` says in the modes that ask for none.
+    """
 
     mode: str
     ratio: float
@@ -77,7 +94,10 @@ class BudgetRecord:
 
 @dataclass(frozen=True)
 class ModuleRecord:
-    """One candidate with its moments over T batches (Eq. 15), its score and its assignment."""
+    """One candidate with its moments over T batches (Eq. 15), its score and its assignment.
+
+    ``in_features`` and ``out_features`` are 0 in artifacts that do not record them.
+    """
 
     name: str
     layer: int
@@ -89,6 +109,8 @@ class ModuleRecord:
     score: float
     signal: bool
     assignment: str
+    in_features: int = 0
+    out_features: int = 0
 
 
 @dataclass(frozen=True)
@@ -111,6 +133,14 @@ class Allocation:
     def lora_names(self) -> list[str]:
         """Names of the LoRA modules, in model order."""
         return [module.name for module in self.modules if module.assignment == LORA]
+
+    @property
+    def candidates(self) -> list[Candidate]:
+        """The M modules as candidates, in model order."""
+        return [
+            Candidate(m.name, m.layer, m.type, m.component, m.parameters, m.in_features, m.out_features)
+            for m in self.modules
+        ]
 
     def check_model(self, config: Any, candidates: Sequence[Candidate]) -> None:
         """Refuse to be applied to a model other than the one that was probed.
@@ -143,67 +173,14 @@ class Allocation:
         )
 
 
-def check_allocation(allocation: Allocation, where: str) -> None:
-    """Refuse an allocation that contradicts itself.
-
-    Args:
-        allocation: what to check.
-        where: file name for the messages.
-
-    Raises:
-        AllocationError: naming the field, the value and the way out.
-    """
-
-    def require(ok: bool, field: str, message: str) -> None:
-        if not ok:
-            raise AllocationError(f"{where}: {field}: {message}; {_PROBE_AGAIN}")
-
-    model, budget, modules = allocation.model, allocation.budget, allocation.modules
-    require(bool(modules), "modules", "empty, at least one module is wanted")
-    seen: set[str] = set()
-    for index, module in enumerate(modules):
-        field = f"modules[{index}]"
-        require(module.name not in seen, field, f"duplicate module {module.name!r}")
-        seen.add(module.name)
-        require(
-            module.assignment in (FULL, LORA),
-            f"{field}.assignment",
-            f"{module.assignment!r} for {module.name}, {FULL!r} or {LORA!r} is wanted",
-        )
-        require(module.type in COMPONENT_OF_TYPE, f"{field}.type", f"{module.type!r} is unknown")
-        require(
-            module.component == COMPONENT_OF_TYPE[module.type],
-            f"{field}.component",
-            f"{module.component!r} for a {module.type}, {COMPONENT_OF_TYPE[module.type]!r} is wanted",
-        )
-        require(
-            0 <= module.layer < model.num_layers,
-            f"{field}.layer",
-            f"{module.layer} for {module.name}, 0 to {model.num_layers - 1} is wanted",
-        )
-        require(module.parameters > 0, f"{field}.parameters", f"{module.parameters}, more than 0 is wanted")
-    total = sum(module.parameters for module in modules)
-    used = sum(module.parameters for module in modules if module.assignment == FULL)
-    require(
-        total == model.candidate_parameters,
-        "model.candidate_parameters",
-        f"{model.candidate_parameters:,} but the modules add up to {total:,}",
-    )
-    require(0 < budget.ratio <= 1, "budget.ratio", f"{budget.ratio}, a fraction in (0, 1] is wanted")
-    limit = budget_limit(total, budget.ratio)
-    require(budget.limit == limit, "budget.limit", f"{budget.limit:,} but ratio {budget.ratio} allows {limit:,}")
-    require(budget.used == used, "budget.used", f"{budget.used:,} but the full modules add up to {used:,}")
-    require(used <= limit, "budget.used", f"{used:,} exceeds the limit of {limit:,}")
-
-
-def save_allocation(folder: str | Path, allocation: Allocation, sensitivities: Tensor, census: Any) -> Path:
+def save_allocation(folder: str | Path, allocation: Allocation, measurements: Mapping[str, Tensor]) -> Path:
     """Write a complete artifact, or nothing.
 
     Args:
         folder: where to; it must not exist, or be an empty folder.
         allocation: the decision.
-        sensitivities: ``[T, M]``, columns in the order of ``allocation.modules``.
-        census: ``report.Census`` of the model under this allocation.
+        measurements: everything measured by name, ``[T, M]`` or ``[M]``, columns in the order of
+            ``allocation.modules``; may be empty.
 
     Returns:
         The folder.
@@ -211,17 +188,14 @@ def save_allocation(folder: str | Path, allocation: Allocation, sensitivities: T
     Raises:
         AllocationError: the folder holds something, cannot be written, or the pieces do not fit together.
     """
-    from safetensors.torch import save_file
-
     from hybrid_lora_plugin.allocation.heatmap import draw_heatmap
     from hybrid_lora_plugin.allocation.report import write_report
+    from hybrid_lora_plugin.allocation.score_plot import draw_scores
 
     folder = Path(folder)
     check_allocation(allocation, ALLOCATION_FILE)
-    if sensitivities.ndim != 2 or sensitivities.shape[1] != len(allocation.modules):
-        raise AllocationError(
-            f"sensitivities: shape {list(sensitivities.shape)}; give [T, {len(allocation.modules)}], a column a module"
-        )
+    check_measurements(measurements, len(allocation.modules))
+    census = census_of(allocation)
     refuse_existing(folder)
     temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     try:
@@ -230,14 +204,9 @@ def save_allocation(folder: str | Path, allocation: Allocation, sensitivities: T
         payload = {"schema_version": allocation.schema_version} | asdict(allocation)
         text = json.dumps(payload, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
         (temporary / ALLOCATION_FILE).write_text(text, encoding="utf-8")
-        # One metadata key only: the order of several is not fixed, and with it the bytes.
-        names = json.dumps([module.name for module in allocation.modules])
-        save_file(
-            {"sensitivities": sensitivities.double().cpu().contiguous()},
-            temporary / SENSITIVITIES_FILE,
-            metadata={"modules": names},
-        )
+        write_measurements(temporary, allocation, measurements)
         draw_heatmap(allocation, temporary / "heatmap.png")
+        draw_scores(allocation, temporary / "scores.png")
         write_report(allocation, census, temporary / "report.md")
         os.rename(temporary, folder)
     except OSError as error:
@@ -277,23 +246,3 @@ def load_allocation(path: str | Path) -> Allocation:
     allocation = build(Allocation, payload, file=str(file))
     check_allocation(allocation, str(file))
     return allocation
-
-
-def load_sensitivities(folder: str | Path, allocation: Allocation) -> Tensor:
-    """The raw sensitivities of an artifact ``[T, M]``, columns in the order of ``allocation.modules``.
-
-    Raises:
-        AllocationError: the file is missing, unreadable or about other modules.
-    """
-    from safetensors import SafetensorError, safe_open
-
-    file = Path(folder) / SENSITIVITIES_FILE
-    try:
-        with safe_open(file, framework="pt") as tensors:
-            names = json.loads((tensors.metadata() or {}).get("modules", "[]"))
-            values: torch.Tensor = tensors.get_tensor("sensitivities")
-    except (OSError, SafetensorError, ValueError) as error:
-        raise AllocationError(f"{file}: cannot be read ({error}); {_PROBE_AGAIN}") from error
-    if names != [module.name for module in allocation.modules] or values.shape[1:] != (len(names),):
-        raise AllocationError(f"{file}: does not list the modules of {ALLOCATION_FILE}; {_PROBE_AGAIN}")
-    return values

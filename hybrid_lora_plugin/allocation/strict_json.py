@@ -1,4 +1,4 @@
-"""Reading JSON into dataclasses with nothing guessed: every key known, every type as declared."""
+"""Reading JSON into dataclasses with nothing guessed: every key known, every type as declared, no key missing but those with a default."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def build(kind: Any, payload: Any, *, file: str, field: str = "") -> Any:
         field: dotted path of the value, for messages.
 
     Raises:
-        AllocationError: an unknown or missing key, or a value of another type.
+        AllocationError: an unknown key, a missing one without a default, or a value of another type.
     """
     where = f"{file}: {field}" if field else file
     if dataclasses.is_dataclass(kind):
@@ -60,11 +60,13 @@ def build(kind: Any, payload: Any, *, file: str, field: str = "") -> Any:
         types = typing.get_type_hints(kind)
         for key in payload.keys() - types.keys():
             raise AllocationError(f"{where}: unknown key {key!r}; {_WAY_OUT}")
-        for key in types:
-            if key not in payload:
-                raise AllocationError(f"{where}: missing key {key!r}; {_WAY_OUT}")
+        for spec in dataclasses.fields(kind):
+            # A field with a default came later than the files that lack it.
+            required = spec.default is dataclasses.MISSING and spec.default_factory is dataclasses.MISSING
+            if required and spec.name not in payload:
+                raise AllocationError(f"{where}: missing key {spec.name!r}; {_WAY_OUT}")
         prefix = f"{field}." if field else ""
-        return kind(**{key: build(types[key], payload[key], file=file, field=prefix + key) for key in types})
+        return kind(**{key: build(types[key], payload[key], file=file, field=prefix + key) for key in payload})
     if typing.get_origin(kind) is list:
         if not isinstance(payload, list):
             raise AllocationError(f"{where}: {payload!r}, a list is wanted; {_WAY_OUT}")

@@ -11,7 +11,7 @@ import difflib
 import sys
 import textwrap
 import typing
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from omegaconf import OmegaConf
@@ -36,12 +36,13 @@ def options(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, dataclasse
             yield f"{prefix}{spec.name}", types[spec.name], spec
 
 
-def parse(argv: Sequence[str], kind: type[Config]) -> Config:
+def parse(argv: Sequence[str], kind: type[Config], aliases: Mapping[str, str] | None = None) -> Config:
     """The configuration that the arguments describe.
 
     Args:
         argv: ``key=value`` each, dotted keys, lists as ``[a,b]``; a single value is accepted for a list.
         kind: the dataclass; what is not given keeps its default.
+        aliases: other names of options.
 
     Raises:
         UsageError: an unknown option (with the closest known one) or a value of another type.
@@ -50,6 +51,7 @@ def parse(argv: Sequence[str], kind: type[Config]) -> Config:
     config = OmegaConf.structured(kind)
     for argument in argv:
         name, equals, value = argument.partition("=")
+        name = (aliases or {}).get(name, name)
         if name not in known:
             raise UsageError(f"unknown option {name!r}{_closest(name, known)} (--help lists all)")
         if not equals:

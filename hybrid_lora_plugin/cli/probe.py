@@ -6,16 +6,17 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from hybrid_lora_plugin.cli.arguments import help_text, parse, report_error, wants_help
+from hybrid_lora_plugin.cli.result import print_result
 from hybrid_lora_plugin.config import ConfigurationError, ProbeCommandConfig
 
 PROGRAM = "hybrid-lora-probe"
 SUMMARY = (
     "Attaches SVD-style LoRA to every q, k, v, o, gate, up and down projection, warms it up, scores each module and "
     "writes an allocation: the modules to fine-tune fully within the budget, and those that get LoRA. Ctrl-C keeps the "
-    "state; the same command continues."
+    "state; the same command continues. Several GPUs: torchrun --nproc-per-node=8 -m hybrid_lora_plugin.cli.probe "
+    "key=value ..., with the base model sharded over them."
 )
 EXAMPLE = f"{PROGRAM} model.path=Qwen/Qwen2.5-1.5B-Instruct probe.files=[train.jsonl] output_dir=outputs/probe"
 
@@ -34,7 +35,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(help_text(PROGRAM, SUMMARY, EXAMPLE, ProbeCommandConfig))
         return 0
     try:
-        config = parse(argv, ProbeCommandConfig)
+        config = parse(argv, ProbeCommandConfig, aliases={"data.files": "probe.files"})
     except ConfigurationError as error:
         return report_error(PROGRAM, error)
     return probe(config, resume_command=shlex.join([PROGRAM, *argv]), program=PROGRAM)
@@ -52,43 +53,33 @@ def probe(config: ProbeCommandConfig, *, resume_command: str, program: str) -> i
         The exit status, as ``main``.
     """
     # Late, so that --help and a mistyped option answer at once.
+    from hybrid_lora_plugin.probing import ranks as processes
     from hybrid_lora_plugin.probing.interrupt import ProbeInterrupted
-    from hybrid_lora_plugin.probing.progress import for_terminal
+    from hybrid_lora_plugin.probing.progress import Progress, for_terminal
     from hybrid_lora_plugin.probing.runner import run_probe
 
-    progress = for_terminal()
     try:
-        folder = run_probe(config, progress)
+        ranks = processes.start()
+    except ConfigurationError as error:
+        return report_error(program, error)
+    progress = for_terminal() if ranks.first else Progress()
+    try:
+        folder = run_probe(config, progress, ranks)
     except ConfigurationError as error:
         progress.close()
-        return report_error(program, error)
+        return 2 if getattr(error, "reported_by_first_rank", False) else report_error(program, error)
     except KeyboardInterrupt as interrupt:
         progress.close()
         kept = f"state kept in {interrupt.folder}" if isinstance(interrupt, ProbeInterrupted) else "nothing new saved"
-        print(f"{program}: interrupted, {kept}; to continue, run: {resume_command}", file=sys.stderr)
+        if ranks.first:
+            again = resume_command if ranks.size == 1 else "the same torchrun command"
+            print(f"{program}: interrupted, {kept}; to continue, run: {again}", file=sys.stderr)
         return 128 + (interrupt.signum if isinstance(interrupt, ProbeInterrupted) else signal.SIGINT)
     progress.close()
-    print_result(folder)
+    if ranks.first:
+        print_result(folder)
+    processes.finish(ranks)
     return 0
-
-
-def print_result(folder: Path) -> None:
-    """Say what was decided and what to do next."""
-    from hybrid_lora_plugin.allocation import load_allocation
-
-    allocation = load_allocation(folder)
-    budget, model = allocation.budget, allocation.model
-    print(f"allocation written to {folder} (report.md, heatmap.png)")
-    print(
-        f"budget: {100 * budget.ratio:g} % of {model.candidate_parameters:,} parameters = {budget.limit:,}; "
-        f"used {budget.used:,} ({100 * budget.used / model.candidate_parameters:.2f} %)"
-    )
-    print(
-        f"full fine-tuning: {len(allocation.full_names)} of {len(allocation.modules)} modules, LoRA on the other {len(allocation.lora_names)}"
-    )
-    print(
-        f"next: python -m verl.trainer.main_ppo ... +hybrid_lora=enabled hybrid_lora.allocation={shlex.quote(str(folder))}"
-    )
 
 
 if __name__ == "__main__":

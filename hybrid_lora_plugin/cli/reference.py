@@ -6,18 +6,39 @@ import sys
 from pathlib import Path
 
 from hybrid_lora_plugin.cli.arguments import default_text, options
-from hybrid_lora_plugin.config import ExportCommandConfig, HybridLoraConfig, ProbeCommandConfig
+from hybrid_lora_plugin.config import (
+    CRITERIA,
+    AllocateCommandConfig,
+    CompareCommandConfig,
+    ExportCommandConfig,
+    HybridLoraConfig,
+    ProbeCommandConfig,
+)
+from hybrid_lora_plugin.scoring import get_criterion
 
 SECTIONS = (
     (
         "The `hybrid_lora` node of a verl run",
         "Set on the command line of `verl.trainer.main_ppo` behind `+hybrid_lora=enabled`, for example "
-        "`hybrid_lora.full_lr=2e-6`. `criterion`, `direction`, `normalise`, `budget` and `probe` describe probing: a run that "
-        "is given an allocation does not read them, the artifact records what it was made with.",
+        "`hybrid_lora.full_lr=2e-6`. `criterion`, `direction`, `normalise`, `budget`, `probe` and `control` are read by a run "
+        "that is given no allocation and probes first; one that is given an allocation does not read them, the artifact records "
+        "what it was made with.",
         "hybrid_lora.",
         HybridLoraConfig,
     ),
-    ("`hybrid-lora-probe`", "Given as `key=value`, for example `budget.ratio=0.05`.", "", ProbeCommandConfig),
+    (
+        "`hybrid-lora-probe`",
+        "Given as `key=value`, for example `budget.ratio=0.05`. `data.files` is another name of `probe.files`.",
+        "",
+        ProbeCommandConfig,
+    ),
+    (
+        "`hybrid-lora-allocate`",
+        "Given as `key=value`. The rank r that mode `total_trainable` counts LoRA with is that of the probe.",
+        "",
+        AllocateCommandConfig,
+    ),
+    ("`hybrid-lora-compare`", "Given as `key=value`.", "", CompareCommandConfig),
     ("`hybrid-lora-export`", "Given as `key=value`.", "", ExportCommandConfig),
 )
 
@@ -35,11 +56,26 @@ def table(kind: type, prefix: str) -> list[str]:
     return lines
 
 
+def criteria_table() -> list[str]:
+    """Markdown rows, one for each criterion, from the registry."""
+    lines = ["| criterion | fully tuned first | what it reads | probe | source |", "| --- | --- | --- | --- | --- |"]
+    for criterion in map(get_criterion, CRITERIA):
+        reads = ", ".join(f"`{name}`" for name in criterion.needs) or ", ".join(
+            f"`control.{name}`" for name in criterion.options
+        )
+        run = "none" if criterion.run == "none" else f"`{criterion.run}`"
+        lines.append(
+            f"| `{criterion.name}` | {criterion.direction} | {reads or 'nothing'} | {run} | {criterion.source} |"
+        )
+    return lines
+
+
 def configuration_page() -> str:
     """The whole page as Markdown."""
     lines = ["# Configuration", "", "Generated from `hybrid_lora_plugin/config.py` by `make docs`; do not edit.", ""]
     for title, introduction, prefix, kind in SECTIONS:
         lines += [f"## {title}", "", introduction, "", *table(kind, prefix), ""]
+    lines += ["## Criteria", "", "What each one means is told in [the probe](probe.md).", "", *criteria_table(), ""]
     return "\n".join(lines)
 
 

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Sequence
+import math
+from array import array
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +19,7 @@ import torch
 from hybrid_lora_plugin.config import ProbeConfig
 from hybrid_lora_plugin.probing.errors import ProbeError
 from hybrid_lora_plugin.probing.loss import IGNORED, Batch
-from hybrid_lora_plugin.probing.rows import Row, read_rows
+from hybrid_lora_plugin.probing.rows import Row, Rows, read_rows
 from hybrid_lora_plugin.probing.seeding import generator
 
 
@@ -26,11 +28,11 @@ class Example:
     """One tokenised row.
 
     Attributes:
-        input_ids: prompt and response tokens, at most ``max_length``.
+        input_ids: prompt and response tokens, at most ``max_length``, as int32 because a run keeps thousands of rows.
         response_start: index of the first response token, at least 1.
     """
 
-    input_ids: list[int]
+    input_ids: array[int]
     response_start: int
 
 
@@ -72,16 +74,49 @@ def tokenize(row: Row, tokenizer: Any, max_length: int) -> Example | None:
     input_ids = (prompt_ids + response_ids + end)[:max_length]
     if not prompt_ids or len(prompt_ids) >= len(input_ids):
         return None
-    return Example(input_ids, len(prompt_ids))
+    return Example(array("i", input_ids), len(prompt_ids))
+
+
+def _first_usable(
+    rows: Rows, order: Sequence[int], wanted: int, tokens_of: Callable[[Row], Example | None]
+) -> tuple[list[tuple[int, Example]], int]:
+    """The first rows in an order that have response tokens.
+
+    Args:
+        rows: all rows.
+        order: their indices, in the order to take them.
+        wanted: how many examples to find, if there are as many.
+        tokens_of: a row's example, None if it is of no use.
+
+    Returns:
+        Index and example of each, in that order, and how many rows before the last one were of no use.
+    """
+    usable: list[tuple[int, Example]] = []
+    looked, request = 0, wanted
+    while len(usable) < wanted and looked < len(order):
+        asked = order[looked : looked + request]
+        # Read in the order of the files, each row reduced to its tokens before the next is decoded.
+        examples = {index: tokens_of(row) for index, row in rows.read(asked)}
+        for index in asked:
+            if len(usable) == wanted:
+                break
+            looked += 1
+            if (example := examples[index]) is not None:
+                usable.append((index, example))
+        # Every request may cost a pass over the files: ask for twice what the rows so far suggest.
+        request = 2 * math.ceil((wanted - len(usable)) * looked / max(1, len(usable)))
+    return usable, looked - len(usable)
 
 
 class ProbeData:
-    """The rows of a probe: K·B held out for validation, the others for the warm-up.
+    """The rows of a probe: whole batches of B held out for validation, the others for the warm-up.
 
     Rows are taken in a seeded random order and tokenised only as far as they are needed: first the
-    validation rows, then one for each row of the warm-up, or as many as there are.
+    validation rows, then one for each row of the warm-up, or as many as there are. Only their tokens are kept,
+    so the object can be sent to other processes.
 
     Attributes:
+        validation_batches: how many there are, enough for K partitions at ``partitions_per_batch`` each.
         record: what the artifact says about the data: files, split and a digest of the tokens used.
         dropped: rows looked at whose response did not fit into ``max_length``.
     """
@@ -96,18 +131,13 @@ class ProbeData:
         self._batch_size, self._seed = config.batch_size, config.seed
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         self._pad = pad if pad is not None else 0
-        held_out = config.partitions * config.batch_size
+        self.validation_batches = math.ceil(config.partitions / config.partitions_per_batch)
+        held_out = self.validation_batches * config.batch_size
         wanted = held_out + config.warmup_steps * config.batch_size
-        usable: list[tuple[int, Example]] = []
-        self.dropped = 0
-        for index in torch.randperm(len(rows), generator=generator(config.seed, "split")).tolist():
-            if len(usable) == wanted:
-                break
-            example = tokenize(rows[index], tokenizer, config.max_length)
-            if example is None:
-                self.dropped += 1
-            else:
-                usable.append((index, example))
+        order = torch.randperm(len(rows), generator=generator(config.seed, "split")).tolist()
+        usable, self.dropped = _first_usable(
+            rows, order, wanted, lambda row: tokenize(row, tokenizer, config.max_length)
+        )
         if not usable:
             raise ProbeError(
                 f"probe.max_length: {config.max_length} tokens cut away the response of all {len(rows)} rows; "
@@ -115,16 +145,17 @@ class ProbeData:
             )
         needed = held_out + min(1, config.warmup_steps) * config.batch_size
         if len(usable) < needed:
+            and_warmup = "and one warm-up batch " if config.warmup_steps else ""
             raise ProbeError(
                 f"probe.files: {len(usable)} usable rows ({self.dropped} more do not fit probe.max_length), but {needed} "
-                f"are needed: {config.partitions} validation batches and one warm-up batch of {config.batch_size}; "
+                f"are needed: {self.validation_batches} validation batches {and_warmup}of {config.batch_size}; "
                 f"give more rows or lower probe.batch_size or probe.partitions"
             )
         self._validation = [example for _, example in usable[:held_out]]
         self._training = [example for _, example in usable[held_out:]]
         digest = hashlib.sha256()
         for _, example in usable:
-            digest.update(json.dumps([example.input_ids, example.response_start]).encode())
+            digest.update(json.dumps([example.input_ids.tolist(), example.response_start]).encode())
         self.record = {
             "files": sources,
             "rows": len(rows),
@@ -145,7 +176,7 @@ class ProbeData:
         return self._collate(examples)
 
     def validation_batch(self, index: int) -> Batch:
-        """Validation batch ``index`` (0 to T - 1): ``[B, S]``, disjoint from all others and from the warm-up."""
+        """Validation batch ``index`` (from 0, below ``validation_batches``): ``[B, S]``, disjoint from all others and from the warm-up."""
         start = index * self._batch_size
         return self._collate(self._validation[start : start + self._batch_size])
 
@@ -154,7 +185,7 @@ class ProbeData:
         batch = Batch(torch.full(shape, self._pad), torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED))
         for row, example in enumerate(examples):
             length, start = len(example.input_ids), example.response_start
-            ids = torch.tensor(example.input_ids)
+            ids = torch.frombuffer(example.input_ids, dtype=torch.int32)
             batch.input_ids[row, :length] = ids
             batch.attention_mask[row, :length] = 1
             batch.labels[row, start:length] = ids[start:]

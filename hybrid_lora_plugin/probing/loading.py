@@ -1,14 +1,18 @@
-"""Loading the model and tokenizer to probe, with one-line errors."""
+"""Loading the model and tokenizer to probe, with one-line errors, and noticing when the checkpoint changes."""
 
 from __future__ import annotations
 
+import hashlib
+from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from hybrid_lora_plugin.config import ModelConfig
 from hybrid_lora_plugin.probing.errors import ProbeError
+
+_INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
 def load_tokenizer(config: ModelConfig) -> Any:
@@ -22,8 +26,19 @@ def load_tokenizer(config: ModelConfig) -> Any:
     return _load(AutoTokenizer, config, "tokenizer")
 
 
+def load_model_config(config: ModelConfig) -> Any:
+    """The Hugging Face config of ``config.path``.
+
+    Raises:
+        ProbeError: it cannot be loaded.
+    """
+    from transformers import AutoConfig
+
+    return _load(AutoConfig, config, "model")
+
+
 def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
-    """The model of ``config.path`` on a device, in ``config.dtype``.
+    """The model of ``config.path`` on the CPU, in the ``config.dtype`` that is meant for ``device``.
 
     Raises:
         ProbeError: it cannot be loaded.
@@ -33,7 +48,20 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
     name = config.dtype
     if name == "auto":
         name = "float32" if device.type == "cpu" else "bfloat16"
-    return _load(AutoModelForCausalLM, config, "model", dtype=getattr(torch, name)).to(device)
+    return _load(AutoModelForCausalLM, config, "model", dtype=getattr(torch, name))
+
+
+def meta_model(model_config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """The causal language model a Hugging Face config describes, without weights.
+
+    Args:
+        model_config: a ``transformers.PretrainedConfig``.
+        trust_remote_code: as in transformers.
+    """
+    from transformers import AutoModelForCausalLM
+
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
 
 
 def _load(factory: Any, config: ModelConfig, what: str, **options: Any) -> Any:
@@ -46,3 +74,56 @@ def _load(factory: Any, config: ModelConfig, what: str, **options: Any) -> Any:
         raise ProbeError(
             f"model.path: the {what} of {config.path!r} cannot be loaded ({reason}); give a Hugging Face folder or name"
         ) from error
+
+
+def parameter_count(model: nn.Module) -> int:
+    """All parameters of a model, tied ones once; with FSDP2 the global count."""
+    return sum(parameter.numel() for parameter in model.parameters())
+
+
+@torch.no_grad()
+def weights_digest(model: nn.Module) -> str:
+    """SHA-256 over an exact checksum of every parameter: equal weights give equal digests on every device.
+
+    The checksum of a tensor is the sum of its bit patterns as integers, which no order of addition changes.
+    """
+    digest = hashlib.sha256()
+    for name, parameter in model.named_parameters():
+        digest.update(f"{name} {tuple(parameter.shape)} {_checksum(parameter.detach())}\n".encode())
+    return digest.hexdigest()
+
+
+def _checksum(tensor: Tensor) -> int:
+    bits = tensor.contiguous().view(_INTEGER_OF_SIZE[tensor.element_size()])
+    return int(bits.sum(dtype=torch.int64))
+
+
+class CheckpointWatch:
+    """Notices when the files of a local checkpoint are not the ones that were loaded."""
+
+    _SUFFIXES = (".safetensors", ".bin", ".gguf", ".json")
+
+    def __init__(self, path: str) -> None:
+        """Take note of the files in folder ``path``; a name on a hub has none to watch."""
+        self._folder = Path(path)
+        self._before = self._files()
+
+    def _files(self) -> dict[str, tuple[int, int]]:
+        if not self._folder.is_dir():
+            return {}
+        stats = {file.name: file.stat() for file in sorted(self._folder.iterdir()) if file.suffix in self._SUFFIXES}
+        return {name: (stat.st_size, stat.st_mtime_ns) for name, stat in stats.items()}
+
+    def check(self) -> None:
+        """Refuse to go on if something changed.
+
+        Raises:
+            ProbeError: naming the first file that appeared, vanished or was written.
+        """
+        after = self._files()
+        for name in sorted(self._before.keys() | after.keys()):
+            if self._before.get(name) != after.get(name):
+                raise ProbeError(
+                    f"model.path: {self._folder / name} changed while it was probed, so the scores are of a model that "
+                    f"is no longer there; probe again when nothing writes to {self._folder}"
+                )

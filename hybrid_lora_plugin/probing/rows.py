@@ -1,15 +1,15 @@
-"""Training rows from JSONL or Parquet: a prompt and a response each, or an error that names the row."""
+"""Training rows from files or folders: a prompt and a response each, or an error that names the row."""
 
 from __future__ import annotations
 
-import hashlib
-import json
-from collections.abc import Iterator, Sequence
+from bisect import bisect_left
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from hybrid_lora_plugin.probing.errors import ProbeError
+from hybrid_lora_plugin.probing.row_files import data_files
+from hybrid_lora_plugin.probing.row_stores import Store, open_store
 
 _FORMS = "give `messages` that end with an assistant turn, or `prompt` and `response`"
 
@@ -27,80 +27,78 @@ class Row:
     response: str
 
 
-def read_rows(files: Sequence[str]) -> tuple[list[Row], list[dict]]:
-    """Read all rows of all files, in order.
+class Rows:
+    """All rows of all files, left on disk: ``len(rows)`` counts them, ``read`` gives some."""
+
+    def __init__(self, stores: Sequence[Store]) -> None:
+        """Rows of stores that have been scanned, in that order."""
+        self._stores = [store for store in stores if len(store)]
+
+    def __len__(self) -> int:
+        return sum(map(len, self._stores))
+
+    def read(self, indices: Iterable[int]) -> Iterator[tuple[int, Row]]:
+        """Some rows, one at a time, each with its index.
+
+        They come in ascending order whatever the order asked for, so that no part of a file is decoded twice.
+
+        Args:
+            indices: from 0 over all files, each once.
+
+        Raises:
+            ProbeError: a file has changed since it was checked.
+        """
+        ordered = sorted(indices)
+        end = 0
+        for store in self._stores:
+            start, end = end, end + len(store)
+            here = [index - start for index in ordered[bisect_left(ordered, start) : bisect_left(ordered, end)]]
+            if here:
+                for index, value in store.read(here):
+                    yield start + index, row_of(value, f"probe.files: row {index + 1} of {store.file}")
+
+
+def read_rows(files: Sequence[str]) -> tuple[Rows, list[dict]]:
+    """Check every row of every file in one pass, without keeping any.
 
     Args:
-        files: paths ending in ``.jsonl``, ``.json`` (one object a line) or ``.parquet``.
+        files: JSONL or Parquet files, or folders of them or saved by ``datasets``; see ``row_files.data_files``.
 
     Returns:
-        The rows, and for each file ``{"name", "rows", "sha256"}``; the name without its folder, so that the
-        record does not depend on where the data lie.
+        The rows, and for each data file ``{"name", "rows", "sha256"}``; the name relative to the folder given
+        (of a file given by itself, without its folder), so that the record does not depend on where the data lie.
 
     Raises:
         ProbeError: no file, a missing, empty or unreadable one, or a row without prompt or response.
     """
     if not files:
         raise ProbeError("probe.files: no file given; give JSONL or Parquet files, e.g. probe.files=[train.jsonl]")
-    rows: list[Row] = []
+    stores: list[Store] = []
     sources = []
-    for name in files:
-        file = Path(name)
-        if not file.is_file():
-            raise ProbeError(f"probe.files: {name!r} is not a file; give a JSONL or Parquet file")
-        before = len(rows)
-        rows.extend(_row(value, f"probe.files: row {number} of {name}") for number, value in _values(file))
-        if len(rows) == before:
-            raise ProbeError(f"probe.files: {name} is empty; give a file with rows")
-        sources.append({"name": file.name, "rows": len(rows) - before, "sha256": _sha256(file)})
-    return rows, sources
+    for entry in files:
+        rows = 0
+        for name, file in data_files(entry):
+            store = open_store(file)
+            for number, value in store.scan():
+                row_of(value, f"probe.files: row {number} of {file}")
+            stores.append(store)
+            sources.append({"name": name, "rows": len(store), "sha256": store.sha256})
+            rows += len(store)
+        if not rows:
+            raise ProbeError(f"probe.files: {entry} is empty; give a file with rows")
+    return Rows(stores), sources
 
 
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+def row_of(value: Any, where: str) -> Row:
+    """A prompt and a response from what a file holds.
 
+    Args:
+        value: an object with ``messages``, or with ``prompt`` (a text or chat turns) and ``response``.
+        where: how to name the row in an error.
 
-def _values(file: Path) -> Iterator[tuple[int, Any]]:
-    """Rows with their number from 1 (of a JSONL file, the line)."""
-    if file.suffix == ".parquet":
-        try:
-            import pyarrow.parquet
-        except ImportError as error:
-            raise ProbeError(f"probe.files: {file} needs pyarrow; run `pip install pyarrow` or give JSONL") from error
-        try:
-            values = pyarrow.parquet.read_table(file).to_pylist()
-        except (pyarrow.ArrowException, OSError) as error:
-            raise ProbeError(
-                f"probe.files: {file} is not a Parquet file ({_first_line(error)}); give another file"
-            ) from error
-        yield from enumerate(values, start=1)
-        return
-    if file.suffix not in (".jsonl", ".json"):
-        raise ProbeError(f"probe.files: {file} ends in {file.suffix!r}; give a .jsonl or .parquet file")
-    with file.open(encoding="utf-8") as stream:
-        try:
-            for number, line in enumerate(stream, start=1):
-                if not line.strip():
-                    continue
-                try:
-                    yield number, json.loads(line)
-                except ValueError as error:
-                    raise ProbeError(
-                        f"probe.files: row {number} of {file} is not JSON ({error}); correct it"
-                    ) from error
-        except UnicodeDecodeError as error:
-            raise ProbeError(f"probe.files: {file} is not UTF-8 text; give a JSONL or Parquet file") from error
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
-def _row(value: Any, where: str) -> Row:
+    Raises:
+        ProbeError: any other value, or one without text.
+    """
     if not isinstance(value, dict):
         raise ProbeError(f"{where}: not an object; {_FORMS}")
     if value.get("messages") is not None:

@@ -9,47 +9,59 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from hybrid_lora_plugin import __version__
-from hybrid_lora_plugin.allocation.artifact import (
-    Allocation,
-    BudgetRecord,
-    CriterionRecord,
-    ModelIdentity,
-    ModuleRecord,
-    refuse_existing,
-    save_allocation,
-)
+from hybrid_lora_plugin.allocation.artifact import refuse_existing, save_allocation
 from hybrid_lora_plugin.allocation.budget import allocate
-from hybrid_lora_plugin.allocation.report import Census
-from hybrid_lora_plugin.candidates import Candidate, architecture_of, find_candidates, model_fingerprint
-from hybrid_lora_plugin.config import ProbeCommandConfig, validate
+from hybrid_lora_plugin.allocation.decision import decide
+from hybrid_lora_plugin.candidates import Candidate, architecture_of, find_candidates
+from hybrid_lora_plugin.config import BudgetConfig, ProbeCommandConfig, validate
+from hybrid_lora_plugin.probing.adalora import AdaLoraRun
+from hybrid_lora_plugin.probing.autolora import AutoLoraRun
 from hybrid_lora_plugin.probing.data import ProbeData
 from hybrid_lora_plugin.probing.errors import ProbeError
+from hybrid_lora_plugin.probing.full_delta import FullDeltaRun
 from hybrid_lora_plugin.probing.interrupt import ProbeInterrupted, StopRequest
-from hybrid_lora_plugin.probing.loading import load_model, load_tokenizer
+from hybrid_lora_plugin.probing.loading import (
+    CheckpointWatch,
+    load_model,
+    load_model_config,
+    load_tokenizer,
+    meta_model,
+    parameter_count,
+    weights_digest,
+)
+from hybrid_lora_plugin.probing.passes import Passes
 from hybrid_lora_plugin.probing.progress import Progress
-from hybrid_lora_plugin.probing.score import batch_sensitivities, draw_partition, prepare_scoring
+from hybrid_lora_plugin.probing.ranks import Ranks
+from hybrid_lora_plugin.probing.record import environment, model_identity, probe_record, probe_settings
+from hybrid_lora_plugin.probing.run import ProbingRun
+from hybrid_lora_plugin.probing.sharding import place
 from hybrid_lora_plugin.probing.state import PartialState
-from hybrid_lora_plugin.probing.svd_lora import SvdLoraLinear, attach
-from hybrid_lora_plugin.probing.warmup import Warmup, check_trained
-from hybrid_lora_plugin.scoring import get_criterion, has_signal, moments
+from hybrid_lora_plugin.probing.svd_lora_run import SvdLoraRun
+from hybrid_lora_plugin.scoring import get_criterion
 
 SAVE_EVERY_SECONDS = 30.0
+NO_RUN = "none"
+RUNS: dict[str, type[ProbingRun]] = {
+    "svd_lora": SvdLoraRun,
+    "adalora": AdaLoraRun,
+    "autolora": AutoLoraRun,
+    "full_delta": FullDeltaRun,
+}
 
 
-def run_probe(config: ProbeCommandConfig, progress: Progress | None = None) -> Path:
+def run_probe(config: ProbeCommandConfig, progress: Progress | None = None, ranks: Ranks | None = None) -> Path:
     """Probe a model and write its allocation.
 
     Args:
         config: what ``hybrid-lora-probe`` takes.
         progress: where to report; silent by default.
+        ranks: the processes that share the work, each making this same call; by default this one alone.
 
     Returns:
         The artifact's folder, ``config.output_dir``.
@@ -58,7 +70,17 @@ def run_probe(config: ProbeCommandConfig, progress: Progress | None = None) -> P
         ConfigurationError: a setting, the data or the model cannot be used.
         ProbeInterrupted: SIGINT or SIGTERM came; the same call continues where it stopped.
     """
-    progress = progress or Progress()
+    ranks = ranks or Ranks(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    progress = (progress if ranks.first else None) or Progress()
+    output_dir = Path(config.output_dir or "")
+    ranks.from_first(lambda: _check(config, output_dir, ranks.size))
+    run = get_criterion(config.criterion).run
+    if run == NO_RUN:
+        return ranks.from_first(lambda: _choose_without_probe(config, output_dir, progress))
+    return _Probe(config, run, output_dir, progress, ranks).write()
+
+
+def _check(config: ProbeCommandConfig, output_dir: Path, processes: int) -> None:
     validate(config)
     for field, value, example in (
         ("model.path", config.model.path, "model.path=Qwen/Qwen2.5-1.5B-Instruct"),
@@ -66,56 +88,182 @@ def run_probe(config: ProbeCommandConfig, progress: Progress | None = None) -> P
     ):
         if not value:
             raise ProbeError(f"{field}: nothing given; give it, e.g. {example}")
-    ranks = int(os.environ.get("WORLD_SIZE", "1"))
-    if ranks > 1:
-        raise ProbeError(
-            f"WORLD_SIZE: {ranks} processes were started, the probe runs on one; start it without torchrun"
-        )
-    output_dir = Path(config.output_dir)
+    run = get_criterion(config.criterion).run
+    if run != NO_RUN:
+        if config.probe.objective != "sft":
+            raise ProbeError(
+                f"probe.objective: {config.probe.objective!r} needs rollouts, which only a verl run makes; give "
+                f"hybrid_lora.probe.objective={config.probe.objective} there, or probe.objective=sft here"
+            )
+        RUNS[run].check_ranks(processes)
     refuse_existing(output_dir)
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # The data first: a mistake there is found before the weights are read.
-    data = ProbeData(config.probe, load_tokenizer(config.model))
-    if data.dropped:
-        progress.note(
-            f"{data.dropped} rows left out: no response token within probe.max_length={config.probe.max_length}"
-        )
-    model = load_model(config.model, device)
+
+def _choose_without_probe(config: ProbeCommandConfig, output_dir: Path, progress: Progress) -> Path:
+    """An allocation that needs neither data nor weights."""
+    model_config = load_model_config(config.model)
+    model = meta_model(model_config, config.model.trust_remote_code)
     candidates = find_candidates(model)
-    progress.note(
-        f"{architecture_of(model.config)}: {len(candidates)} candidate modules, "
-        f"{sum(candidate.parameters for candidate in candidates):,} parameters, {model.dtype} on {device}"
+    check_shapes(candidates, config.lora.rank)
+    progress.note(f"criterion {config.criterion} needs no probe: nothing is loaded or trained")
+    allocation = decide(
+        config,
+        model_identity(config.model.path, model, candidates, parameter_count(model)),
+        probe_record(config, NO_RUN, None, {}, 0.0),
+        candidates,
+        {},
+        environment=environment(),
     )
-    state = PartialState(output_dir, _settings(config, model, data))
-    with _deterministic(device):
-        layers = attach(model, candidates, config.lora.rank, config.probe.seed)
-        with StopRequest() as stop:
-            _warm_up(config, model, layers, data, device, state, progress, stop)
-            check_trained(layers)
-            sensitivities = _score(config, model, layers, data, device, state, progress, stop)
-    allocation = decide(config, model, candidates, sensitivities, data.record)
-    save_allocation(output_dir, allocation, sensitivities, census(model, layers, allocation))
-    state.delete()
-    return output_dir
+    return save_allocation(output_dir, allocation, {})
 
 
-def _settings(config: ProbeCommandConfig, model: nn.Module, data: ProbeData) -> dict[str, Any]:
-    """What the sensitivities depend on. The budget and the direction do not count: they come after.
+def check_shapes(candidates: Sequence[Candidate], rank: int) -> None:
+    """Refuse a rank at which an adapter would not be smaller than the weight it adapts.
 
-    In the order in which a difference is reported: with equal settings and files, other tokens can only
-    come from another tokenizer.
+    Raises:
+        ProbeError: naming the narrowest module and the largest rank that makes sense for it.
     """
-    probe = {f"probe.{name}": value for name, value in vars(config.probe).items() if name != "files"}
-    files = [f"{file['name']}, {file['rows']} rows, sha256 {file['sha256']}" for file in data.record["files"]]
-    return probe | {
-        "model.path": config.model.path,
-        "model.config": model_fingerprint(model.config),
-        "model.dtype": str(model.dtype),
-        "lora.rank": config.lora.rank,
-        "probe.files": files,
-        "model.tokenizer": data.record["tokens_sha256"],
-    }
+
+    def largest(candidate: Candidate) -> int:
+        weight = candidate.in_features * candidate.out_features
+        return (weight - 1) // (candidate.in_features + candidate.out_features)
+
+    narrowest = min(candidates, key=largest)
+    if rank > largest(narrowest):
+        raise ProbeError(
+            f"lora.rank: {rank} makes the adapter of {narrowest.name} ({narrowest.in_features} × "
+            f"{narrowest.out_features}) as large as its weight; give {largest(narrowest)} or less"
+        )
+
+
+def check_budget(candidates: Sequence[Candidate], budget: BudgetConfig, rank: int) -> None:
+    """Refuse a budget that admits no module at all, before hours are spent on scores.
+
+    Raises:
+        AllocationError: as ``allocate``.
+    """
+    allocate(candidates, [float(candidate.parameters) for candidate in candidates], budget, "lowest", rank=rank)
+
+
+class _Probe:
+    """One probe with everything its stages share."""
+
+    def __init__(
+        self, config: ProbeCommandConfig, run: str, output_dir: Path, progress: Progress, ranks: Ranks
+    ) -> None:
+        self.config, self.run_name, self.output_dir, self.progress, self.ranks = (
+            config,
+            run,
+            output_dir,
+            progress,
+            ranks,
+        )
+        # The data first: a mistake there is found before the weights are read.
+        self.data = ranks.from_first(lambda: ProbeData(config.probe, load_tokenizer(config.model)))
+        if self.data.dropped:
+            progress.note(
+                f"{self.data.dropped} rows left out: no response token within probe.max_length={config.probe.max_length}"
+            )
+        self.watch = CheckpointWatch(config.model.path)
+        self.model = load_model(config.model, ranks.device)
+        self.candidates = find_candidates(self.model)
+        check_shapes(self.candidates, config.lora.rank)
+        check_budget(self.candidates, config.budget, config.lora.rank)
+        progress.note(
+            f"{architecture_of(self.model.config)}: {len(self.candidates)} candidate modules, "
+            f"{sum(candidate.parameters for candidate in self.candidates):,} parameters, {self.model.dtype} on "
+            f"{ranks.size} × {ranks.device.type}"
+        )
+        self.dtype, parameters = self.model.dtype, parameter_count(self.model)
+        self.identity = model_identity(config.model.path, self.model, self.candidates, parameters)
+        # Rank 0 keeps the state for all: adapters and Adam moments are equal everywhere.
+        self.state: PartialState | None = None
+        ranks.from_first(self._take_up_state)
+        self.run = RUNS[run](self.model, self.candidates, config)
+        place(self.model, self.candidates, self.run.replicated, ranks)
+
+    def _take_up_state(self) -> None:
+        settings = probe_settings(self.config, self.run_name, self.model, self.data, weights_digest(self.model))
+        self.state = PartialState(self.output_dir, settings)
+
+    def write(self) -> Path:
+        """Take the steps that are missing, decide, and write the artifact."""
+        with _deterministic(self.ranks.device), StopRequest() as stop, self._memory_explained():
+            self._warm_up(stop)
+            self.run.finish_warmup()
+            measurements = self._score(stop) | self.run.results()
+        return self.ranks.from_first(lambda: self._decide_and_save(measurements))
+
+    @contextlib.contextmanager
+    def _memory_explained(self) -> Iterator[None]:
+        try:
+            yield
+        except torch.OutOfMemoryError as error:
+            rows = self.config.probe.micro_batch_size
+            raise ProbeError(
+                f"probe.micro_batch_size: {'null' if rows is None else rows} does not fit into the memory of "
+                f"{self.ranks.device}; lower it or probe.max_length, or use more GPUs. What was done is kept: the same "
+                f"command continues"
+            ) from error
+
+    def _decide_and_save(self, measurements: dict[str, Tensor]) -> Path:
+        self.watch.check()
+        record = probe_record(self.config, self.run_name, self.dtype, self.data.record, self.run.lr)
+        allocation = decide(
+            self.config, self.identity, record, self.candidates, measurements, environment=environment()
+        )
+        save_allocation(self.output_dir, allocation, measurements)
+        self.state.delete()
+        return self.output_dir
+
+    def _warm_up(self, stop: StopRequest) -> None:
+        run, data = self.run, self.data
+        run.start(Passes(self.model, self.ranks, self.config.probe.micro_batch_size))
+        saved = self.ranks.from_first(lambda: self.state.load_warmup())
+        if saved is not None:
+            run.load(*saved)
+            self.progress.note(f"continuing {self.output_dir}.partial after warm-up step {run.step}")
+        self.progress.stage("warm-up", run.warmup_steps, run.step)
+        save = self._saver(stop, lambda: self.state.save_warmup(run.step, run.tensors()))
+        while run.step < run.warmup_steps:
+            validation = data.validation_batch(run.step % data.validation_batches)
+            loss = run.warm_up(data.warmup_batch(run.step), validation)
+            self.progress.advance(run.step, loss)
+            save(finished=run.step == run.warmup_steps)
+
+    def _score(self, stop: StopRequest) -> dict[str, Tensor]:
+        """Measure what is missing; name -> ``[rows, M]`` float64."""
+        if not self.run.rows:
+            return {}
+        done, rows = self.ranks.from_first(lambda: self.state.load_scores())
+        self.progress.stage("scoring", self.run.rows, done)
+        save = self._saver(stop, lambda: self.state.save_scores(done, rows))
+        while done < self.run.rows:
+            batch = self.data.validation_batch(done // self.config.probe.partitions_per_batch)
+            measured, loss = self.run.score(done, batch)
+            for name, values in measured.items():
+                rows.setdefault(name, []).append(values)
+            done += 1
+            self.progress.advance(done, loss)
+            save(finished=done == self.run.rows)
+        return {name: torch.stack(values) for name, values in rows.items()}
+
+    def _saver(self, stop: StopRequest, save: Callable[[], None]) -> Callable[[bool], None]:
+        """A function that saves every half minute and at the end, and when any rank was asked to stop; then it raises."""
+        last = time.monotonic()
+
+        def after_step(finished: bool) -> None:
+            nonlocal last
+            signum = self.ranks.largest(stop.signum or 0)
+            if self.ranks.first and (finished or signum or time.monotonic() - last >= SAVE_EVERY_SECONDS):
+                save()
+                last = time.monotonic()
+            if signum:
+                # Nobody leaves before the state is on disk.
+                self.ranks.largest(0)
+                raise ProbeInterrupted(Path(f"{self.output_dir}.partial"), signum)
+
+        return after_step
 
 
 @contextlib.contextmanager
@@ -131,157 +279,3 @@ def _deterministic(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before[0], warn_only=before[1])
-
-
-class _Saver:
-    """Saves when half a minute has passed, and when asked to stop; then raises."""
-
-    def __init__(self, state: PartialState, stop: StopRequest, save: Callable[[], None]) -> None:
-        self._state, self._stop, self._save = state, stop, save
-        self._last = time.monotonic()
-
-    def __call__(self, finished: bool) -> None:
-        stopping = self._stop.signum is not None
-        if finished or stopping or time.monotonic() - self._last >= SAVE_EVERY_SECONDS:
-            self._save()
-            self._last = time.monotonic()
-        if stopping:
-            raise ProbeInterrupted(self._state.folder, self._stop.signum)
-
-
-def _warm_up(
-    config: ProbeCommandConfig,
-    model: nn.Module,
-    layers: dict[str, SvdLoraLinear],
-    data: ProbeData,
-    device: torch.device,
-    state: PartialState,
-    progress: Progress,
-    stop: StopRequest,
-) -> None:
-    """Take the warm-up steps that are still missing."""
-    warmup = Warmup(model, layers, config.probe.lr)
-    saved = state.load_warmup()
-    if saved is not None:
-        warmup.load(*saved)
-        progress.note(f"continuing {state.folder} after warm-up step {warmup.step}")
-    steps = config.probe.warmup_steps
-    progress.stage("warm-up", steps, warmup.step)
-    save = _Saver(state, stop, lambda: state.save_warmup(warmup.step, warmup.tensors()))
-    while warmup.step < steps:
-        loss = warmup.run(data.warmup_batch(warmup.step).to(device))
-        progress.advance(warmup.step, loss)
-        save(finished=warmup.step == steps)
-    warmup.release()
-
-
-def _score(
-    config: ProbeCommandConfig,
-    model: nn.Module,
-    layers: dict[str, SvdLoraLinear],
-    data: ProbeData,
-    device: torch.device,
-    state: PartialState,
-    progress: Progress,
-    stop: StopRequest,
-) -> Tensor:
-    """Score the validation batches that are still missing; returns sensitivities ``[T, M]`` float64."""
-    prepare_scoring(model, layers)
-    rows = state.load_scores()
-    batches = config.probe.partitions
-    progress.stage("scoring", batches, len(rows))
-    save = _Saver(state, stop, lambda: state.save_scores(rows))
-    while len(rows) < batches:
-        index = len(rows)
-        partition = draw_partition(config.probe.seed, index, len(layers))
-        row, loss = batch_sensitivities(model, layers, data.validation_batch(index).to(device), partition)
-        rows.append(row)
-        progress.advance(len(rows), loss)
-        save(finished=len(rows) == batches)
-    return torch.stack(rows)
-
-
-def decide(
-    config: ProbeCommandConfig,
-    model: nn.Module,
-    candidates: list[Candidate],
-    sensitivities: Tensor,
-    data_record: dict[str, Any],
-) -> Allocation:
-    """From sensitivities ``[T, M]`` to the allocation that is written.
-
-    Raises:
-        ConfigurationError: no ranking can be made, or the budget admits no module.
-    """
-    import transformers
-
-    criterion = get_criterion(config.criterion)
-    direction = criterion.direction if config.direction == "auto" else config.direction
-    scores = criterion.score(sensitivities)
-    mean, std = moments(sensitivities)
-    signal = has_signal(scores)
-    assignment = allocate(candidates, scores, config.budget, direction, signal=signal, means=mean)
-    modules = [
-        ModuleRecord(
-            **vars(candidate),
-            mean=float(mean[index]),
-            std=float(std[index]),
-            score=float(scores[index]),
-            signal=bool(signal[index]),
-            assignment=assignment.modules[candidate.name],
-        )
-        for index, candidate in enumerate(candidates)
-    ]
-    probe = config.probe
-    return Allocation(
-        model=ModelIdentity(
-            name_or_path=config.model.path,
-            architecture=architecture_of(model.config),
-            config_sha256=model_fingerprint(model.config),
-            num_layers=1 + max(candidate.layer for candidate in candidates),
-            candidate_parameters=assignment.total,
-        ),
-        criterion=CriterionRecord(
-            name=config.criterion,
-            direction=direction,
-            normalise=config.normalise,
-            objective=probe.objective,
-            rank=config.lora.rank,
-            init=probe.init,
-            warmup_steps=probe.warmup_steps,
-            lr=float(probe.lr),
-            partitions=probe.partitions,
-            batch_size=probe.batch_size,
-            max_length=probe.max_length,
-            dtype=str(model.dtype).removeprefix("torch."),
-            seed=probe.seed,
-            data=data_record,
-        ),
-        budget=BudgetRecord(
-            mode=config.budget.mode,
-            ratio=float(config.budget.ratio),
-            overflow=config.budget.overflow,
-            limit=assignment.limit,
-            used=assignment.used,
-        ),
-        modules=modules,
-        environment={
-            "hybrid_lora_plugin": __version__,
-            "torch": torch.__version__,
-            "transformers": transformers.__version__,
-        },
-    )
-
-
-def census(model: nn.Module, layers: dict[str, SvdLoraLinear], allocation: Allocation) -> Census:
-    """Count the parameters of the model under an allocation, adapters at the probe's rank.
-
-    Args:
-        model: the model with the probe still attached.
-        layers: the probe's layers.
-        allocation: who is fully fine-tuned.
-    """
-    probe = {id(parameter) for layer in layers.values() for parameter in (layer.A, layer.B, layer.e, layer.alpha)}
-    base = sum(parameter.numel() for parameter in model.parameters() if id(parameter) not in probe)
-    lora = sum(layers[name].A.numel() + layers[name].B.numel() for name in allocation.lora_names)
-    return Census(frozen=base - allocation.budget.used, full=allocation.budget.used, lora=lora)

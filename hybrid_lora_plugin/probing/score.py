@@ -2,18 +2,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor, nn
 
-from hybrid_lora_plugin.probing.loss import Batch, response_loss
+from hybrid_lora_plugin.probing.loss import Batch
+from hybrid_lora_plugin.probing.passes import Passes
 from hybrid_lora_plugin.probing.seeding import generator
 from hybrid_lora_plugin.probing.svd_lora import SvdLoraLinear
 
 
+class Maskable(Protocol):
+    """A layer whose extra branch can be disabled."""
+
+    active: bool
+
+
 def draw_partition(seed: int, index: int, modules: int) -> Tensor:
-    """The random two-bucket partition of validation batch ``index`` (Eq. 10).
+    """The random two-bucket partition number ``index`` (Eq. 10).
 
     Args:
         seed: ``probe.seed``.
@@ -35,17 +43,48 @@ def prepare_scoring(model: nn.Module, layers: Mapping[str, SvdLoraLinear]) -> No
         layer.e.requires_grad_(True)
 
 
+def masked_gradients(
+    layers: Sequence[Maskable], parameters: Sequence[nn.Parameter], passes: Passes, batch: Batch, in_bucket_a: Tensor
+) -> float:
+    """``∂(L_A + L_B)/∂parameters`` into ``.grad``: one pass with bucket A disabled, one with B (Eq. 11).
+
+    Each module is active in exactly one of the two passes.
+
+    Args:
+        layers: the M layers, all active before and after.
+        parameters: of the layers' branches; their gradients are cleared first.
+        passes: how to run a batch.
+        batch: validation batch ``[B, S]``.
+        in_bucket_a: bool ``[M]``.
+
+    Returns:
+        The mean of the two losses.
+    """
+    for parameter in parameters:
+        parameter.grad = None
+    losses = []
+    try:
+        for active in (~in_bucket_a, in_bucket_a):
+            for layer, on in zip(layers, active.tolist(), strict=True):
+                layer.active = on
+            # With every module disabled the loss does not depend on any branch: its gradient is 0.
+            losses.append(passes.backward(batch, parameters) if active.any() else passes.loss(batch))
+    finally:
+        for layer in layers:
+            layer.active = True
+    return sum(losses) / 2
+
+
 def batch_sensitivities(
-    model: nn.Module, layers: Mapping[str, SvdLoraLinear], batch: Batch, in_bucket_a: Tensor
+    layers: Mapping[str, SvdLoraLinear], passes: Passes, batch: Batch, in_bucket_a: Tensor
 ) -> tuple[Tensor, float]:
     """One row of the sensitivity matrix: ``s = mean_j |e_j g_j|`` (Eq. 11, 12).
 
-    Two passes, one with bucket A disabled and one with B disabled. Their gradients are added **before** the
-    absolute value; each module is active in exactly one of them.
+    The gradient is summed over both passes, micro-batches and ranks **before** the absolute value.
 
     Args:
-        model: the model that ``layers`` is attached to, after ``prepare_scoring``.
-        layers: the M layers.
+        layers: the M layers, after ``prepare_scoring``.
+        passes: how to run a batch on the model the layers are attached to.
         batch: validation batch ``[B, S]``.
         in_bucket_a: bool ``[M]``.
 
@@ -53,28 +92,17 @@ def batch_sensitivities(
         sensitivities ``[M]`` float64 on the CPU, and the mean of the two losses.
     """
     wrapped = list(layers.values())
-    for layer in wrapped:
-        layer.e.grad = None
-    losses = []
-    try:
-        for active in (~in_bucket_a, in_bucket_a):
-            for layer, on in zip(wrapped, active.tolist(), strict=True):
-                layer.active = on
-            with torch.set_grad_enabled(bool(active.any())):
-                loss = response_loss(model, batch)
-            # With every module disabled the loss does not depend on any e: its gradient is 0.
-            if active.any():
-                loss.backward()
-            losses.append(loss.item())
-    finally:
-        for layer in wrapped:
-            layer.active = True
-    sensitivities = torch.stack(
-        [torch.zeros((), dtype=torch.float64) if layer.e.grad is None else _mean_abs(layer) for layer in wrapped]
+    loss = masked_gradients(wrapped, [layer.e for layer in wrapped], passes, batch, in_bucket_a)
+    return sensitivities_of([(layer.e, layer.e.grad) for layer in wrapped]), loss
+
+
+def sensitivities_of(values_and_gradients: Sequence[tuple[Tensor, Tensor | None]]) -> Tensor:
+    """``mean_j |e_j g_j|`` of each module (Eq. 12): ``[M]`` float64 on the CPU; 0 where there is no gradient."""
+    return torch.stack(
+        [
+            torch.zeros((), dtype=torch.float64)
+            if gradient is None
+            else (values.detach().double() * gradient.double()).abs().mean().cpu()
+            for values, gradient in values_and_gradients
+        ]
     )
-    return sensitivities, sum(losses) / 2
-
-
-def _mean_abs(layer: SvdLoraLinear) -> Tensor:
-    product = layer.e.detach().double() * layer.e.grad.double()  # [r]
-    return product.abs().mean().cpu()

@@ -2,7 +2,7 @@
 
     settings.json          what the run depends on; another run must not continue it
     warmup.safetensors     adapters, AdamW moments and, as metadata, the step
-    scores.safetensors     sensitivities [t, M] of the batches scored so far
+    scores.safetensors     measurements [t, M] of the batches scored so far and, as metadata, how many
 
 Each file is written beside its place and renamed, so an interruption at any moment leaves the older one.
 """
@@ -85,21 +85,23 @@ class PartialState:
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ProbeError(f"output_dir: {file} is damaged ({error}); {self._way_out}") from error
 
-    def save_scores(self, sensitivities: list[Tensor]) -> None:
-        """Replace the saved sensitivities by these: a list of t rows ``[M]``."""
-        if sensitivities:
-            rows = torch.stack(sensitivities)
-            _replace(self.folder / "scores.safetensors", lambda path: save_file({"sensitivities": rows}, path))
+    def save_scores(self, done: int, rows: dict[str, list[Tensor]]) -> None:
+        """Replace the saved measurements by these: after ``done`` rows, each name has a list of ``[M]``."""
+        if done:
+            stacked = {name: torch.stack(values) for name, values in rows.items()}
+            file = self.folder / "scores.safetensors"
+            _replace(file, lambda path: save_file(stacked, path, metadata={"rows": str(done)}))
 
-    def load_scores(self) -> list[Tensor]:
-        """The rows ``[M]`` scored so far."""
+    def load_scores(self) -> tuple[int, dict[str, list[Tensor]]]:
+        """How many rows are done, and the measurements."""
         file = self.folder / "scores.safetensors"
         if not file.exists():
-            return []
+            return 0, {}
         try:
             with safe_open(file, framework="pt") as saved:
-                return list(saved.get_tensor("sensitivities"))
-        except (SafetensorError, OSError) as error:
+                rows = {name: list(saved.get_tensor(name)) for name in saved.keys()}
+                return int(saved.metadata()["rows"]), rows
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
             raise ProbeError(f"output_dir: {file} is damaged ({error}); {self._way_out}") from error
 
     def delete(self) -> None:

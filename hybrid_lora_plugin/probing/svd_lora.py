@@ -15,46 +15,71 @@ from hybrid_lora_plugin.probing.seeding import generator
 class SvdLoraLinear(nn.Module):
     """``y = base(x) + alpha · ((x A) ∘ e) B``, with a switch that disables the second term.
 
-    The base is frozen and keeps its dtype. ``A [d_in, r]``, ``B [r, d_out]``, ``e [r]`` and the scalar
-    ``alpha`` are float32 whatever the base is: a step of 2.5e-5 at 1.0 vanishes in bfloat16.
+    The base is frozen and keeps its dtype. ``A [d_in, r]``, ``B [r, d_out]``, ``e [r]`` and ``alpha [1]`` are float32
+    whatever the base is: a step of 2.5e-5 at 1.0 vanishes in bfloat16.
 
     Attributes:
         active: whether the branch takes part; set by the masks of Algorithm 1.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, rng: torch.Generator) -> None:
-        """Wrap ``base``; ``A`` is kaiming-uniform from ``rng`` (a CPU generator), ``B = 0``, ``e = 1``, ``alpha = 1``."""
+    def __init__(self, base: nn.Linear, rank: int, rng: torch.Generator, init: str = "default") -> None:
+        """Wrap ``base``.
+
+        Args:
+            base: the linear module, on any device.
+            rank: r.
+            rng: a CPU generator; values are drawn on the CPU, so they are equal on every device.
+            init: ``default`` is A kaiming-uniform, B = 0, e = 1; ``adalora`` is A and B from N(0, 0.02²), e = 0.
+        """
         super().__init__()
         self.base = base
         self.active = True
         device = base.weight.device
-        # Drawn as [r, d_in], for which kaiming's fan-in is d_in, and on the CPU, for equal values on every device.
-        a = torch.empty(rank, base.in_features)
-        nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=rng)
+        # Drawn as [r, d_in], for which kaiming's fan-in is d_in.
+        a, b, e = torch.empty(rank, base.in_features), torch.zeros(rank, base.out_features), torch.ones(rank)
+        if init == "adalora":
+            a.normal_(0, 0.02, generator=rng)
+            b.normal_(0, 0.02, generator=rng)
+            e.zero_()
+        else:
+            nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=rng)
         self.A = nn.Parameter(a.T.contiguous().to(device))
-        self.B = nn.Parameter(torch.zeros(rank, base.out_features, device=device))
-        self.e = nn.Parameter(torch.ones(rank, device=device))
-        self.alpha = nn.Parameter(torch.ones((), device=device))
+        self.B = nn.Parameter(b.to(device))
+        self.e = nn.Parameter(e.to(device))
+        # A vector of one: FSDP2 shards no scalars.
+        self.alpha = nn.Parameter(torch.ones(1, device=device))
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., d_in] -> [..., d_out]`` in the dtype of ``x``."""
         y = self.base(x)
-        if not self.active:
-            return y
+        return y + self.branch(x) if self.active else y
+
+    def branch(self, x: Tensor) -> Tensor:
+        """The update's part of the output, ``ΔW x``: ``[..., d_in] -> [..., d_out]``."""
         components = x @ self.A.to(x.dtype)  # [..., r]
         # e and alpha act in float32: they are small, and bfloat16 would hide what the warm-up learned.
         components = (components.to(self.e.dtype) * (self.alpha * self.e)).to(x.dtype)
-        return y + components @ self.B.to(x.dtype)
+        return components @ self.B.to(x.dtype)
+
+    @torch.no_grad()
+    def delta_norm(self) -> Tensor:
+        """``||alpha · A diag(e) B||_F``, a float64 scalar; from r × r products, the update is never formed."""
+        a, b = self.A.double() * self.e.double(), self.B.double()
+        square = ((a.T @ a) * (b @ b.T)).sum()
+        return self.alpha.double().abs().squeeze() * square.clamp_min(0).sqrt()
 
 
-def attach(model: nn.Module, candidates: Sequence[Candidate], rank: int, seed: int) -> dict[str, SvdLoraLinear]:
+def attach(
+    model: nn.Module, candidates: Sequence[Candidate], rank: int, seed: int, init: str = "default"
+) -> dict[str, SvdLoraLinear]:
     """Freeze a model and put an ``SvdLoraLinear`` in the place of every candidate.
 
     Args:
         model: a plain Hugging Face model; changed in place.
         candidates: the M candidates.
         rank: LoRA rank r.
-        seed: decides ``A``, for each module by its own stream.
+        seed: decides the random values, for each module by its own stream.
+        init: as ``SvdLoraLinear``.
 
     Returns:
         module name -> its layer, in candidate order.
@@ -62,10 +87,9 @@ def attach(model: nn.Module, candidates: Sequence[Candidate], rank: int, seed: i
     model.requires_grad_(False)
     layers = {}
     for index, candidate in enumerate(candidates):
-        parent_name, _, leaf = candidate.name.rpartition(".")
-        parent = model.get_submodule(parent_name)
-        layers[candidate.name] = SvdLoraLinear(getattr(parent, leaf), rank, generator(seed, "adapter", index))
-        setattr(parent, leaf, layers[candidate.name])
+        base = model.get_submodule(candidate.name)
+        layers[candidate.name] = SvdLoraLinear(base, rank, generator(seed, "adapter", index), init)
+        replace(model, candidate.name, layers[candidate.name])
     return layers
 
 
@@ -77,5 +101,10 @@ def detach(model: nn.Module, layers: dict[str, SvdLoraLinear]) -> None:
         layers: what ``attach`` returned.
     """
     for name, layer in layers.items():
-        parent_name, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(parent_name), leaf, layer.base)
+        replace(model, name, layer.base)
+
+
+def replace(model: nn.Module, name: str, module: nn.Module) -> None:
+    """Put ``module`` in the place of the submodule called ``name``."""
+    parent_name, _, leaf = name.rpartition(".")
+    setattr(model.get_submodule(parent_name), leaf, module)

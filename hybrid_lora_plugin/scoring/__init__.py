@@ -1,11 +1,46 @@
-"""Criteria: pure functions from sensitivities ``[T, M]`` to module scores ``[M]``.
+"""Criteria: pure functions from what a probe measured to module scores ``[M]``.
 
-To add one, write a file beside ``hybrid.py`` whose function carries ``@register_criterion(name,
-direction=...)`` and import it at the end of this file; then add its name to the ``choices`` of
-``criterion`` in ``hybrid_lora_plugin/config.py``.
+    measurements    the named tensors of a probing run, and how a criterion reads them
+    normalise       what can be divided out of them
+    module_scores   what a criterion gives back: scores, signal, moments
+    registry        the table of criteria, and ``score_modules``
+    hybrid …        one file a criterion
 
-Dimension letters: T validation batches, M modules.
+To add one, write a file beside ``hybrid.py`` whose function ``score(measured)`` carries
+``@register_criterion(name, direction=..., source=...)``, import it at the end of this file, and add its name to
+``CRITERIA`` in ``hybrid_lora_plugin/config.py``.
+
+Dimension letters: T validation batches, M modules, r rank.
 """
 
-from hybrid_lora_plugin.scoring.hybrid import ScoringError, has_signal, hybrid_score, moments  # noqa: F401
-from hybrid_lora_plugin.scoring.registry import Criterion, get_criterion, register_criterion  # noqa: F401
+# First the parts that every criterion imports, then the criteria: importing one registers it.
+from hybrid_lora_plugin.scoring.errors import ScoringError  # noqa: F401
+from hybrid_lora_plugin.scoring.measurements import Measured  # noqa: F401
+from hybrid_lora_plugin.scoring.module_scores import ModuleScores  # noqa: F401
+from hybrid_lora_plugin.scoring.moments import has_signal, moments  # noqa: F401
+from hybrid_lora_plugin.scoring.registry import (  # noqa: F401
+    Criterion,
+    get_criterion,
+    register_criterion,
+    score_modules,
+)
+
+# isort: split
+from hybrid_lora_plugin.scoring import (  # noqa: F401
+    adalora,
+    alpha,
+    autolora,
+    explicit,
+    full_pruning,
+    gradient_norm,
+    hybrid_additive,
+    hybrid_cv,
+    hybrid_ratio,
+    lora_drop,
+    lora_ffn,
+    perturbation,
+    random,
+    snip,
+    spread,
+)
+from hybrid_lora_plugin.scoring.hybrid import hybrid_score  # noqa: F401

@@ -1,0 +1,68 @@
+"""``hybrid-lora-allocate``: another criterion or budget from the measurements of an artifact, without the model."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hybrid_lora_plugin.cli.arguments import help_text, parse, report_error, wants_help
+from hybrid_lora_plugin.cli.result import print_result
+from hybrid_lora_plugin.config import AllocateCommandConfig, ConfigurationError, validate
+
+PROGRAM = "hybrid-lora-allocate"
+SUMMARY = (
+    "Decides anew from what a probe measured: another criterion, direction, normalisation or budget, in about a second and "
+    "without the model. Writes a new artifact with the same measurements; the one it reads stays as it is."
+)
+EXAMPLE = f"{PROGRAM} artifact=outputs/probe output_dir=outputs/random criterion=random control.seed=1"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with ``key=value`` arguments; returns 0, or 2 on a user's mistake."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if wants_help(argv):
+        print(help_text(PROGRAM, SUMMARY, EXAMPLE, AllocateCommandConfig))
+        return 0
+    try:
+        config = parse(argv, AllocateCommandConfig)
+        for name in ("artifact", "output_dir"):
+            if not getattr(config, name):
+                raise ConfigurationError(f"{name}: not given; write {name}=FOLDER")
+        validate(config)
+        changed, modules = reallocate(config)
+    except ConfigurationError as error:
+        return report_error(PROGRAM, error)
+    print_result(Path(config.output_dir))
+    print(f"against {config.artifact}: {changed} of {modules} modules changed their assignment")
+    return 0
+
+
+def reallocate(config: AllocateCommandConfig) -> tuple[int, int]:
+    """Read the artifact, decide and write the new one.
+
+    Returns:
+        How many modules changed their assignment, and how many there are.
+
+    Raises:
+        ConfigurationError: the artifact, a setting or the output folder cannot be used.
+    """
+    # Late, so that --help and a mistyped option answer at once.
+    from hybrid_lora_plugin.allocation.artifact import load_allocation, refuse_existing, save_allocation
+    from hybrid_lora_plugin.allocation.decision import decide
+    from hybrid_lora_plugin.allocation.measurement_file import load_measurements
+
+    refuse_existing(config.output_dir)
+    path = Path(config.artifact)
+    source = load_allocation(path)
+    measurements = load_measurements(path if path.is_dir() else path.parent, source)
+    allocation = decide(
+        config, source.model, source.criterion, source.candidates, measurements, environment=source.environment
+    )
+    save_allocation(config.output_dir, allocation, measurements)
+    before, after = set(source.full_names), set(allocation.full_names)
+    return len(before ^ after), len(source.modules)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

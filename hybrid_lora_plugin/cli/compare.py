@@ -1,0 +1,82 @@
+"""``hybrid-lora-compare``: how far two or more allocations of one model agree."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hybrid_lora_plugin.cli.arguments import help_text, parse, report_error, wants_help
+from hybrid_lora_plugin.config import CompareCommandConfig, ConfigurationError
+
+PROGRAM = "hybrid-lora-compare"
+SUMMARY = (
+    "Shows which modules two or more allocations of one model both fully fine-tune, how much of that chance would give, "
+    "and how far their orders of preference agree."
+)
+EXAMPLE = f"{PROGRAM} allocations=[runs/hybrid,runs/random] output_dir=comparison"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command with ``key=value`` arguments; returns 0, or 2 on a user's mistake."""
+    argv = list(sys.argv[1:] if argv is None else argv)
+    if wants_help(argv):
+        print(help_text(PROGRAM, SUMMARY, EXAMPLE, CompareCommandConfig))
+        return 0
+    try:
+        config = parse(argv, CompareCommandConfig)
+        # Late, so that --help and a mistyped option answer at once.
+        from hybrid_lora_plugin.allocation.artifact import load_allocation, refuse_existing
+        from hybrid_lora_plugin.allocation.compare import compare, make_labels
+        from hybrid_lora_plugin.allocation.compare_tables import as_text, comparison_tables
+
+        if config.output_dir:
+            refuse_existing(config.output_dir)
+        allocations = [load_allocation(path) for path in config.allocations]
+        comparison = compare(allocations, make_labels(allocations, config.allocations))
+        tables = comparison_tables(comparison, config.allocations)
+        print(as_text(tables))
+        if config.output_dir:
+            write_comparison(comparison, tables, config.output_dir)
+            print(f"\ncompare.md and compare.png written to {config.output_dir}")
+    except ConfigurationError as error:
+        return report_error(PROGRAM, error)
+    return 0
+
+
+def write_comparison(comparison, tables, folder: str | Path) -> None:
+    """Write ``compare.md`` and ``compare.png``, both or nothing.
+
+    Args:
+        comparison: from ``compare``.
+        tables: from ``comparison_tables``.
+        folder: where to; it must not exist, or be an empty folder.
+
+    Raises:
+        ConfigurationError: the folder cannot be written.
+    """
+    from hybrid_lora_plugin.allocation.compare_plot import draw_comparison
+    from hybrid_lora_plugin.allocation.compare_tables import as_markdown
+
+    folder = Path(folder)
+    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
+    model = comparison.allocations[0].model.name_or_path
+    title = f"# {len(comparison.allocations)} allocations for {model} compared"
+    picture = "![What each allocation fully fine-tunes, and how much of it pairs share](compare.png)"
+    try:
+        shutil.rmtree(temporary, ignore_errors=True)
+        temporary.mkdir(parents=True)
+        text = f"{title}\n\n{picture}\n\n{as_markdown(tables)}\n"
+        (temporary / "compare.md").write_text(text, encoding="utf-8")
+        draw_comparison(comparison, temporary / "compare.png")
+        os.rename(temporary, folder)
+    except OSError as error:
+        raise ConfigurationError(f"output_dir: {folder} cannot be written ({error}); give another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
