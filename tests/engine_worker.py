@@ -80,8 +80,10 @@ def build_engine(arguments: dict):
     from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig
     from verl.workers.engine import EngineRegistry
 
-    lora = {}
+    lora, hybrid = {}, arguments.get("hybrid")
     if arguments.get("allocation"):
+        hybrid = {"allocation": arguments["allocation"], "full_lr": 1e-3}
+    if hybrid:
         lora = {
             "lora_rank": 4,
             "lora_alpha": 8,
@@ -89,11 +91,7 @@ def build_engine(arguments: dict):
             "lora": {
                 "merge": True,
                 "rollout_dtype": arguments.get("rollout_dtype", "float32"),
-                "hybrid": {
-                    "allocation": arguments["allocation"],
-                    "full_lr": 1e-3,
-                    "lora": {"rank": 4, "alpha": 8},
-                },
+                "hybrid": hybrid | {"lora": {"rank": 4, "alpha": 8}},
             },
         }
     model_config = HFModelConfig(

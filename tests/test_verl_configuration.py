@@ -113,7 +113,10 @@ def test_trainer_without_rollouts_is_refused():
 
 REFUSED = {
     "missing artifact": (["hybrid_lora.allocation=/nowhere/at/all"], ["/nowhere/at/all", "hybrid-lora-probe"]),
-    "no artifact": (["hybrid_lora.allocation=null"], ["hybrid_lora.allocation", "hybrid-lora-probe"]),
+    "no artifact and nothing to probe with": (
+        ["hybrid_lora.allocation=null"],
+        ["hybrid_lora.allocation", "hybrid-lora-probe", "hybrid_lora.probe.files"],
+    ),
     "unknown option": (["+hybrid_lora.warp=9"], ["warp", "docs/configuration.md"]),
     "unknown nested option": (["+hybrid_lora.lora.rnak=9"], ["rnak"]),
     "wrong type": (["hybrid_lora.full_lr=fast"], ["hybrid_lora.full_lr", "fast"]),

@@ -24,6 +24,7 @@ from hybrid_lora_plugin.training.apply import apply_allocation, census, plain_na
 from hybrid_lora_plugin.training.reference import BaseSnapshot, local_tensor
 from hybrid_lora_plugin.training.trainables import FOLDER, TrainablesDescription, require_same_setting, save_trainables
 from hybrid_lora_plugin.verl_backend import requirements
+from hybrid_lora_plugin.verl_backend.on_the_fly import probed_allocation
 from hybrid_lora_plugin.verl_backend.rollout_sync import merged_weights
 
 
@@ -37,11 +38,18 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)
         self.hybrid = requirements.hybrid_config(plain)
         requirements.check_engine(model_config, engine_config, checkpoint_config)
-        self.allocation = load_allocation(self.hybrid.allocation)
-        # Kept as text: a checkpoint records what this run trains under, whatever becomes of the file meanwhile.
-        path = Path(self.hybrid.allocation)
-        self._allocation_json = (path / ALLOCATION_FILE if path.is_dir() else path).read_text(encoding="utf-8")
+        if self.hybrid.allocation:
+            self.allocation = load_allocation(self.hybrid.allocation)
+            # Kept as text: a checkpoint records what this run trains under, whatever becomes of the file meanwhile.
+            path = Path(self.hybrid.allocation)
+            self._allocation_json = (path / ALLOCATION_FILE if path.is_dir() else path).read_text(encoding="utf-8")
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
+
+    def initialize(self):
+        if not self.hybrid.allocation:
+            # Before the actor is built: the probe has the memory to itself.
+            self.allocation, self._allocation_json = probed_allocation(self.hybrid, self.model_config)
+        super().initialize()
 
     @property
     def scaling(self) -> float:

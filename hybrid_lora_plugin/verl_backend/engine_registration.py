@@ -14,6 +14,7 @@ from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 
 from hybrid_lora_plugin.verl_backend import registration
 from hybrid_lora_plugin.verl_backend.engine import HybridLoraEngine
+from hybrid_lora_plugin.verl_backend.policy_probe_engine import PolicyProbeEngine
 
 BACKENDS = ("fsdp", "fsdp2")
 
@@ -22,7 +23,10 @@ class EngineForModel(FSDPEngineWithLMHead):
     """Builds the engine a model asks for: ours where its ``lora`` node has ``hybrid``, else verl's own class."""
 
     def __new__(cls, model_config, *args, **kwargs):
-        wanted = HybridLoraEngine if model_config.lora.get("hybrid") else FSDPEngineWithLMHead
+        hybrid = model_config.lora.get("hybrid")
+        wanted = FSDPEngineWithLMHead
+        if hybrid:
+            wanted = PolicyProbeEngine if hybrid.get("phase") == "probe" else HybridLoraEngine
         # An instance of another class: Python does not call __init__ on it again.
         engine = object.__new__(wanted)
         engine.__init__(model_config, *args, **kwargs)

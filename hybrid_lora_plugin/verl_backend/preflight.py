@@ -7,19 +7,23 @@ Hydra only warns when a callback raises, so a refusal leaves as SystemExit: one 
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from hybrid_lora_plugin.config import ConfigurationError
+from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig
 
 
-def check_configuration(config: DictConfig) -> None:
+def check_configuration(config: DictConfig) -> HybridLoraConfig:
     """Everything that can be known to fail before a worker exists.
 
-    The path of the allocation is made absolute in ``config``: workers may start in another folder.
+    Paths in ``hybrid_lora`` are made absolute in ``config``: workers may start in another folder.
+
+    Returns:
+        The checked ``hybrid_lora`` node; without an ``allocation`` the run has to probe first.
 
     Raises:
         ConfigurationError: an option, the allocation, or a verl setting cannot be used.
@@ -35,40 +39,127 @@ def check_configuration(config: DictConfig) -> None:
         )
     hybrid = requirements.hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
     requirements.check_run(config)
+    if hybrid.allocation:
+        from hybrid_lora_plugin.allocation.artifact import load_allocation
 
-    from hybrid_lora_plugin.allocation.artifact import load_allocation
-
-    allocation = load_allocation(hybrid.allocation)
-    OmegaConf.update(config, "hybrid_lora.allocation", os.path.abspath(hybrid.allocation))
-    path = OmegaConf.select(config, "actor_rollout_ref.model.path")
-    if os.path.isdir(os.path.expanduser(str(path))):
-        # A model on a hub or on HDFS is only fetched by the workers, which check it themselves.
-        from transformers import AutoConfig
-
-        from hybrid_lora_plugin.candidates import find_candidates_from_config
-
-        trust = bool(OmegaConf.select(config, "actor_rollout_ref.model.trust_remote_code", default=False))
-        model_config = AutoConfig.from_pretrained(os.path.expanduser(str(path)), trust_remote_code=trust)
-        allocation.check_model(model_config, find_candidates_from_config(model_config))
+        allocation = load_allocation(hybrid.allocation)
+        OmegaConf.update(config, "hybrid_lora.allocation", os.path.abspath(hybrid.allocation))
+        model = _local_model(config)
+        if model is not None:
+            allocation.check_model(*model)
+    else:
+        _check_probe(config, hybrid)
+    return hybrid
 
 
-def _check_or_exit(config: DictConfig) -> None:
+def _local_model(config: DictConfig) -> tuple[Any, list] | None:
+    """Config and candidates of the model; one on a hub or on HDFS is only fetched by the workers, which check it."""
+    path = os.path.expanduser(str(OmegaConf.select(config, "actor_rollout_ref.model.path")))
+    if not os.path.isdir(path):
+        return None
+    from transformers import AutoConfig
+
+    from hybrid_lora_plugin.candidates import find_candidates_from_config
+
+    trust = bool(OmegaConf.select(config, "actor_rollout_ref.model.trust_remote_code", default=False))
+    model_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
+    return model_config, find_candidates_from_config(model_config)
+
+
+def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
+    """A run that probes first: where the artifact goes, what it needs, and that no older one is ignored."""
+    from hybrid_lora_plugin.probing.runner import NO_RUN, check_budget, check_shapes
+    from hybrid_lora_plugin.scoring import get_criterion
+    from hybrid_lora_plugin.verl_backend.on_the_fly import find_kept
+
+    checkpoints = os.path.abspath(str(OmegaConf.select(config, "trainer.default_local_dir")))
+    hybrid.output_dir = os.path.abspath(hybrid.output_dir or os.path.join(checkpoints, "allocation"))
+    OmegaConf.update(config, "hybrid_lora.output_dir", hybrid.output_dir)
+    hybrid.probe.files = [os.path.abspath(os.path.expanduser(file)) for file in hybrid.probe.files]
+    OmegaConf.update(config, "hybrid_lora.probe.files", hybrid.probe.files)
+    if hybrid.phase == "train" and find_kept(Path(hybrid.output_dir), hybrid):
+        return
+    _refuse_unknown_checkpoints(config, Path(checkpoints), hybrid.output_dir)
+    if get_criterion(hybrid.criterion).run != NO_RUN:
+        _check_probe_data(config, hybrid)
+    model = _local_model(config)
+    if model is not None:
+        try:
+            check_shapes(model[1], hybrid.lora.rank)
+            check_budget(model[1], hybrid.budget, hybrid.lora.rank)
+        except ConfigurationError as error:
+            # The probe's own command has these options without the prefix.
+            raise ConfigurationError(f"hybrid_lora.{error}") from error
+
+
+def _check_probe_data(config: DictConfig, hybrid: HybridLoraConfig) -> None:
+    from hybrid_lora_plugin.verl_backend.policy_probe import check_policy_probe
+
+    if hybrid.probe.objective == "policy":
+        check_policy_probe(config, hybrid)
+        return
+    if not hybrid.probe.files:
+        raise ConfigurationError(
+            "hybrid_lora.allocation: None, and hybrid_lora.probe.files names no rows to probe with; give "
+            "hybrid_lora.allocation=FOLDER written by hybrid-lora-probe, hybrid_lora.probe.files=[rows.jsonl], or "
+            "hybrid_lora.probe.objective=policy"
+        )
+    for file in hybrid.probe.files:
+        if not os.path.exists(file):
+            raise ConfigurationError(f"hybrid_lora.probe.files: {file!r} does not exist; give existing files")
+
+
+def _refuse_unknown_checkpoints(config: DictConfig, checkpoints: Path, output_dir: str) -> None:
+    """A run that resumes must not get another allocation than the one it was trained under."""
+    if OmegaConf.select(config, "trainer.resume_mode", default="auto") == "disable":
+        return
+    tracker = checkpoints / "latest_checkpointed_iteration.txt"
+    if not tracker.is_file() or OmegaConf.select(config, "hybrid_lora.phase") == "probe":
+        return
+    kept = checkpoints / f"global_step_{tracker.read_text().strip()}" / "actor" / "hybrid_lora" / "allocation.json"
+    raise ConfigurationError(
+        f"hybrid_lora.allocation: None, but {checkpoints} holds checkpoints to resume and {output_dir} no allocation; give "
+        f"hybrid_lora.allocation={kept} to resume, or trainer.resume_mode=disable or another trainer.default_local_dir to "
+        f"start afresh"
+    )
+
+
+def _check_or_exit(config: DictConfig, may_probe: bool) -> None:
     try:
-        check_configuration(config)
+        hybrid = check_configuration(config)
+        if _policy_probe_is_due(hybrid):
+            if not may_probe:
+                raise ConfigurationError(
+                    "hybrid_lora.probe.objective: 'policy' cannot be probed inside a sweep; probe once in a single run and "
+                    "give hybrid_lora.allocation"
+                )
+            from hybrid_lora_plugin.verl_backend.policy_probe import run_policy_probe
+
+            run_policy_probe(config, hybrid)
     except (ConfigurationError, ImportError) as error:
         raise SystemExit(f"hybrid_lora: {str(error).removeprefix('hybrid_lora: ')}") from error
     except Exception as error:  # Hydra would turn it into a warning and start the run unchecked
         raise SystemExit(f"hybrid_lora: the configuration could not be checked: {error!r}") from error
 
 
+def _policy_probe_is_due(hybrid: HybridLoraConfig) -> bool:
+    if hybrid.allocation or hybrid.phase == "probe" or hybrid.probe.objective != "policy":
+        return False
+    from hybrid_lora_plugin.probing.runner import NO_RUN
+    from hybrid_lora_plugin.scoring import get_criterion
+    from hybrid_lora_plugin.verl_backend.on_the_fly import find_kept
+
+    return get_criterion(hybrid.criterion).run != NO_RUN and not find_kept(Path(hybrid.output_dir), hybrid)
+
+
 class Preflight(Callback):
-    """Hydra callback that stops a run which cannot work."""
+    """Hydra callback that stops a run which cannot work, and probes first where the objective is ``policy``."""
 
     def on_run_start(self, config: DictConfig, **kwargs: Any) -> None:
         # Before Hydra makes the run's output folder.
-        _check_or_exit(config)
+        _check_or_exit(config, may_probe=True)
 
     def on_job_start(self, config: DictConfig, **kwargs: Any) -> None:
         # Each job of a sweep has a configuration of its own; a single run was checked above.
         if config.hydra.mode == RunMode.MULTIRUN:
-            _check_or_exit(config)
+            _check_or_exit(config, may_probe=False)

@@ -32,11 +32,6 @@ def hybrid_config(node: Mapping[str, Any]) -> HybridLoraConfig:
     validate(config, "hybrid_lora.")
     if not config.enabled:
         raise ConfigurationError("hybrid_lora.enabled: False cannot undo +hybrid_lora=enabled; leave that argument out")
-    if not config.allocation:
-        raise ConfigurationError(
-            "hybrid_lora.allocation: None names no allocation; run hybrid-lora-probe first and give "
-            "hybrid_lora.allocation=FOLDER"
-        )
     return config
 
 

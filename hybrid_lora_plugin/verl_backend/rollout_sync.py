@@ -53,3 +53,32 @@ def merged_weights(
             yield plain_name(name), merge_weight(whole, lora_a, lora_b, scaling, dtype)
         else:
             yield plain_name(name), whole.to(dtype)
+
+
+@torch.no_grad()
+def merged_probe_weights(model: torch.nn.Module, dtype: torch.dtype, device) -> Iterator[tuple[str, torch.Tensor]]:
+    """As ``merged_weights`` for a model with SVD-LoRA on its candidates: ``W0 + (A diag(alpha e) B)ᵀ``.
+
+    Args:
+        model: the Hugging Face model that ``probing.svd_lora.attach`` changed, inside FSDP2 or unsharded.
+        dtype: what the rollout engine computes in.
+        device: where whole tensors are put together.
+
+    Yields:
+        (plain Hugging Face name, tensor of ``dtype``).
+    """
+    state = model.state_dict()
+    probed = {name.removesuffix("base.weight") for name in state if name.endswith(".base.weight")}
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    for name, tensor in state.items():
+        prefix, _, leaf = name.rpartition(".")
+        if (prefix + "." in probed and leaf in ("A", "B", "e", "alpha")) or (tied and name == "lm_head.weight"):
+            continue
+        whole = _whole(tensor, device)
+        module = name.removesuffix("base.weight")
+        if module in probed:
+            a, b, e, alpha = (_whole(state[module + which], device).float() for which in ("A", "B", "e", "alpha"))
+            # A is [d_in, r] and B [r, d_out] here, PEFT's factors are their transposes.
+            yield module + "weight", merge_weight(whole, a.T, (b * (alpha * e)[:, None]).T, 1.0, dtype)
+        else:
+            yield name.replace(".base.", "."), whole.to(dtype)

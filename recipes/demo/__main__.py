@@ -20,7 +20,7 @@ from recipes.demo import base_model, evidence, task
 from recipes.demo.environment import cpu_environment
 from recipes.demo.memory import PeakMemory
 from recipes.demo.report import Findings, print_summary, write_report
-from recipes.demo.verl_run import ROOT, RunFailed, Step, run_verl
+from recipes.demo.verl_run import ROOT, RunFailed, Step, probe_metrics_of, read_metrics, run_verl
 
 #: a full demo must gain this much; a run of a few steps only has to work
 LEAST_GAIN, FULL_DEMO_STEPS = 0.10, 20
@@ -57,18 +57,28 @@ def command(module: str, *arguments: str) -> None:
         raise RunFailed(f"{module} ended with exit status {done.returncode}")
 
 
+#: probe settings of the demo's model by objective; a policy probe takes a verl step for each of its steps
+PROBE_SETTINGS = {
+    "sft": {"warmup_steps": 100, "batch_size": 32, "max_length": 32, "lr": 1e-3},
+    "policy": {"objective": "policy", "warmup_steps": 8, "partitions": 6, "lr": 6e-4},
+}
+
+
 def probe(model: Path, rows: Path, folder: Path) -> None:
     """Write the allocation of the demo's model to ``folder``."""
     command(
         "hybrid_lora_plugin.cli.probe",
         f"model.path={model}",
         f"probe.files={rows}",
-        "probe.warmup_steps=100",
-        "probe.batch_size=32",
-        "probe.max_length=32",
-        "probe.lr=1e-3",
+        *(f"probe.{name}={value}" for name, value in PROBE_SETTINGS["sft"].items()),
         f"output_dir={folder}",
     )
+
+
+def on_the_fly(objective: str, rows: Path) -> list[str]:
+    """Overrides of a run that is given no allocation and probes first."""
+    settings = [f"hybrid_lora.probe.{name}={value}" for name, value in PROBE_SETTINGS[objective].items()]
+    return settings + ([f"hybrid_lora.probe.files=[{rows}]"] if objective == "sft" else [])
 
 
 def new_run_folder(output: Path) -> Path:
@@ -100,9 +110,17 @@ def census_line(log: Path) -> str:
     return "not found in the log"
 
 
-def demo(output: Path, steps: int, cache: Path, ranks: int = 1) -> int:
-    """Run every stage; returns 0 if every check holds, else 1."""
-    stage = Stages(["model", "probe", "train", "export", "report"])
+def demo(output: Path, steps: int, cache: Path, ranks: int = 1, objective: str | None = None) -> int:
+    """Run every stage; returns 0 if every check holds, else 1.
+
+    Args:
+        output: folder for reports and runs.
+        steps: training steps.
+        cache: folder for the base model.
+        ranks: trainer ranks.
+        objective: the run probes on the fly with it; None probes before the run.
+    """
+    stage = Stages(["model", *(["probe"] if objective is None else []), "train", "export", "report"])
     output.mkdir(parents=True, exist_ok=True)
     model = cache / "demo-base-model"
     with PeakMemory() as memory:
@@ -112,15 +130,20 @@ def demo(output: Path, steps: int, cache: Path, ranks: int = 1) -> int:
             files = task.write_rl_parquet(data)
             task.write_sft_jsonl(data / "sft.jsonl")
         run = new_run_folder(output)
-        with stage("probe", "probe: which modules does LoRA serve worst?"):
-            probe(model, data / "sft.jsonl", run / "allocation")
-            allocation = load_allocation(run / "allocation")
-        with stage("train", f"verl GSPO run, {steps} steps, log in {run / 'verl.log'}"):
+        artifact = run / "allocation" if objective is None else run / "checkpoints" / "allocation"
+        if objective is None:
+            with stage("probe", "probe: which modules does LoRA serve worst?"):
+                probe(model, data / "sft.jsonl", artifact)
+            allocated = [f"hybrid_lora.allocation={artifact}"]
+        else:
+            allocated = on_the_fly(objective, data / "sft.jsonl")
+        probing = "" if objective is None else f"probe on the fly (objective {objective}), then "
+        with stage("train", f"{probing}verl GSPO run, {steps} steps, log in {run / 'verl.log'}"):
             results = run_verl(
                 [
                     "+hybrid_lora=enabled",
-                    f"hybrid_lora.allocation={run / 'allocation'}",
                     "+recipe=demo",
+                    *allocated,
                     f"actor_rollout_ref.model.path={model}",
                     f"data.train_files={files['train']}",
                     f"data.val_files={files['validation']}",
@@ -137,6 +160,7 @@ def demo(output: Path, steps: int, cache: Path, ranks: int = 1) -> int:
                 say=say,
                 describe=describe,
             )
+            allocation = load_allocation(artifact)
         with stage("export", "export: a plain Hugging Face folder"):
             exported = run / "exported"
             command(
@@ -151,6 +175,11 @@ def demo(output: Path, steps: int, cache: Path, ranks: int = 1) -> int:
             evidence.check_reference(results),
             evidence.check_export(exported, files["validation"], run / "validation" / f"{steps}.jsonl"),
         ]
+        if objective == "policy":
+            settings = PROBE_SETTINGS["policy"]
+            probe_steps = read_metrics(probe_metrics_of(run / "metrics.jsonl"))
+            asked = settings["warmup_steps"] + settings["partitions"]
+            checks.append(evidence.check_rollout_weights(probe_steps, asked, of="rollouts of the probe"))
         if steps >= FULL_DEMO_STEPS:
             checks.append(evidence.check_accuracy(results, LEAST_GAIN))
     findings = Findings(
@@ -162,7 +191,7 @@ def demo(output: Path, steps: int, cache: Path, ranks: int = 1) -> int:
         peak_memory=memory.peak,
         exported=exported,
     )
-    report = write_report(findings, run, run / "allocation" / "heatmap.png")
+    report = write_report(findings, run, artifact / "heatmap.png")
     for name in ("report.md", "curves.png", "heatmap.png"):
         shutil.copyfile(run / name, output / name)
     print_summary(findings)
@@ -180,11 +209,17 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--ranks", type=int, default=1, choices=(1, 2), help="trainer ranks, each with a vLLM (default 1)"
     )
+    parser.add_argument(
+        "--on-the-fly",
+        choices=("sft", "policy"),
+        default=None,
+        help="let the run probe for itself, with this objective (default: probe before the run)",
+    )
     options = parser.parse_args(arguments)
     if options.steps < 2:
         parser.error(f"--steps: {options.steps} is too few; give at least 2, so that a step follows a weight sync")
     try:
-        return demo(options.output.resolve(), options.steps, options.cache.resolve(), options.ranks)
+        return demo(options.output.resolve(), options.steps, options.cache.resolve(), options.ranks, options.on_the_fly)
     except (ConfigurationError, RunFailed) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1

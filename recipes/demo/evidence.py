@@ -40,13 +40,13 @@ def check_steps(steps: list[Step], asked: int) -> Check:
     return Check(f"{asked} training steps ran", taken == list(range(1, asked + 1)), f"{len(taken)} steps")
 
 
-def check_rollout_weights(steps: list[Step], asked: int) -> Check:
+def check_rollout_weights(steps: list[Step], asked: int, of: str = "rollouts") -> Check:
     """At every step vLLM gave the sampled tokens the probabilities that the trainer gives them."""
     by_step = {step.number: step.metrics.get(PROBS_DIFF, math.nan) for step in steps if step.number > 0}
     values = [by_step.get(number, math.nan) for number in range(1, asked + 1)]
     holds = bool(values) and all(value <= PROBS_DIFF_LIMIT for value in values)
     return Check(
-        f"rollouts were sampled with the trained weights: {PROBS_DIFF} ≤ {PROBS_DIFF_LIMIT:g} at every step",
+        f"{of} were sampled with the trained weights: {PROBS_DIFF} ≤ {PROBS_DIFF_LIMIT:g} at every step",
         holds,
         f"maximum {max(values, default=math.nan):.2e} over {len(values)} steps",
     )

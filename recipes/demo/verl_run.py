@@ -19,6 +19,8 @@ ROOT = Path(__file__).parents[2]
 
 #: what verl and Ray print on their way up, and what that means; start-up is most of a short run
 _PHASES = (
+    ("probing first with the policy objective", "policy probe: a verl run of its own comes first"),
+    ("hybrid_lora: allocation written to", "policy probe: allocation written"),
     ("Started a local Ray instance", "Ray is up, starting the trainer"),
     ("dataloader initialized", "data loaded, starting the actor"),
     ("actor and ref model engine initialized", "actor built under the allocation, starting vLLM"),
@@ -45,6 +47,11 @@ def read_metrics(path: Path) -> list[Step]:
         return []
     lines = path.read_text().split("\n")
     return [Step(row["step"], row["data"]) for row in map(json.loads, lines[:-1])]
+
+
+def probe_metrics_of(metrics: Path) -> Path:
+    """Where the steps of a policy probe go, beside those of the run (``verl_backend/policy_probe.py``)."""
+    return metrics.with_suffix(f".probe{metrics.suffix}")
 
 
 def show_nothing(_: str) -> None:
@@ -74,7 +81,7 @@ def run_verl(
     """
     command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", str(ROOT / "recipes"), *overrides]
     environment = cpu_environment(VERL_FILE_LOGGER_PATH=str(metrics), PYTHONUNBUFFERED="1")
-    started, shown, phases = time.monotonic(), 0, list(_PHASES)
+    started, shown, probed, phases = time.monotonic(), 0, 0, list(_PHASES)
     with log.open("w") as output:
         output.write(shlex.join(command) + "\n\n")
         output.flush()
@@ -91,6 +98,9 @@ def run_verl(
                         mark, meaning = phases.pop(0)
                         if mark in text:
                             say(f"  {time.monotonic() - started:5.0f} s  {meaning}")
+                    for step in read_metrics(probe_metrics_of(metrics))[probed:]:
+                        probed += 1
+                        say(f"  {time.monotonic() - started:5.0f} s  probe step {step.number}  {describe(step)}")
                     for step in read_metrics(metrics)[shown:]:
                         shown += 1
                         first_step = first_step or (step.number, time.monotonic())

@@ -1,0 +1,103 @@
+"""Runs under torchrun: engines that probe on the fly, for ``tests/test_on_the_fly.py``.
+
+With objective ``sft`` the hybrid engine is built without an allocation, and built again as a resumed run would; with
+``policy`` the probing engine is warmed up, interrupted at its checkpoint, continued and scored.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import torch
+from engine_worker import build_engine, gather_log_probs, make_batch, policy_loss, share_of, weights_of, whole
+from safetensors.torch import save_file
+
+
+def sft(arguments: dict) -> tuple[dict, dict]:
+    """Probe, build, and build again; then with another budget."""
+    import hybrid_lora_plugin.verl_backend.engine_registration  # noqa: F401
+    from hybrid_lora_plugin.config import ConfigurationError
+
+    engine = build_engine(arguments)
+    file = Path(arguments["hybrid"]["output_dir"]) / "allocation.json"
+    results = {
+        "full": engine.allocation.full_names,
+        "trainable": [name for name, p in engine.module.named_parameters() if p.requires_grad],
+        "written": file.stat().st_mtime_ns,
+    }
+    tensors = {"start": weights_of(engine)}
+    again = build_engine(arguments)
+    results["full_again"], results["written_again"] = again.allocation.full_names, file.stat().st_mtime_ns
+    try:
+        build_engine(arguments | {"hybrid": arguments["hybrid"] | {"budget": {"ratio": 0.5}}})
+    except ConfigurationError as error:
+        results["refused"] = str(error)
+    return results, tensors
+
+
+def policy(arguments: dict, rank: int, ranks: int) -> tuple[dict, dict]:
+    """Warm up for some steps, save, go on; continue from the save in a second engine, and score both."""
+    import hybrid_lora_plugin.verl_backend.engine_registration  # noqa: F401
+
+    loss = policy_loss("hybrid_gspo")
+    batch = share_of(make_batch(arguments.get("micro_batch", 2)), rank, ranks)
+
+    def steps(engine, count):
+        seen = []
+        for _ in range(count):
+            for _ in range(arguments["mini_batches"]):
+                with engine.train_mode():
+                    output = engine.train_batch(batch.clone(), loss)
+                seen.append(sum(output["loss"]))
+            engine.lr_scheduler_step()
+        return seen
+
+    engine = build_engine(arguments)
+    results = {"engine": type(engine).__name__, "actor_before": gather_log_probs(engine, batch, ranks, reference=False)}
+    steps(engine, 2)
+    engine.save_checkpoint(str(Path(arguments["out"]) / "checkpoint"), global_step=2)
+    results["losses"] = steps(engine, 1)
+    results["actor_warm"] = gather_log_probs(engine, batch, ranks, reference=False)
+    results["reference_warm"] = gather_log_probs(engine, batch, ranks, reference=True)
+    tensors = {
+        "warm": weights_of(engine),
+        "synced": {name: tensor.clone() for name, tensor in engine.get_per_tensor_param()[0]},
+    }
+    steps(engine, arguments["scoring_steps"])
+    results["gradients_left"] = [n for n, p in engine.module.named_parameters() if p.grad is not None]
+    tensors["scored"] = weights_of(engine)
+    tensors["rows"] = {"sensitivities": torch.stack(engine._rows)}
+
+    hybrid = arguments["hybrid"] | {"output_dir": arguments["hybrid"]["output_dir"] + "-resumed"}
+    resumed = build_engine(arguments | {"hybrid": hybrid})
+    resumed.load_checkpoint(str(Path(arguments["out"]) / "checkpoint"), del_local_after_load=False)
+    results["losses_resumed"] = steps(resumed, 1)
+    steps(resumed, arguments["scoring_steps"])
+    tensors["rows_resumed"] = {"sensitivities": torch.stack(resumed._rows)}
+    tensors["e"] = {name: whole(layer.e) for name, layer in resumed._layers.items()}
+    return results, tensors
+
+
+def main(path: str) -> None:
+    import verl  # noqa: F401  loads the plugin as in any verl process
+    from verl.utils.distributed import initialize_global_process_group
+
+    arguments = json.loads(Path(path).read_text())
+    _, rank, ranks = initialize_global_process_group()
+    torch.set_num_threads(1)
+    if arguments["hybrid"].get("phase") == "probe":
+        results, tensors = policy(arguments, rank, ranks)
+    else:
+        results, tensors = sft(arguments)
+    if rank == 0:
+        out = Path(arguments["out"])
+        for name, group in tensors.items():
+            save_file({key: value.contiguous() for key, value in group.items()}, out / f"{name}.safetensors")
+        (out / "results.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

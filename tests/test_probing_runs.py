@@ -1,0 +1,174 @@
+"""A verl configuration without an allocation: what is checked before the workers probe, and the command of a policy probe."""
+
+from __future__ import annotations
+
+import sys
+
+import pytest
+
+pytest.importorskip("verl", reason="verl is not installed")
+
+from allocations import make_allocation  # noqa: E402
+from omegaconf import OmegaConf  # noqa: E402
+from test_verl_configuration import MAIN_PPO, composed  # noqa: E402
+from tiny_models import make_char_tokenizer, sums, write_jsonl  # noqa: E402
+from verl_processes import run  # noqa: E402
+
+from hybrid_lora_plugin.config import ConfigurationError  # noqa: E402
+from hybrid_lora_plugin.verl_backend import preflight  # noqa: E402
+from hybrid_lora_plugin.verl_backend.policy_probe import probe_overrides  # noqa: E402
+from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
+
+POLICY = "hybrid_lora.probe.objective=policy"
+
+
+@pytest.fixture
+def probing(tiny_qwen2, tmp_path):
+    """Overrides of a run that probes first, accepted as they are."""
+    rows = write_jsonl(tmp_path / "rows.jsonl", sums(5))
+    return [
+        "+hybrid_lora=enabled",
+        f"actor_rollout_ref.model.path={tiny_qwen2}",
+        f"trainer.default_local_dir={tmp_path / 'checkpoints'}",
+        "actor_rollout_ref.rollout.name=vllm",
+        f"hybrid_lora.probe.files=[{rows}]",
+        "hybrid_lora.lora.rank=4",
+        "hybrid_lora.budget.ratio=0.3",
+    ]
+
+
+def test_paths_become_absolute_and_the_artifact_goes_beside_the_checkpoints(probing, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = composed(*probing, "trainer.default_local_dir=kept", "hybrid_lora.probe.files=[rows.jsonl]")
+    hybrid = check_configuration(config)
+    assert hybrid.output_dir == config.hybrid_lora.output_dir == str(tmp_path / "kept" / "allocation")
+    assert list(config.hybrid_lora.probe.files) == [str(tmp_path / "rows.jsonl")]
+    assert config.actor_rollout_ref.model.lora.hybrid.output_dir == hybrid.output_dir, "workers read it there"
+
+
+REFUSED = {
+    "no such rows": (["hybrid_lora.probe.files=[/nowhere.jsonl]"], ["hybrid_lora.probe.files", "/nowhere.jsonl"]),
+    "no rows": (["hybrid_lora.probe.files=[]"], ["hybrid_lora.allocation", "hybrid_lora.probe.files"]),
+    "rank": (["hybrid_lora.lora.rank=30"], ["hybrid_lora.lora.rank: 30", "give 10 or less"]),
+    "budget": (["hybrid_lora.budget.ratio=1e-5"], ["hybrid_lora.budget.ratio", "give at least"]),
+    "criterion": (["hybrid_lora.criterion=best"], ["hybrid_lora.criterion", "'best'", "hybrid"]),
+    "policy criterion": ([POLICY, "hybrid_lora.criterion=snip"], ["hybrid_lora.criterion", "'snip'", "objective=sft"]),
+    "policy run": ([POLICY, "hybrid_lora.criterion=adalora"], ["hybrid_lora.criterion", "'adalora'"]),
+    "policy warm-up": ([POLICY, "hybrid_lora.probe.warmup_steps=0"], ["hybrid_lora.probe.warmup_steps", "at least 1"]),
+    "policy filter": ([POLICY, "algorithm.filter_groups.enable=true"], ["algorithm.filter_groups.enable"]),
+    "policy asynchronous": ([POLICY, "trainer.v1.trainer_mode=colocate_async"], ["trainer.v1.trainer_mode", "sync"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_refused_in_one_line_that_names_field_value_and_way_out(case, probing):
+    mistake, words = REFUSED[case]
+    with pytest.raises(ConfigurationError) as caught:
+        check_configuration(composed(*probing, *mistake))
+    message = str(caught.value)
+    assert "\n" not in message and all(word in message for word in words), message
+
+
+def test_checkpoints_without_their_allocation_are_not_resumed_under_a_new_one(probing, tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    checkpoints.mkdir()
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("40")
+    with pytest.raises(ConfigurationError, match=r"hybrid_lora.allocation=.*global_step_40/actor/hybrid_lora"):
+        check_configuration(composed(*probing))
+    check_configuration(composed(*probing, "trainer.resume_mode=disable"))
+
+
+def test_an_artifact_that_the_run_left_is_used_or_refused_but_never_replaced(probing, tiny_qwen2, tmp_path):
+    make_allocation(tiny_qwen2, tmp_path / "checkpoints" / "allocation")
+    with pytest.raises(ConfigurationError, match="hybrid_lora.*has .*; give hybrid_lora.allocation="):
+        check_configuration(composed(*probing, "hybrid_lora.probe.seed=77"))
+
+
+def test_a_criterion_without_a_probe_needs_no_rows(probing):
+    check_configuration(composed(*probing, "hybrid_lora.probe.files=[]", "hybrid_lora.criterion=spread"))
+    check_configuration(composed(*probing, "hybrid_lora.criterion=random", POLICY))
+
+
+def test_policy_probe_is_the_runs_own_command_with_a_phase(probing, tmp_path):
+    own = ["++data.custom_cls.path=mine.py", "++data.custom_cls.name=Mine", "trainer.experiment_name=mine"]
+    settings = [POLICY, "hybrid_lora.probe.warmup_steps=7", "hybrid_lora.probe.partitions=5"]
+    config = composed(*probing, *own, *settings, "hybrid_lora.probe.partitions_per_batch=2")
+    hybrid = check_configuration(config)
+    overrides = [o for o in probe_overrides(config, hybrid) if not o.startswith("hydra.")]
+    probe = composed(*probing, *own, *settings, "hybrid_lora.probe.partitions_per_batch=2", *overrides)
+    check_configuration(probe)
+    assert probe.hybrid_lora.phase == probe.actor_rollout_ref.model.lora.hybrid.phase == "probe"
+    assert probe.trainer.total_training_steps == 7 + 3, "5 partitions, 2 a step"
+    assert probe.trainer.default_local_dir == f"{hybrid.output_dir}.partial/checkpoints"
+    assert probe.hybrid_lora.output_dir == hybrid.output_dir and probe.trainer.experiment_name == "mine-probe"
+    assert (probe.data.hybrid_lora.custom_cls_path, probe.data.hybrid_lora.custom_cls_name) == ("mine.py", "Mine")
+    assert probe.data.custom_cls.name == "HeldOutPrompts" and not probe.data.shuffle
+    config.trainer.experiment_name = "mine-probe"  # the rollout's trace has it too
+    kept = ("actor_rollout_ref.rollout", "algorithm", "reward", "actor_rollout_ref.actor")
+    for node in kept:
+        assert OmegaConf.select(probe, node) == OmegaConf.select(config, node), node
+
+
+def test_a_policy_probe_runs_before_the_run_and_once(probing, tmp_path, tiny_qwen2, monkeypatch):
+    """With a stand-in for the probe's process: what the driver does around it."""
+    commands = []
+
+    def child(command, env):
+        commands.append((command, env))
+        # Whatever a probe of these settings leaves; a second start compares the settings.
+        folder = tmp_path / "checkpoints" / "allocation"
+        (tmp_path / "checkpoints" / "allocation.partial").mkdir(parents=True)
+        make_allocation(tiny_qwen2, folder)
+        return type("Done", (), {"returncode": 0})
+
+    monkeypatch.setattr("subprocess.run", child)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "verl.trainer.main_ppo", "+hybrid_lora=enabled"])
+    monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(tmp_path / "metrics.jsonl"))
+    config = composed(*probing, POLICY)
+    preflight._check_or_exit(config, may_probe=True)
+    ((command, environment),) = commands
+    assert command[:4] == [sys.executable, "-m", "verl.trainer.main_ppo", "+hybrid_lora=enabled"]
+    assert "hybrid_lora.phase=probe" in command
+    assert environment["VERL_FILE_LOGGER_PATH"].endswith("metrics.probe.jsonl")
+    assert not (tmp_path / "checkpoints" / "allocation.partial").exists()
+
+    with pytest.raises(SystemExit, match="cannot be probed inside a sweep"):
+        other = composed(*probing, POLICY, f"trainer.default_local_dir={tmp_path / 'other'}")
+        preflight._check_or_exit(other, may_probe=False)
+
+
+def test_a_policy_probe_that_fails_stops_the_run(probing, monkeypatch):
+    monkeypatch.setattr("subprocess.run", lambda command, env: type("Done", (), {"returncode": 3}))
+    with pytest.raises(SystemExit, match="policy probe ended with exit status 3"):
+        preflight._check_or_exit(composed(*probing, POLICY), may_probe=True)
+
+
+@pytest.mark.verl
+def test_main_ppo_says_in_one_line_what_a_policy_probe_lacks(probing, tmp_path):
+    run_dir = f"hydra.run.dir={tmp_path / 'run'}"
+    done = run([*MAIN_PPO, *probing, POLICY, "hybrid_lora.criterion=snip", run_dir], check=False)
+    last = done.stdout.strip().splitlines()[-1]
+    assert done.returncode == 1 and last.startswith("hybrid_lora: ") and "'snip'" in last
+    assert "Traceback" not in done.stdout and not (tmp_path / "run").exists()
+
+
+def test_held_out_prompts_wrap_verls_own_dataset(tmp_path):
+    import pandas
+
+    from hybrid_lora_plugin.verl_backend.held_out_prompts import HeldOutPrompts, prompt_order
+
+    rows = [
+        {"prompt": [{"role": "user", "content": f"{i}+1="}], "data_source": "sums", "extra_info": {"index": i}}
+        for i in range(30)
+    ]
+    pandas.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
+    config = composed(
+        "+hybrid_lora=enabled", f"data.train_files={tmp_path / 'train.parquet'}", "data.train_batch_size=4",
+        "++data.hybrid_lora={warmup_steps: 3, scoring_steps: 2, seed: 1, custom_cls_path: null, custom_cls_name: null}",
+    ).data  # fmt: skip
+    training = HeldOutPrompts(config.train_files, make_char_tokenizer(), config)
+    assert [training[i]["extra_info"]["index"] for i in range(len(training))] == prompt_order(30, 4, 3, 2, 1)
+    config.train_files = "another.parquet"
+    validation = HeldOutPrompts(str(tmp_path / "train.parquet"), make_char_tokenizer(), config)
+    assert [validation[i]["extra_info"]["index"] for i in range(len(validation))] == list(range(30))
+    assert validation.prompt_key == "prompt", "other attributes are those of the wrapped dataset"
