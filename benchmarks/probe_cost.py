@@ -1,0 +1,307 @@
+"""What the probe costs: scoring against its floor, Eq. 9 against Algorithm 1, growth with depth and ranks, memory.
+
+    python -m benchmarks.probe_cost [--layers 30] [--hidden 576] [--rows 4] [--tokens 128] [--repeats 9] [--output FILE]
+
+A random Qwen2 of SmolLM2-135M's shape by default. Times are compared within one process: the two sides of a ratio take
+turns, and the median of the ratios is shown with its quartiles. Memory is the peak resident size of a process of its
+own for each case. Nothing here is a test; the figures belong to the machine that made them.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+from hybrid_lora_plugin.candidates import find_candidates
+from hybrid_lora_plugin.config import AdapterConfig, ProbeCommandConfig, ProbeConfig
+from hybrid_lora_plugin.probing import ranks as processes
+from hybrid_lora_plugin.probing.controls import ControlPass
+from hybrid_lora_plugin.probing.loss import IGNORED, Batch, negative_log_likelihood
+from hybrid_lora_plugin.probing.passes import Passes
+from hybrid_lora_plugin.probing.perturbation import perturbation
+from hybrid_lora_plugin.probing.score import batch_sensitivities, draw_partition, prepare_scoring
+from hybrid_lora_plugin.probing.sharding import place
+from hybrid_lora_plugin.probing.svd_lora import attach, detach
+from hybrid_lora_plugin.probing.svd_lora_run import SvdLoraRun
+
+RANK = 16
+
+
+def build(shape: argparse.Namespace, layers: int | None = None):
+    """A random causal language model of the asked shape, in float32 on the CPU or bfloat16 on a GPU."""
+    from transformers import AutoModelForCausalLM, Qwen2Config
+
+    torch.manual_seed(0)
+    config = Qwen2Config(
+        vocab_size=shape.vocabulary,
+        hidden_size=shape.hidden,
+        intermediate_size=round(shape.hidden * 8 / 3),
+        num_hidden_layers=layers or shape.layers,
+        num_attention_heads=shape.hidden // 64,
+        num_key_value_heads=max(1, shape.hidden // 192),
+        tie_word_embeddings=True,
+    )
+    model = AutoModelForCausalLM.from_config(config).eval()
+    model.requires_grad_(False)
+    return model.bfloat16() if torch.cuda.is_available() else model
+
+
+def batch_of(shape: argparse.Namespace) -> Batch:
+    """Random rows; the second half of each is the response."""
+    ids = torch.randint(0, shape.vocabulary, (shape.rows, shape.tokens), generator=torch.Generator().manual_seed(0))
+    labels = ids.clone()
+    labels[:, : shape.tokens // 2] = IGNORED
+    return Batch(ids, torch.ones_like(ids), labels)
+
+
+def seconds(action: Callable[[], object]) -> float:
+    """Wall time of one call."""
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    begun = time.perf_counter()
+    action()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    return time.perf_counter() - begun
+
+
+def ratios(action: Callable[[], object], floor: Callable[[], object], repeats: int) -> dict[str, float]:
+    """Quartiles of ``action / floor``, and the median seconds of both; the two take turns after one unmeasured round."""
+    action(), floor()
+    pairs = [(seconds(action), seconds(floor)) for _ in range(repeats)]
+    first, median, third = statistics.quantiles([a / b for a, b in pairs], n=4)
+    return {
+        "ratio": median,
+        "first_quartile": first,
+        "third_quartile": third,
+        "seconds": statistics.median(a for a, _ in pairs),
+        "floor_seconds": statistics.median(b for _, b in pairs),
+    }
+
+
+class Scene:
+    """A model with a warmed-up probe, and the passes to compare."""
+
+    def __init__(self, shape: argparse.Namespace, layers: int | None = None, ranks: processes.Ranks | None = None):
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.ranks = ranks or processes.Ranks(device)
+        self.batch, self.model = batch_of(shape), build(shape, layers)
+        candidates = find_candidates(self.model)
+        self.layers = attach(self.model, candidates, RANK, seed=0)
+        for layer in self.layers.values():
+            # As after a warm-up: with B = 0 every gradient of e would be 0.
+            layer.B.data.normal_(0, 1e-3)
+        replicated = [p for layer in self.layers.values() for p in (layer.A, layer.B, layer.e, layer.alpha)]
+        place(self.model, candidates, replicated, self.ranks)
+        prepare_scoring(self.model, self.layers)
+        self.passes = Passes(self.model, self.ranks)
+        self.adapter_parameters = sum(p.numel() for p in replicated)
+
+    def score(self) -> None:
+        """Algorithm 1 on one validation batch."""
+        batch_sensitivities(self.layers, self.passes, self.batch, draw_partition(0, 0, len(self.layers)))
+
+    def controls(self) -> None:
+        """The unmasked pass of the controls."""
+        ControlPass(self.model, self.layers, self.passes).measure(self.batch)
+
+    def perturb(self) -> None:
+        """Eq. 9 on one validation batch."""
+        perturbation(self.layers, self.passes, self.batch)
+
+    def floor(self) -> None:
+        """Two forward passes and two backward passes through activations only, without any probe."""
+        detach(self.model, self.layers)
+        embedding = self.model.get_input_embeddings()
+        hook = embedding.register_forward_hook(lambda module, inputs, output: output.requires_grad_(True))
+        try:
+            micro = self.batch.to(self.ranks.device)
+            for _ in range(2):
+                negative_log_likelihood(self.model, micro).backward()
+        finally:
+            hook.remove()
+            for name, layer in self.layers.items():
+                parent, _, leaf = name.rpartition(".")
+                setattr(self.model.get_submodule(parent), leaf, layer)
+
+    def forward(self) -> None:
+        """One forward pass with all modules active."""
+        self.passes.loss(self.batch)
+
+
+def peak_bytes(shape: argparse.Namespace, case: str) -> int:
+    """Peak resident bytes of a process that does one thing with the model; on a GPU, of its allocator."""
+    arguments = [f"--{name}={getattr(shape, name)}" for name in ("layers", "hidden", "vocabulary", "rows", "tokens")]
+    command = [sys.executable, "-m", "benchmarks.probe_cost", "--memory-of", case, *arguments]
+    return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
+
+
+def memory_case(shape: argparse.Namespace, case: str) -> int:
+    """Run one case in this process; returns its peak bytes."""
+    if case == "inference":
+        model = build(shape).to("cuda" if torch.cuda.is_available() else "cpu")
+        passes = Passes(model, processes.Ranks(next(model.parameters()).device))
+        passes.loss(batch_of(shape))
+    elif case == "scoring":
+        scene = Scene(shape)
+        scene.score()
+    else:
+        model = build(shape)
+        config = ProbeCommandConfig(lora=AdapterConfig(rank=RANK), probe=ProbeConfig(controls=False))
+        run = SvdLoraRun(model, find_candidates(model), config)
+        device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        model.to(device)
+        run.start(Passes(model, processes.Ranks(device)))
+        for _ in range(2):
+            run.warm_up(batch_of(shape), batch_of(shape))
+    if torch.cuda.is_available():
+        return torch.cuda.max_memory_allocated()
+    peak = next(line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("VmHWM"))
+    return int(peak.split()[1]) * 1024
+
+
+def on_ranks(shape: argparse.Namespace, ranks: int) -> dict[str, float]:
+    """Median seconds of scoring one batch on so many gloo ranks of one thread each."""
+    arguments = [
+        f"--{name}={getattr(shape, name)}" for name in ("layers", "hidden", "vocabulary", "rows", "tokens", "repeats")
+    ]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
+               "-m", "benchmarks.probe_cost", "--as-rank", *arguments]  # fmt: skip
+    done = subprocess.run(
+        command, check=True, capture_output=True, text=True, env=os.environ | {"OMP_NUM_THREADS": "1"}
+    )
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
+
+
+def as_rank(shape: argparse.Namespace) -> None:
+    """Body of one rank of ``on_ranks``; the first prints the result."""
+    torch.set_num_threads(1)
+    ranks = processes.start()
+    scene = Scene(shape, ranks=ranks)
+    scene.score()
+    taken = [seconds(scene.score) for _ in range(shape.repeats)]
+    if ranks.first:
+        print(json.dumps({"seconds": statistics.median(taken)}), flush=True)
+    processes.finish(ranks)
+
+
+def measure(shape: argparse.Namespace) -> dict:
+    """Every figure of the report."""
+    scene = Scene(shape)
+    modules, layers = len(scene.layers), shape.layers
+    result = {
+        "device": torch.cuda.get_device_name()
+        if torch.cuda.is_available()
+        else f"CPU, {torch.get_num_threads()} threads",
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "shape": {
+            "layers": layers,
+            "hidden": shape.hidden,
+            "rows": shape.rows,
+            "tokens": shape.tokens,
+            "modules": modules,
+        },
+        "scoring": ratios(scene.score, scene.floor, shape.repeats),
+        "controls": ratios(scene.controls, scene.floor, max(3, shape.repeats // 3)),
+        "perturbation": ratios(scene.perturb, scene.score, 2),
+        "perturbation_forwards": ratios(scene.perturb, scene.forward, 2),
+        "adapter_parameters": scene.adapter_parameters,
+    }
+    del scene
+    result["depth"] = []
+    for depth in sorted({max(2, layers // 4), max(2, layers // 2), layers}):
+        scene = Scene(shape, depth)
+        scene.score()
+        scored = statistics.median(seconds(scene.score) for _ in range(max(3, shape.repeats // 2)))
+        result["depth"].append({"layers": depth, "scoring": scored, "perturbation": seconds(scene.perturb)})
+        del scene
+    result["ranks"] = {str(ranks): on_ranks(shape, ranks)["seconds"] for ranks in (1, 2)}
+    result["memory"] = {case: peak_bytes(shape, case) for case in ("inference", "scoring", "warm-up")}
+    return result
+
+
+def report(result: dict) -> str:
+    """The figures as Markdown."""
+    shape, scoring, controls = result["shape"], result["scoring"], result["controls"]
+    perturbation_ratio, forwards = result["perturbation"], result["perturbation_forwards"]
+    megabytes = {name: value / 1e6 for name, value in result["memory"].items()}
+    adapter = result["adapter_parameters"]
+    lines = [
+        f"{result['device']}, torch {result['torch']}: {shape['layers']} layers of width {shape['hidden']} "
+        f"({shape['modules']} modules), a batch of {shape['rows']} rows of {shape['tokens']} tokens, rank {RANK}.",
+        "",
+        "| | measured | floor or formula | ratio (quartiles) |",
+        "| --- | ---: | ---: | ---: |",
+        f"| scoring one batch, against 2 forward and 2 activation-only backward passes | {scoring['seconds']:.3f} s | "
+        f"{scoring['floor_seconds']:.3f} s | {scoring['ratio']:.3f} ({scoring['first_quartile']:.3f}–{scoring['third_quartile']:.3f}) |",
+        f"| controls of one batch (LoRA-Drop, gradient norm, SNIP), against the same | {controls['seconds']:.3f} s | "
+        f"{controls['floor_seconds']:.3f} s | {controls['ratio']:.3f} |",
+        f"| Eq. 9 on one batch, against scoring it | {perturbation_ratio['seconds']:.2f} s | {perturbation_ratio['floor_seconds']:.3f} s | "
+        f"{perturbation_ratio['ratio']:.1f} |",
+        f"| Eq. 9 in forward passes, against 1 + 7L | {forwards['ratio']:.1f} | {1 + 7 * shape['layers']} | "
+        f"{forwards['ratio'] / (1 + 7 * shape['layers']):.3f} |",
+        "",
+        "| layers | scoring | Eq. 9 |",
+        "| ---: | ---: | ---: |",
+        *(f"| {row['layers']} | {row['scoring']:.3f} s | {row['perturbation']:.2f} s |" for row in result["depth"]),
+        "",
+        "| gloo ranks, one thread each | scoring | against one rank |",
+        "| ---: | ---: | ---: |",
+        *(
+            f"| {ranks} | {taken:.3f} s | {taken / result['ranks']['1']:.3f} |"
+            for ranks, taken in result["ranks"].items()
+        ),
+        "",
+        "| peak memory of a process | MB | over inference | formula without activations |",
+        "| --- | ---: | ---: | ---: |",
+        f"| forward pass of the base | {megabytes['inference']:.0f} | | |",
+        f"| scoring | {megabytes['scoring']:.0f} | {megabytes['scoring'] - megabytes['inference']:.0f} | "
+        f"{4 * adapter / 1e6:.0f} (adapters, 4 bytes each) |",
+        f"| warm-up step | {megabytes['warm-up']:.0f} | {megabytes['warm-up'] - megabytes['inference']:.0f} | "
+        f"{16 * adapter / 1e6:.0f} (adapters, gradients, two moments: 16 bytes each) |",
+    ]
+    return "\n".join(lines)
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print; returns 0."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.probe_cost", description=__doc__.splitlines()[0])
+    for name, default in (
+        ("layers", 30),
+        ("hidden", 576),
+        ("vocabulary", 49152),
+        ("rows", 4),
+        ("tokens", 128),
+        ("repeats", 9),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--output", type=Path, help="also write the figures here, as JSON")
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    parser.add_argument("--as-rank", action="store_true", help=argparse.SUPPRESS)
+    shape = parser.parse_args(arguments)
+    if shape.memory_of:
+        print(memory_case(shape, shape.memory_of))
+        return 0
+    if shape.as_rank:
+        as_rank(shape)
+        return 0
+    result = measure(shape)
+    if shape.output:
+        shape.output.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    print(report(result))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
