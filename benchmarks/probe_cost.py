@@ -1,6 +1,6 @@
 """What the probe costs: scoring against its floor, Eq. 9 against Algorithm 1, growth with depth and ranks, memory.
 
-    python -m benchmarks.probe_cost [--layers 30] [--hidden 576] [--rows 4] [--tokens 128] [--repeats 9] [--output FILE]
+    python -m benchmarks.probe_cost [--layers 30] [--hidden 576] [--rows 2] [--tokens 128] [--repeats 9] [--output FILE]
 
 A random Qwen2 of SmolLM2-135M's shape by default. Times are compared within one process: the two sides of a ratio take
 turns, and the median of the ratios is shown with its quartiles. Memory is the peak resident size of a process of its
@@ -18,6 +18,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -35,6 +36,7 @@ from hybrid_lora_plugin.probing.svd_lora import attach, detach
 from hybrid_lora_plugin.probing.svd_lora_run import SvdLoraRun
 
 RANK = 16
+MEMORY_CASES = ("inference", "scoring", "warm-up", "saved for scoring", "saved for warm-up")
 
 
 def build(shape: argparse.Namespace, layers: int | None = None):
@@ -146,6 +148,23 @@ def peak_bytes(shape: argparse.Namespace, case: str) -> int:
     return int(subprocess.run(command, check=True, capture_output=True, text=True).stdout.split()[-1])
 
 
+def saved_for_backward(model: torch.nn.Module, batch: Batch) -> int:
+    """Bytes of activations that autograd keeps between a forward pass and its backward, parameters left out."""
+    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    kept: dict[int, int] = {}
+
+    def note(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in own:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        loss = negative_log_likelihood(model, batch)
+    del loss
+    return sum(kept.values())
+
+
 def memory_case(shape: argparse.Namespace, case: str) -> int:
     """Run one case in this process; returns its peak bytes."""
     if case == "inference":
@@ -155,6 +174,18 @@ def memory_case(shape: argparse.Namespace, case: str) -> int:
     elif case == "scoring":
         scene = Scene(shape)
         scene.score()
+    elif case == "saved for scoring":
+        # Half of the modules, as in a masked pass.
+        scene = Scene(shape)
+        for layer in list(scene.layers.values())[::2]:
+            layer.active = False
+        return saved_for_backward(scene.model, scene.batch.to(scene.ranks.device))
+    elif case == "saved for warm-up":
+        scene = Scene(shape)
+        for layer in scene.layers.values():
+            for parameter in (layer.A, layer.B, layer.e, layer.alpha):
+                parameter.requires_grad_(True)
+        return saved_for_backward(scene.model, scene.batch.to(scene.ranks.device))
     else:
         model = build(shape)
         config = ProbeCommandConfig(lora=AdapterConfig(rank=RANK), probe=ProbeConfig(controls=False))
@@ -189,16 +220,29 @@ def as_rank(shape: argparse.Namespace) -> None:
     ranks = processes.start()
     scene = Scene(shape, ranks=ranks)
     scene.score()
-    taken = [seconds(scene.score) for _ in range(shape.repeats)]
+    taken = [seconds(scene.score) for _ in range(max(3, shape.repeats // 3))]
     if ranks.first:
         print(json.dumps({"seconds": statistics.median(taken)}), flush=True)
     processes.finish(ranks)
 
 
+def at_depth(shape: argparse.Namespace, layers: int) -> dict[str, float]:
+    """Seconds of scoring a batch, of one forward pass, and of Eq. 9, whose 1 + 7L passes are repetition enough."""
+    scene = Scene(shape, layers)
+    scene.score(), scene.forward()
+    before = [(seconds(scene.score), seconds(scene.forward)) for _ in range(2)]
+    perturbed = seconds(scene.perturb)
+    after = [(seconds(scene.score), seconds(scene.forward)) for _ in range(2)]
+    scored, forward = (statistics.median(values) for values in zip(*before, *after, strict=True))
+    return {"layers": layers, "scoring": scored, "forward": forward, "perturbation": perturbed}
+
+
 def measure(shape: argparse.Namespace) -> dict:
     """Every figure of the report."""
+    say = partial(print, file=sys.stderr, flush=True)
     scene = Scene(shape)
     modules, layers = len(scene.layers), shape.layers
+    say("scoring against its floor")
     result = {
         "device": torch.cuda.get_device_name()
         if torch.cuda.is_available()
@@ -214,27 +258,24 @@ def measure(shape: argparse.Namespace) -> dict:
         },
         "scoring": ratios(scene.score, scene.floor, shape.repeats),
         "controls": ratios(scene.controls, scene.floor, max(3, shape.repeats // 3)),
-        "perturbation": ratios(scene.perturb, scene.score, 2),
-        "perturbation_forwards": ratios(scene.perturb, scene.forward, 2),
         "adapter_parameters": scene.adapter_parameters,
+        "depth": [],
     }
     del scene
-    result["depth"] = []
     for depth in sorted({max(2, layers // 4), max(2, layers // 2), layers}):
-        scene = Scene(shape, depth)
-        scene.score()
-        scored = statistics.median(seconds(scene.score) for _ in range(max(3, shape.repeats // 2)))
-        result["depth"].append({"layers": depth, "scoring": scored, "perturbation": seconds(scene.perturb)})
-        del scene
+        say(f"Eq. 9 with {depth} layers: {1 + 7 * depth} forward passes")
+        result["depth"].append(at_depth(shape, depth))
+    say("1 and 2 ranks")
     result["ranks"] = {str(ranks): on_ranks(shape, ranks)["seconds"] for ranks in (1, 2)}
-    result["memory"] = {case: peak_bytes(shape, case) for case in ("inference", "scoring", "warm-up")}
+    say("peak memory")
+    result["memory"] = {case: peak_bytes(shape, case) for case in MEMORY_CASES}
     return result
 
 
 def report(result: dict) -> str:
     """The figures as Markdown."""
     shape, scoring, controls = result["shape"], result["scoring"], result["controls"]
-    perturbation_ratio, forwards = result["perturbation"], result["perturbation_forwards"]
+    deepest = result["depth"][-1]
     megabytes = {name: value / 1e6 for name, value in result["memory"].items()}
     adapter = result["adapter_parameters"]
     lines = [
@@ -247,14 +288,16 @@ def report(result: dict) -> str:
         f"{scoring['floor_seconds']:.3f} s | {scoring['ratio']:.3f} ({scoring['first_quartile']:.3f}–{scoring['third_quartile']:.3f}) |",
         f"| controls of one batch (LoRA-Drop, gradient norm, SNIP), against the same | {controls['seconds']:.3f} s | "
         f"{controls['floor_seconds']:.3f} s | {controls['ratio']:.3f} |",
-        f"| Eq. 9 on one batch, against scoring it | {perturbation_ratio['seconds']:.2f} s | {perturbation_ratio['floor_seconds']:.3f} s | "
-        f"{perturbation_ratio['ratio']:.1f} |",
-        f"| Eq. 9 in forward passes, against 1 + 7L | {forwards['ratio']:.1f} | {1 + 7 * shape['layers']} | "
-        f"{forwards['ratio'] / (1 + 7 * shape['layers']):.3f} |",
+        f"| Eq. 9 on one batch, against scoring it | {deepest['perturbation']:.2f} s | {deepest['scoring']:.3f} s | "
+        f"{deepest['perturbation'] / deepest['scoring']:.1f} |",
         "",
-        "| layers | scoring | Eq. 9 |",
-        "| ---: | ---: | ---: |",
-        *(f"| {row['layers']} | {row['scoring']:.3f} s | {row['perturbation']:.2f} s |" for row in result["depth"]),
+        "| layers L | scoring | Eq. 9 | Eq. 9 in forward passes | 1 + 7L |",
+        "| ---: | ---: | ---: | ---: | ---: |",
+        *(
+            f"| {row['layers']} | {row['scoring']:.3f} s | {row['perturbation']:.2f} s | "
+            f"{row['perturbation'] / row['forward']:.1f} | {1 + 7 * row['layers']} |"
+            for row in result["depth"]
+        ),
         "",
         "| gloo ranks, one thread each | scoring | against one rank |",
         "| ---: | ---: | ---: |",
@@ -263,13 +306,15 @@ def report(result: dict) -> str:
             for ranks, taken in result["ranks"].items()
         ),
         "",
-        "| peak memory of a process | MB | over inference | formula without activations |",
-        "| --- | ---: | ---: | ---: |",
-        f"| forward pass of the base | {megabytes['inference']:.0f} | | |",
-        f"| scoring | {megabytes['scoring']:.0f} | {megabytes['scoring'] - megabytes['inference']:.0f} | "
-        f"{4 * adapter / 1e6:.0f} (adapters, 4 bytes each) |",
-        f"| warm-up step | {megabytes['warm-up']:.0f} | {megabytes['warm-up'] - megabytes['inference']:.0f} | "
-        f"{16 * adapter / 1e6:.0f} (adapters, gradients, two moments: 16 bytes each) |",
+        "| peak memory of a process, MB | measured | over inference | formula | adapters, gradients, moments | activations |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+        f"| forward pass of the base | {megabytes['inference']:.0f} | | | | |",
+        *(
+            f"| {case} | {megabytes[case]:.0f} | {megabytes[case] - megabytes['inference']:.0f} | "
+            f"{own * adapter / 1e6 + megabytes[f'saved for {case}']:.0f} | {own * adapter / 1e6:.0f} ({own} bytes each) | "
+            f"{megabytes[f'saved for {case}']:.0f} |"
+            for case, own in (("scoring", 4), ("warm-up", 16))
+        ),
     ]
     return "\n".join(lines)
 
@@ -281,7 +326,7 @@ def main(arguments: list[str] | None = None) -> int:
         ("layers", 30),
         ("hidden", 576),
         ("vocabulary", 49152),
-        ("rows", 4),
+        ("rows", 2),
         ("tokens", 128),
         ("repeats", 9),
     ):

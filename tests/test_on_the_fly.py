@@ -86,7 +86,7 @@ def test_a_second_start_uses_the_artifact_and_refuses_other_settings(sft):
 
 def test_every_setting_that_decides_an_allocation_is_compared(tmp_path, tiny_qwen2):
     rows = write_jsonl(tmp_path / "rows.jsonl", sums(40))
-    probe = ["probe.warmup_steps=2", "probe.partitions=2", "probe.batch_size=4", "probe.max_length=64"]
+    probe = ["probe.warmup_steps=2", "probe.partitions=4", "probe.batch_size=4", "probe.max_length=64"]
     command = [f"model.path={tiny_qwen2}", f"probe.files={rows}", f"output_dir={tmp_path / 'a'}", "lora.rank=3"]
     assert probe_command([*command, *probe, "budget.ratio=0.3"]) == 0
 
@@ -101,7 +101,8 @@ def test_every_setting_that_decides_an_allocation_is_compared(tmp_path, tiny_qwe
     for change in (
         "criterion=alpha", "direction=highest", "normalise=sqrt_dims", "lora.rank=2", "budget.mode=modules",
         "budget.overflow=skip", "budget.ratio=0.2", "probe.objective=policy", "probe.warmup_steps=3",
-        "probe.partitions=4", "probe.batch_size=2", "probe.max_length=32", "probe.init=adalora", "probe.seed=1",
+        "probe.partitions=2", "probe.batch_size=2", "probe.max_length=32", "probe.init=adalora", "probe.seed=1",
+        "probe.lr=1e-3", "probe.partitions_per_batch=2",
     ):  # fmt: skip
         with pytest.raises(ConfigurationError, match=f"hybrid_lora.{change.partition('=')[0]}: "):
             find_kept(tmp_path / "a", hybrid(change))

@@ -19,7 +19,7 @@ from hybrid_lora_plugin.probing.errors import ProbeError
 from hybrid_lora_plugin.probing.loss import Batch
 from hybrid_lora_plugin.probing.optimizer import NamedAdamW
 from hybrid_lora_plugin.probing.passes import Passes
-from hybrid_lora_plugin.probing.run import ProbingRun, require_finite
+from hybrid_lora_plugin.probing.run import ProbingRun, require_finite, warmup_rate
 from hybrid_lora_plugin.probing.svd_lora import attach
 from hybrid_lora_plugin.probing.svd_lora_run import check_trained
 
@@ -131,7 +131,7 @@ class AdaLoraRun(ProbingRun):
             f"{name}.{which}": getattr(layer, which) for name, layer in self.layers.items() for which in ("A", "B", "e")
         }
         self.replicated = [*self._trained.values(), *(layer.alpha for layer in self.layers.values())]
-        self._settings, self.lr = settings, settings.lr
+        self._settings, self.lr = settings, warmup_rate(probe, "adalora")
 
     def start(self, passes: Passes) -> None:
         """Make A, B and e trainable at ``probe.adalora.lr``, with importance 0."""

@@ -18,7 +18,7 @@ from hybrid_lora_plugin.probing.errors import ProbeError
 from hybrid_lora_plugin.probing.loss import Batch
 from hybrid_lora_plugin.probing.optimizer import NamedAdamW
 from hybrid_lora_plugin.probing.passes import Passes
-from hybrid_lora_plugin.probing.run import ProbingRun, require_finite
+from hybrid_lora_plugin.probing.run import ProbingRun, require_finite, warmup_rate
 from hybrid_lora_plugin.probing.svd_lora import attach
 from hybrid_lora_plugin.probing.svd_lora_run import check_trained
 
@@ -48,7 +48,7 @@ class AutoLoraRun(ProbingRun):
         }
         self._alphas = {f"{name}.alpha": layer.alpha for name, layer in self.layers.items()}
         self.replicated = [*self._weights.values(), *self._alphas.values()]
-        self.lr, self._alpha_lr = probe.lr, probe.autolora.alpha_lr
+        self.lr, self._alpha_lr = warmup_rate(probe, "autolora"), probe.autolora.alpha_lr
 
     def start(self, passes: Passes) -> None:
         """Make two optimizers: A, B and e learn at ``probe.lr``, alpha at ``probe.autolora.alpha_lr``."""

@@ -18,7 +18,7 @@ from hybrid_lora_plugin.probing.errors import ProbeError
 from hybrid_lora_plugin.probing.loss import Batch
 from hybrid_lora_plugin.probing.optimizer import NamedAdamW
 from hybrid_lora_plugin.probing.passes import Passes
-from hybrid_lora_plugin.probing.run import ProbingRun, require_finite
+from hybrid_lora_plugin.probing.run import ProbingRun, require_finite, warmup_rate
 from hybrid_lora_plugin.probing.score import draw_partition, masked_gradients, sensitivities_of
 from hybrid_lora_plugin.probing.svd_lora import replace
 
@@ -64,7 +64,7 @@ class FullDeltaRun(ProbingRun):
         for name, layer in self.layers.items():
             replace(model, name, layer)
         self.replicated = [layer.D for layer in self.layers.values()]
-        self._seed, self.lr = probe.seed, probe.full_lr
+        self._seed, self.lr = probe.seed, warmup_rate(probe, "full_delta")
 
     @classmethod
     def check_ranks(cls, size: int) -> None:

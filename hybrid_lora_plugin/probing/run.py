@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from torch import Tensor, nn
 
 from hybrid_lora_plugin.candidates import Candidate
-from hybrid_lora_plugin.config import ProbeCommandConfig
+from hybrid_lora_plugin.config import ProbeCommandConfig, ProbeConfig
 from hybrid_lora_plugin.probing.errors import ProbeError
 from hybrid_lora_plugin.probing.loss import Batch
 from hybrid_lora_plugin.probing.passes import Passes
@@ -85,6 +85,14 @@ class ProbingRun(abc.ABC):
     @abc.abstractmethod
     def results(self) -> dict[str, Tensor]:
         """Measurements with one value a module, known after the warm-up: name -> ``[M]`` float64 on the CPU."""
+
+
+def warmup_rate(probe: ProbeConfig, run: str) -> float:
+    """Learning rate of the warm-up of a probing run, by the run's name (``Criterion.run``)."""
+    if run == "full_delta":
+        return probe.full_lr
+    # AdaLoRA's initialisation barely moves at the rate that suits the default one.
+    return probe.adalora.lr if run == "adalora" or (run == "svd_lora" and probe.init == "adalora") else probe.lr
 
 
 def require_finite(loss: float, step: int, rate: str = "probe.lr") -> float:

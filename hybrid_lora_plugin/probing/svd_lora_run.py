@@ -16,7 +16,7 @@ from hybrid_lora_plugin.probing.loss import Batch
 from hybrid_lora_plugin.probing.optimizer import NamedAdamW
 from hybrid_lora_plugin.probing.passes import Passes
 from hybrid_lora_plugin.probing.perturbation import perturbation
-from hybrid_lora_plugin.probing.run import ProbingRun, require_finite
+from hybrid_lora_plugin.probing.run import ProbingRun, require_finite, warmup_rate
 from hybrid_lora_plugin.probing.score import batch_sensitivities, draw_partition, prepare_scoring
 from hybrid_lora_plugin.probing.svd_lora import SvdLoraLinear, attach
 
@@ -40,7 +40,7 @@ class SvdLoraRun(ProbingRun):
         self.replicated = list(self._named.values())
         # Dropout is off throughout.
         self._model, self._probe = model.eval(), probe
-        self.lr = probe.adalora.lr if probe.init == "adalora" else probe.lr
+        self.lr = warmup_rate(probe, "svd_lora")
         self._perturb = config.criterion == "perturbation"
 
     def start(self, passes: Passes) -> None:

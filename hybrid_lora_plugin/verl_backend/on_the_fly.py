@@ -18,6 +18,8 @@ from hybrid_lora_plugin.allocation.artifact import ALLOCATION_FILE, Allocation, 
 from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig, ModelConfig, ProbeCommandConfig
 from hybrid_lora_plugin.probing.progress import LineProgress
 from hybrid_lora_plugin.probing.ranks import Ranks
+from hybrid_lora_plugin.probing.record import probe_record
+from hybrid_lora_plugin.probing.run import warmup_rate
 from hybrid_lora_plugin.probing.runner import NO_RUN, run_probe
 from hybrid_lora_plugin.scoring import get_criterion
 
@@ -56,8 +58,12 @@ def probed_allocation(hybrid: HybridLoraConfig, model_config: Any) -> tuple[Allo
 
 def command_config(hybrid: HybridLoraConfig, model_config: Any) -> ProbeCommandConfig:
     """What ``hybrid-lora-probe`` would be given for this run."""
+    return _command_config(hybrid, model_config.local_path, model_config.trust_remote_code)
+
+
+def _command_config(hybrid: HybridLoraConfig, path: str, trust_remote_code: bool) -> ProbeCommandConfig:
     return ProbeCommandConfig(
-        model=ModelConfig(path=model_config.local_path, trust_remote_code=model_config.trust_remote_code),
+        model=ModelConfig(path=path, trust_remote_code=trust_remote_code),
         output_dir=hybrid.output_dir,
         criterion=hybrid.criterion,
         direction=hybrid.direction,
@@ -107,7 +113,13 @@ def _settings(allocation: Allocation, hybrid: HybridLoraConfig) -> Iterator[tupl
             if hasattr(hybrid.control, name):
                 yield f"control.{name}", value, getattr(hybrid.control, name)
         return
-    for name in ("objective", "warmup_steps", "partitions", "batch_size", "max_length", "init", "seed"):
+    # What the same settings would be recorded as today.
+    expected = probe_record(
+        _command_config(hybrid, "", False), criterion.run, None, {}, warmup_rate(hybrid.probe, criterion.run)
+    )
+    for name in ("objective", "warmup_steps", "partitions", "batch_size", "max_length", "lr", "init", "seed"):
         # A policy probe has no rows of its own: its batches are those of the run.
         if hybrid.probe.objective == "sft" or name not in ("batch_size", "max_length"):
-            yield f"probe.{name}", getattr(record, name), getattr(hybrid.probe, name)
+            yield f"probe.{name}", getattr(record, name), getattr(expected, name)
+    for name, value in expected.options.items():
+        yield f"probe.{name}", record.options.get(name), value

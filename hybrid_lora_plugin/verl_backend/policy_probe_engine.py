@@ -29,6 +29,7 @@ from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig
 from hybrid_lora_plugin.probing.loading import parameter_count
 from hybrid_lora_plugin.probing.record import environment, model_identity, probe_record
+from hybrid_lora_plugin.probing.run import warmup_rate
 from hybrid_lora_plugin.probing.runner import check_budget, check_shapes
 from hybrid_lora_plugin.probing.score import draw_partition, sensitivities_of
 from hybrid_lora_plugin.probing.svd_lora import SvdLoraLinear, attach
@@ -82,8 +83,7 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
 
     @property
     def _lr(self) -> float:
-        probe = self.hybrid.probe
-        return probe.adalora.lr if probe.init == "adalora" else probe.lr
+        return warmup_rate(self.hybrid.probe, "svd_lora")
 
     def _build_optimizer(self, module):
         parameters = [getattr(layer, name) for layer in self._layers.values() for name in _ADAPTER]
