@@ -41,6 +41,10 @@ def policy(arguments: dict, rank: int, ranks: int) -> tuple[dict, dict]:
     """Warm up for some steps, save, go on; continue from the save in a second engine, and score both."""
     import hybrid_lora_plugin.verl_backend.engine_registration  # noqa: F401
 
+    for folder in (arguments["hybrid"]["output_dir"], arguments["hybrid"]["output_dir"] + "-resumed"):
+        # What the driver writes before it starts a probe.
+        Path(f"{folder}.partial").mkdir(parents=True, exist_ok=True)
+        (Path(f"{folder}.partial") / "settings.json").write_text('{"data.train_batch_size": 8}')
     loss = policy_loss("hybrid_gspo")
     batch = share_of(make_batch(arguments.get("micro_batch", 2)), rank, ranks)
 

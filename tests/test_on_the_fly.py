@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import shutil
+
 import pytest
 import torch
 
@@ -22,8 +24,8 @@ from hybrid_lora_plugin.probing.score import draw_partition  # noqa: E402
 from hybrid_lora_plugin.probing.svd_lora import attach  # noqa: E402
 from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
 from hybrid_lora_plugin.verl_backend.held_out_prompts import prompt_order  # noqa: E402
+from hybrid_lora_plugin.verl_backend.kept_allocation import data_of_run, find_kept  # noqa: E402
 from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402
-from hybrid_lora_plugin.verl_backend.on_the_fly import find_kept  # noqa: E402
 
 WORKER = "tests/probe_engine_worker.py"
 PARTITIONS, PER_BATCH, WARMUP = 5, 2, 3
@@ -108,6 +110,36 @@ def test_every_setting_that_decides_an_allocation_is_compared(tmp_path, tiny_qwe
             find_kept(tmp_path / "a", hybrid(change))
 
 
+def test_an_allocation_of_other_weights_or_rows_is_not_taken_up(tmp_path, tiny_qwen2):
+    rows = write_jsonl(tmp_path / "rows.jsonl", sums(40))
+    model = tmp_path / "model"
+    shutil.copytree(tiny_qwen2, model)
+    settings = [
+        "probe.warmup_steps=2",
+        "probe.partitions=2",
+        "probe.batch_size=4",
+        "probe.max_length=64",
+        "lora.rank=3",
+    ]
+    settings += ["budget.ratio=0.3", f"probe.files=[{rows}]"]
+    assert probe_command([f"model.path={model}", f"output_dir={tmp_path / 'a'}", *settings]) == 0
+    node = OmegaConf.merge(OmegaConf.structured(HybridLoraConfig), OmegaConf.from_dotlist(settings))
+    hybrid = OmegaConf.to_object(node)
+    config = OmegaConf.create({"actor_rollout_ref": {"model": {"path": str(model)}}})
+    assert find_kept(tmp_path / "a", hybrid, data_of_run(config, hybrid))
+    shutil.copytree(model, tmp_path / "copy")
+    elsewhere = OmegaConf.create({"actor_rollout_ref": {"model": {"path": str(tmp_path / "copy")}}})
+    assert find_kept(tmp_path / "a", hybrid, data_of_run(elsewhere, hybrid)), "a copy is the same model"
+    write_jsonl(tmp_path / "rows.jsonl", sums(41))
+    with pytest.raises(ConfigurationError, match="hybrid_lora.probe.files: "):
+        find_kept(tmp_path / "a", hybrid, data_of_run(config, hybrid))
+    (tmp_path / "rows.jsonl").unlink()
+    assert find_kept(tmp_path / "a", hybrid, data_of_run(config, hybrid)), "rows that are gone cannot be compared"
+    make_tiny_qwen2(model, seed=1)
+    with pytest.raises(ConfigurationError, match="actor_rollout_ref.model.path"):
+        find_kept(tmp_path / "a", hybrid, data_of_run(config, hybrid))
+
+
 # ---------------------------------------------------------------------------------------------- objective policy
 
 
@@ -137,7 +169,8 @@ def policy(request, policy_runs):
 
 
 def parts_of(layer_name, weights):
-    return {which: weights[f"{layer_name}.{which}"] for which in ("A", "B", "e", "alpha")}
+    """A, B, e and alpha of Eq. 7; the engine's e and alpha are distances from 1."""
+    return {which: weights[f"{layer_name}.{which}"] + (which in ("e", "alpha")) for which in ("A", "B", "e", "alpha")}
 
 
 @pytest.mark.verl

@@ -2,20 +2,26 @@
 
 from __future__ import annotations
 
+import os
+import shutil
+import signal
+import subprocess
 import sys
+import time
 
 import pytest
 
 pytest.importorskip("verl", reason="verl is not installed")
 
 from allocations import make_allocation  # noqa: E402
+from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from test_verl_configuration import MAIN_PPO, composed  # noqa: E402
-from tiny_models import make_char_tokenizer, sums, write_jsonl  # noqa: E402
+from tiny_models import make_char_tokenizer, make_tiny_qwen2, sums, write_jsonl  # noqa: E402
 from verl_processes import run  # noqa: E402
 
 from hybrid_lora_plugin.config import ConfigurationError  # noqa: E402
-from hybrid_lora_plugin.verl_backend import preflight  # noqa: E402
+from hybrid_lora_plugin.verl_backend import policy_probe, preflight  # noqa: E402
 from hybrid_lora_plugin.verl_backend.policy_probe import probe_overrides  # noqa: E402
 from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
 
@@ -55,6 +61,8 @@ REFUSED = {
     "policy criterion": ([POLICY, "hybrid_lora.criterion=snip"], ["hybrid_lora.criterion", "'snip'", "objective=sft"]),
     "policy run": ([POLICY, "hybrid_lora.criterion=adalora"], ["hybrid_lora.criterion", "'adalora'"]),
     "policy warm-up": ([POLICY, "hybrid_lora.probe.warmup_steps=0"], ["hybrid_lora.probe.warmup_steps", "at least 1"]),
+    "policy refill": ([POLICY, "trainer.v1.sampler.sync_refill_failed_groups=true"], ["sync_refill_failed_groups", "false"]),
+    "policy sampler": ([POLICY, "trainer.v1.sampler.custom_sampler.path=mine.py"], ["custom_sampler.path", "null"]),
     "policy filter": ([POLICY, "algorithm.filter_groups.enable=true"], ["algorithm.filter_groups.enable"]),
     "policy asynchronous": ([POLICY, "trainer.v1.trainer_mode=colocate_async"], ["trainer.v1.trainer_mode", "sync"]),
 }  # fmt: skip
@@ -69,13 +77,30 @@ def test_refused_in_one_line_that_names_field_value_and_way_out(case, probing):
     assert "\n" not in message and all(word in message for word in words), message
 
 
-def test_checkpoints_without_their_allocation_are_not_resumed_under_a_new_one(probing, tmp_path):
-    checkpoints = tmp_path / "checkpoints"
-    checkpoints.mkdir()
+@pytest.mark.parametrize("how", ["auto", "resume_path"])
+def test_a_run_that_resumes_keeps_the_allocation_of_its_checkpoint(how, probing, tiny_qwen2, tmp_path):
+    checkpoints = tmp_path / ("checkpoints" if how == "auto" else "elsewhere")
+    step = checkpoints / "global_step_40"
+    step.mkdir(parents=True)
     (checkpoints / "latest_checkpointed_iteration.txt").write_text("40")
-    with pytest.raises(ConfigurationError, match=r"hybrid_lora.allocation=.*global_step_40/actor/hybrid_lora"):
-        check_configuration(composed(*probing))
-    check_configuration(composed(*probing, "trainer.resume_mode=disable"))
+    resume = []
+    if how == "resume_path":
+        resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={step}"]
+    with pytest.raises(ConfigurationError, match="checkpoint to resume in .*global_step_40 holds no actor/hybrid_lora"):
+        check_configuration(composed(*probing, *resume))
+    make_allocation(tiny_qwen2, step / "actor" / "hybrid_lora")
+    config = composed(*probing, *resume)
+    assert check_configuration(config).allocation == config.hybrid_lora.allocation
+    assert config.hybrid_lora.allocation == str(step / "actor" / "hybrid_lora" / "allocation.json")
+    assert not check_configuration(composed(*probing, "trainer.resume_mode=disable")).allocation
+
+
+def test_a_folder_in_the_artifacts_place_is_refused_before_anything_runs(probing, tmp_path):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "train.log").touch()
+    for objective in ([], [POLICY]):
+        with pytest.raises(ConfigurationError, match="output_dir: .*full exists and is not an empty folder"):
+            check_configuration(composed(*probing, *objective, f"hybrid_lora.output_dir={tmp_path / 'full'}"))
 
 
 def test_an_artifact_that_the_run_left_is_used_or_refused_but_never_replaced(probing, tiny_qwen2, tmp_path):
@@ -113,22 +138,20 @@ def test_a_policy_probe_runs_before_the_run_and_once(probing, tmp_path, tiny_qwe
     """With a stand-in for the probe's process: what the driver does around it."""
     commands = []
 
-    def child(command, env):
-        commands.append((command, env))
-        # Whatever a probe of these settings leaves; a second start compares the settings.
-        folder = tmp_path / "checkpoints" / "allocation"
-        (tmp_path / "checkpoints" / "allocation.partial").mkdir(parents=True)
-        make_allocation(tiny_qwen2, folder)
-        return type("Done", (), {"returncode": 0})
+    def child(command, environment):
+        commands.append((command, environment))
+        assert (tmp_path / "checkpoints" / "allocation.partial" / "settings.json").exists()
+        make_allocation(tiny_qwen2, tmp_path / "checkpoints" / "allocation")
+        return 0, None
 
-    monkeypatch.setattr("subprocess.run", child)
+    monkeypatch.setattr(policy_probe, "run_child", child)
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "verl.trainer.main_ppo", "+hybrid_lora=enabled"])
     monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(tmp_path / "metrics.jsonl"))
     config = composed(*probing, POLICY)
     preflight._check_or_exit(config, may_probe=True)
     ((command, environment),) = commands
     assert command[:4] == [sys.executable, "-m", "verl.trainer.main_ppo", "+hybrid_lora=enabled"]
-    assert "hybrid_lora.phase=probe" in command
+    assert 'hybrid_lora.phase="probe"' in command
     assert environment["VERL_FILE_LOGGER_PATH"].endswith("metrics.probe.jsonl")
     assert not (tmp_path / "checkpoints" / "allocation.partial").exists()
 
@@ -138,9 +161,92 @@ def test_a_policy_probe_runs_before_the_run_and_once(probing, tmp_path, tiny_qwe
 
 
 def test_a_policy_probe_that_fails_stops_the_run(probing, monkeypatch):
-    monkeypatch.setattr("subprocess.run", lambda command, env: type("Done", (), {"returncode": 3}))
+    monkeypatch.setattr(policy_probe, "run_child", lambda command, environment: (3, None))
     with pytest.raises(SystemExit, match="policy probe ended with exit status 3"):
         preflight._check_or_exit(composed(*probing, POLICY), may_probe=True)
+
+
+def test_an_interrupted_policy_probe_says_how_to_go_on(probing, monkeypatch, capsys):
+    monkeypatch.setattr(policy_probe, "run_child", lambda command, environment: (1, signal.SIGTERM))
+    with pytest.raises(SystemExit) as caught:
+        preflight._check_or_exit(composed(*probing, POLICY), may_probe=True)
+    assert caught.value.code == 143 and "the same command continues" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        "hybrid_lora.probe.seed=9",
+        "hybrid_lora.probe.lr=1e-3",
+        "algorithm.adv_estimator=hybrid_group",
+        "actor_rollout_ref.rollout.n=8",
+        "data.train_batch_size=7",
+    ],
+)
+def test_an_unfinished_policy_probe_does_not_go_on_under_other_settings(change, probing, monkeypatch):
+    monkeypatch.setattr(policy_probe, "run_child", lambda command, environment: (1, signal.SIGINT))
+    for _ in range(2):
+        with pytest.raises(SystemExit) as caught:
+            preflight._check_or_exit(composed(*probing, POLICY), may_probe=True)
+        assert caught.value.code == 130, "the same settings go on"
+    with pytest.raises(SystemExit, match=f"{change.partition('=')[0]}: .*allocation.partial was begun with"):
+        preflight._check_or_exit(composed(*probing, POLICY, change), may_probe=True)
+
+
+def test_an_unfinished_policy_probe_does_not_go_on_with_another_model(probing, tiny_qwen2, tmp_path, monkeypatch):
+    monkeypatch.setattr(policy_probe, "run_child", lambda command, environment: (1, signal.SIGINT))
+    model = tmp_path / "model"
+    shutil.copytree(tiny_qwen2, model)
+    same_path = f"actor_rollout_ref.model.path={model}"
+    with pytest.raises(SystemExit):
+        preflight._check_or_exit(composed(*probing, POLICY, same_path), may_probe=True)
+    make_tiny_qwen2(model, seed=1)
+    with pytest.raises(SystemExit, match="checkpoint: .*was begun with"):
+        preflight._check_or_exit(composed(*probing, POLICY, same_path), may_probe=True)
+
+
+@pytest.mark.parametrize(
+    "text", ["/x/lr=1e-5/a", "exp (v2)", "a,b", 'say "hi"', "back\\slash\\", "[1]", "{a}", "a b #c", "it's"]
+)
+def test_any_path_or_name_survives_the_probes_command_line(text):
+    (parsed,) = OverridesParser.create().parse_overrides([f"key={policy_probe._quoted(text)}"])
+    assert parsed.value() == text and not parsed.is_sweep_override()
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT, signal.SIGKILL])
+def test_the_probes_process_does_not_outlive_the_run(signum, tmp_path):
+    """Real processes: the child notes the signal it gets and ends."""
+    child = (
+        "import os, signal, sys, time\n"
+        "def note(signum, frame): open(sys.argv[1], 'a').write(f' {signum}'); sys.exit(5)\n"
+        "signal.signal(signal.SIGTERM, note); signal.signal(signal.SIGINT, note)\n"
+        "open(sys.argv[1], 'w').write(str(os.getpid()))\n"
+        "time.sleep(60)\n"
+    )
+    parent = (
+        "import os, sys\n"
+        "from hybrid_lora_plugin.verl_backend.policy_probe import run_child\n"
+        f"print(run_child([sys.executable, '-c', {child!r}, sys.argv[1]], dict(os.environ)))\n"
+    )
+    file = tmp_path / "child"
+    process = subprocess.Popen([sys.executable, "-c", parent, str(file)], stdout=subprocess.PIPE, text=True)
+    while not file.exists() or not file.read_text():
+        assert process.poll() is None
+        time.sleep(0.1)
+    pid = int(file.read_text().split()[0])
+    process.send_signal(signum)
+    out, _ = process.communicate(timeout=30)
+    if signum != signal.SIGKILL:
+        assert out.strip() == f"(5, {int(signum)})"
+    for _ in range(100):
+        try:
+            os.kill(pid, 0)
+        except ProcessLookupError:
+            break
+        time.sleep(0.1)
+    else:
+        raise AssertionError("the child is still there")
+    assert file.read_text().split()[1:] == [str(int(signum if signum != signal.SIGKILL else signal.SIGTERM))]
 
 
 @pytest.mark.verl
@@ -164,7 +270,7 @@ def test_held_out_prompts_wrap_verls_own_dataset(tmp_path):
     pandas.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
     config = composed(
         "+hybrid_lora=enabled", f"data.train_files={tmp_path / 'train.parquet'}", "data.train_batch_size=4",
-        "++data.hybrid_lora={warmup_steps: 3, scoring_steps: 2, seed: 1, custom_cls_path: null, custom_cls_name: null}",
+        "++data.hybrid_lora={warmup_steps: 3, scoring_steps: 2, seed: 1, shuffle: false, custom_cls_path: null, custom_cls_name: null}",
     ).data  # fmt: skip
     training = HeldOutPrompts(config.train_files, make_char_tokenizer(), config)
     assert [training[i]["extra_info"]["index"] for i in range(len(training))] == prompt_order(30, 4, 3, 2, 1)

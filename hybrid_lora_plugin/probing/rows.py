@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -87,6 +88,23 @@ def read_rows(files: Sequence[str]) -> tuple[Rows, list[dict]]:
         if not rows:
             raise ProbeError(f"probe.files: {entry} is empty; give a file with rows")
     return Rows(stores), sources
+
+
+def file_digests(files: Sequence[str]) -> list[dict]:
+    """``{"name", "sha256"}`` of each data file, as ``read_rows`` records them, without looking at rows.
+
+    Raises:
+        ProbeError: as ``row_files.data_files``.
+    """
+    digests = []
+    for entry in files:
+        for name, file in data_files(entry):
+            digest = hashlib.sha256()
+            with file.open("rb") as stream:
+                while block := stream.read(1 << 20):
+                    digest.update(block)
+            digests.append({"name": name, "sha256": digest.hexdigest()})
+    return digests
 
 
 def row_of(value: Any, where: str) -> Row:

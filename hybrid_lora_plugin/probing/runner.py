@@ -28,6 +28,7 @@ from hybrid_lora_plugin.probing.full_delta import FullDeltaRun
 from hybrid_lora_plugin.probing.interrupt import ProbeInterrupted, StopRequest
 from hybrid_lora_plugin.probing.loading import (
     CheckpointWatch,
+    checkpoint_fingerprint,
     load_model,
     load_model_config,
     load_tokenizer,
@@ -183,6 +184,7 @@ class _Probe:
         place(self.model, self.candidates, self.run.replicated, ranks)
 
     def _take_up_state(self) -> None:
+        self.checkpoint = checkpoint_fingerprint(self.config.model.path)
         settings = probe_settings(self.config, self.run_name, self.model, self.data, weights_digest(self.model))
         self.state = PartialState(self.output_dir, settings)
 
@@ -208,7 +210,8 @@ class _Probe:
 
     def _decide_and_save(self, measurements: dict[str, Tensor]) -> Path:
         self.watch.check()
-        record = probe_record(self.config, self.run_name, self.dtype, self.data.record, self.run.lr)
+        data = self.data.record | {"checkpoint": self.checkpoint}
+        record = probe_record(self.config, self.run_name, self.dtype, data, self.run.lr)
         allocation = decide(
             self.config, self.identity, record, self.candidates, measurements, environment=environment()
         )

@@ -20,9 +20,12 @@ class SvdLoraLinear(nn.Module):
 
     Attributes:
         active: whether the branch takes part; set by the masks of Algorithm 1.
+        e_origin, alpha_origin: what the parameters ``e`` and ``alpha`` are counted from, 0 unless centred.
     """
 
-    def __init__(self, base: nn.Linear, rank: int, rng: torch.Generator, init: str = "default") -> None:
+    def __init__(
+        self, base: nn.Linear, rank: int, rng: torch.Generator, init: str = "default", centred: bool = False
+    ) -> None:
         """Wrap ``base``.
 
         Args:
@@ -30,6 +33,8 @@ class SvdLoraLinear(nn.Module):
             rank: r.
             rng: a CPU generator; values are drawn on the CPU, so they are equal on every device.
             init: ``default`` is A kaiming-uniform, B = 0, e = 1; ``adalora`` is A and B from N(0, 0.02²), e = 0.
+            centred: ``e`` and ``alpha`` hold the distance from their initial values, for a wrapper that casts
+                parameters to bfloat16 for the forward pass: near 0 that loses nothing, at 1 it hides the first 0.4 %.
         """
         super().__init__()
         self.base = base
@@ -43,11 +48,22 @@ class SvdLoraLinear(nn.Module):
             e.zero_()
         else:
             nn.init.kaiming_uniform_(a, a=math.sqrt(5), generator=rng)
+        self.e_origin, self.alpha_origin = (float(e[0]), 1.0) if centred else (0.0, 0.0)
         self.A = nn.Parameter(a.T.contiguous().to(device))
         self.B = nn.Parameter(b.to(device))
-        self.e = nn.Parameter(e.to(device))
+        self.e = nn.Parameter((e - self.e_origin).to(device))
         # A vector of one: FSDP2 shards no scalars.
-        self.alpha = nn.Parameter(torch.ones(1, device=device))
+        self.alpha = nn.Parameter(torch.ones(1, device=device) - self.alpha_origin)
+
+    @property
+    def coefficients(self) -> Tensor:
+        """``e`` of Eq. 7, ``[r]``, at least float32."""
+        return _from_origin(self.e, self.e_origin)
+
+    @property
+    def scale(self) -> Tensor:
+        """``alpha`` of Eq. 7, ``[1]``, at least float32."""
+        return _from_origin(self.alpha, self.alpha_origin)
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., d_in] -> [..., d_out]`` in the dtype of ``x``."""
@@ -58,19 +74,30 @@ class SvdLoraLinear(nn.Module):
         """The update's part of the output, ``ΔW x``: ``[..., d_in] -> [..., d_out]``."""
         components = x @ self.A.to(x.dtype)  # [..., r]
         # e and alpha act in float32: they are small, and bfloat16 would hide what the warm-up learned.
-        components = (components.to(self.e.dtype) * (self.alpha * self.e)).to(x.dtype)
+        gate = self.scale * self.coefficients
+        components = (components.to(gate.dtype) * gate).to(x.dtype)
         return components @ self.B.to(x.dtype)
 
     @torch.no_grad()
     def delta_norm(self) -> Tensor:
         """``||alpha · A diag(e) B||_F``, a float64 scalar; from r × r products, the update is never formed."""
-        a, b = self.A.double() * self.e.double(), self.B.double()
+        a, b = self.A.double() * self.coefficients.double(), self.B.double()
         square = ((a.T @ a) * (b @ b.T)).sum()
-        return self.alpha.double().abs().squeeze() * square.clamp_min(0).sqrt()
+        return self.scale.double().abs().squeeze() * square.clamp_min(0).sqrt()
+
+
+def _from_origin(parameter: Tensor, origin: float) -> Tensor:
+    wide = parameter.to(torch.promote_types(parameter.dtype, torch.float32))
+    return wide + origin if origin else wide
 
 
 def attach(
-    model: nn.Module, candidates: Sequence[Candidate], rank: int, seed: int, init: str = "default"
+    model: nn.Module,
+    candidates: Sequence[Candidate],
+    rank: int,
+    seed: int,
+    init: str = "default",
+    centred: bool = False,
 ) -> dict[str, SvdLoraLinear]:
     """Freeze a model and put an ``SvdLoraLinear`` in the place of every candidate.
 
@@ -79,7 +106,7 @@ def attach(
         candidates: the M candidates.
         rank: LoRA rank r.
         seed: decides the random values, for each module by its own stream.
-        init: as ``SvdLoraLinear``.
+        init, centred: as ``SvdLoraLinear``.
 
     Returns:
         module name -> its layer, in candidate order.
@@ -88,7 +115,7 @@ def attach(
     layers = {}
     for index, candidate in enumerate(candidates):
         base = model.get_submodule(candidate.name)
-        layers[candidate.name] = SvdLoraLinear(base, rank, generator(seed, "adapter", index), init)
+        layers[candidate.name] = SvdLoraLinear(base, rank, generator(seed, "adapter", index), init, centred)
         replace(model, candidate.name, layers[candidate.name])
     return layers
 

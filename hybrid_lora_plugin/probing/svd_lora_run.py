@@ -86,7 +86,7 @@ class SvdLoraRun(ProbingRun):
 def results_of(layers: Mapping[str, SvdLoraLinear]) -> dict[str, Tensor]:
     """``alpha`` (Eq. 8, signed) and ``delta_norm`` of warmed-up layers, each ``[M]`` float64 on the CPU."""
     return {
-        "alpha": torch.stack([layer.alpha.detach().double().squeeze().cpu() for layer in layers.values()]),
+        "alpha": torch.stack([layer.scale.detach().double().squeeze().cpu() for layer in layers.values()]),
         "delta_norm": torch.stack([layer.delta_norm().cpu() for layer in layers.values()]),
     }
 
@@ -97,9 +97,10 @@ def check_trained(layers: Mapping[str, SvdLoraLinear], rate: str = "probe.lr") -
     Raises:
         ProbeError: ``max|B|`` or ``max|e|`` over all modules is 0, or a parameter is not finite.
     """
-    for which in _PARAMETERS:
+    for which, attribute in (("A", "A"), ("B", "B"), ("e", "coefficients"), ("alpha", "scale")):
         # Of a tensor: Python's max would pass over a NaN.
-        largest = torch.stack([getattr(layer, which).detach().abs().max() for layer in layers.values()]).max().item()
+        values = [getattr(layer, attribute).detach().abs().max() for layer in layers.values()]
+        largest = torch.stack(values).max().item()
         if not math.isfinite(largest):
             raise ProbeError(f"{rate}: the warm-up left {largest} in {which}; lower {rate}")
         if largest == 0 and which in ("B", "e"):

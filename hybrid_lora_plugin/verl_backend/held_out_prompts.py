@@ -9,6 +9,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch.utils.data import Dataset
 from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.import_utils import load_extern_object
@@ -54,8 +55,10 @@ class HeldOutPrompts(Dataset):
         inner = RLHFDataset
         if probe.custom_cls_path is not None:
             inner = load_extern_object(probe.custom_cls_path, probe.custom_cls_name)
+        # The run's own choice of rows: of a limited number, verl draws at random if it shuffles.
+        own = OmegaConf.merge(config, {"shuffle": probe.shuffle})
         self._inner = inner(
-            data_files=data_files, tokenizer=tokenizer, processor=processor, config=config, max_samples=max_samples
+            data_files=data_files, tokenizer=tokenizer, processor=processor, config=own, max_samples=max_samples
         )
         self._order = list(range(len(self._inner)))
         if data_files == config.train_files:

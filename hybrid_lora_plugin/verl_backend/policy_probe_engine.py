@@ -8,6 +8,7 @@ the artifact. This process then ends, and the run that trains starts from the or
 
 from __future__ import annotations
 
+import dataclasses
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -27,7 +28,7 @@ from hybrid_lora_plugin.allocation.artifact import save_allocation
 from hybrid_lora_plugin.allocation.decision import decide
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig
-from hybrid_lora_plugin.probing.loading import parameter_count
+from hybrid_lora_plugin.probing.loading import checkpoint_fingerprint, parameter_count
 from hybrid_lora_plugin.probing.record import environment, model_identity, probe_record
 from hybrid_lora_plugin.probing.run import warmup_rate
 from hybrid_lora_plugin.probing.runner import check_budget, check_shapes
@@ -35,7 +36,8 @@ from hybrid_lora_plugin.probing.score import draw_partition, sensitivities_of
 from hybrid_lora_plugin.probing.svd_lora import SvdLoraLinear, attach
 from hybrid_lora_plugin.probing.svd_lora_run import check_trained, results_of
 from hybrid_lora_plugin.verl_backend import requirements
-from hybrid_lora_plugin.verl_backend.on_the_fly import command_config
+from hybrid_lora_plugin.verl_backend.kept_allocation import command_config
+from hybrid_lora_plugin.verl_backend.policy_settings import kept_settings
 from hybrid_lora_plugin.verl_backend.rollout_sync import merged_probe_weights
 
 STATE_FILE = "policy_probe.safetensors"
@@ -73,7 +75,9 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
         self._identity = model_identity(str(self.model_config.path), module, self._candidates, parameter_count(module))
         module.enable_input_require_grads()
         probe = self.hybrid.probe
-        self._layers = attach(module, self._candidates, self.hybrid.lora.rank, probe.seed, probe.init)
+        # Centred, since FSDP2 casts parameters to verl's param_dtype, bfloat16 by default.
+        self._layers = attach(module, self._candidates, self.hybrid.lora.rank, probe.seed, probe.init, centred=True)
+        _switch_dropout_off(module)
         if self.rank == 0:
             print(
                 f"hybrid_lora: probing {len(self._candidates)} modules with the policy objective, {probe.warmup_steps} "
@@ -152,7 +156,7 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
         return rate
 
     def _finish_scoring_step(self) -> None:
-        values = [_whole(layer.e) for layer in self._layers.values()]
+        values = [_whole(layer.e) + layer.e_origin for layer in self._layers.values()]
         for gradients in self._gradients:
             # Mini-batches have losses of their own; their mean is that of the step.
             pairs = [(e, gradient / self._mini_batches) for e, gradient in zip(values, gradients, strict=True)]
@@ -167,9 +171,15 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
         with self._whole_layers() as layers:
             measurements = {"sensitivities": torch.stack(self._rows)} | results_of(layers)
         if self.rank == 0:
-            config = command_config(self.hybrid, self.model_config)
-            data = {"source": "rollouts of held-out prompts", "files": []}
+            config = command_config(self.hybrid, str(self.model_config.path), bool(self.model_config.trust_remote_code))
+            settings = kept_settings(self.hybrid.output_dir)
+            data = {
+                "source": "rollouts of held-out prompts",
+                "checkpoint": checkpoint_fingerprint(self.model_config.local_path),
+                "settings": settings,
+            }
             record = probe_record(config, "svd_lora", self._autocast_dtype, data, self._lr)
+            record = dataclasses.replace(record, batch_size=int(settings["data.train_batch_size"]), max_length=0)
             allocation = decide(
                 config, self._identity, record, self._candidates, measurements, environment=environment()
             )
@@ -184,6 +194,7 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
         for name, layer in self._layers.items():
             copy = SvdLoraLinear.__new__(SvdLoraLinear)
             torch.nn.Module.__init__(copy)
+            copy.e_origin, copy.alpha_origin = layer.e_origin, layer.alpha_origin
             for which in _ADAPTER:
                 setattr(copy, which, torch.nn.Parameter(_whole(getattr(layer, which)), requires_grad=False))
             whole[name] = copy
@@ -227,6 +238,16 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
         with safe_open(file, framework="pt") as saved:
             self._step, self._rows = int(saved.metadata()["step"]), list(saved.get_tensor("sensitivities"))
         super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
+
+
+def _switch_dropout_off(model: torch.nn.Module) -> None:
+    """verl trains, and so scores, in train mode, which gradient checkpointing needs; the probe wants no noise in it."""
+    for module in model.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+        # Hugging Face's attention takes its rate from an attribute.
+        if getattr(module, "attention_dropout", 0.0):
+            module.attention_dropout = 0.0
 
 
 def _whole(tensor: Tensor) -> Tensor:

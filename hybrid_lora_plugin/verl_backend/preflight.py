@@ -7,6 +7,7 @@ Hydra only warns when a callback raises, so a refusal leaves as SystemExit: one 
 from __future__ import annotations
 
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -68,18 +69,29 @@ def _local_model(config: DictConfig) -> tuple[Any, list] | None:
 
 def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     """A run that probes first: where the artifact goes, what it needs, and that no older one is ignored."""
+    from hybrid_lora_plugin.allocation.artifact import refuse_existing
     from hybrid_lora_plugin.probing.runner import NO_RUN, check_budget, check_shapes
     from hybrid_lora_plugin.scoring import get_criterion
-    from hybrid_lora_plugin.verl_backend.on_the_fly import find_kept
+    from hybrid_lora_plugin.verl_backend.kept_allocation import allocation_of_checkpoint, data_of_run, find_kept
 
     checkpoints = os.path.abspath(str(OmegaConf.select(config, "trainer.default_local_dir")))
     hybrid.output_dir = os.path.abspath(hybrid.output_dir or os.path.join(checkpoints, "allocation"))
     OmegaConf.update(config, "hybrid_lora.output_dir", hybrid.output_dir)
     hybrid.probe.files = [os.path.abspath(os.path.expanduser(file)) for file in hybrid.probe.files]
     OmegaConf.update(config, "hybrid_lora.probe.files", hybrid.probe.files)
-    if hybrid.phase == "train" and find_kept(Path(hybrid.output_dir), hybrid):
-        return
-    _refuse_unknown_checkpoints(config, Path(checkpoints), hybrid.output_dir)
+    if hybrid.phase == "train":
+        if find_kept(Path(hybrid.output_dir), hybrid, data_of_run(config, hybrid)):
+            if hybrid.probe.objective == "policy":
+                shutil.rmtree(f"{hybrid.output_dir}.partial", ignore_errors=True)
+            return
+        resumed = allocation_of_checkpoint(config)
+        if resumed is not None:
+            print(f"hybrid_lora: resuming under the allocation of the checkpoint, {resumed}")
+            hybrid.allocation = str(resumed)
+            OmegaConf.update(config, "hybrid_lora.allocation", hybrid.allocation)
+            return
+    # Before hours of probing, whose result would have no place.
+    refuse_existing(hybrid.output_dir)
     if get_criterion(hybrid.criterion).run != NO_RUN:
         _check_probe_data(config, hybrid)
     model = _local_model(config)
@@ -109,21 +121,6 @@ def _check_probe_data(config: DictConfig, hybrid: HybridLoraConfig) -> None:
             raise ConfigurationError(f"hybrid_lora.probe.files: {file!r} does not exist; give existing files")
 
 
-def _refuse_unknown_checkpoints(config: DictConfig, checkpoints: Path, output_dir: str) -> None:
-    """A run that resumes must not get another allocation than the one it was trained under."""
-    if OmegaConf.select(config, "trainer.resume_mode", default="auto") == "disable":
-        return
-    tracker = checkpoints / "latest_checkpointed_iteration.txt"
-    if not tracker.is_file() or OmegaConf.select(config, "hybrid_lora.phase") == "probe":
-        return
-    kept = checkpoints / f"global_step_{tracker.read_text().strip()}" / "actor" / "hybrid_lora" / "allocation.json"
-    raise ConfigurationError(
-        f"hybrid_lora.allocation: None, but {checkpoints} holds checkpoints to resume and {output_dir} no allocation; give "
-        f"hybrid_lora.allocation={kept} to resume, or trainer.resume_mode=disable or another trainer.default_local_dir to "
-        f"start afresh"
-    )
-
-
 def _check_or_exit(config: DictConfig, may_probe: bool) -> None:
     try:
         hybrid = check_configuration(config)
@@ -145,11 +142,12 @@ def _check_or_exit(config: DictConfig, may_probe: bool) -> None:
 def _policy_probe_is_due(hybrid: HybridLoraConfig) -> bool:
     if hybrid.allocation or hybrid.phase == "probe" or hybrid.probe.objective != "policy":
         return False
+    from hybrid_lora_plugin.allocation.artifact import ALLOCATION_FILE
     from hybrid_lora_plugin.probing.runner import NO_RUN
     from hybrid_lora_plugin.scoring import get_criterion
-    from hybrid_lora_plugin.verl_backend.on_the_fly import find_kept
 
-    return get_criterion(hybrid.criterion).run != NO_RUN and not find_kept(Path(hybrid.output_dir), hybrid)
+    # One that is there was compared above.
+    return get_criterion(hybrid.criterion).run != NO_RUN and not (Path(hybrid.output_dir) / ALLOCATION_FILE).exists()
 
 
 class Preflight(Callback):

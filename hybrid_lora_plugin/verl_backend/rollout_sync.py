@@ -7,6 +7,7 @@ from collections.abc import Iterator
 import torch
 from torch.distributed.tensor import DTensor
 
+from hybrid_lora_plugin.probing.svd_lora import SvdLoraLinear
 from hybrid_lora_plugin.training.apply import ADAPTER, is_adapter, plain_name
 from hybrid_lora_plugin.training.merge import merge_weight
 
@@ -57,7 +58,7 @@ def merged_weights(
 
 @torch.no_grad()
 def merged_probe_weights(model: torch.nn.Module, dtype: torch.dtype, device) -> Iterator[tuple[str, torch.Tensor]]:
-    """As ``merged_weights`` for a model with SVD-LoRA on its candidates: ``W0 + (A diag(alpha e) B)ᵀ``.
+    """As ``merged_weights`` for a model with centred SVD-LoRA on its candidates: ``W0 + (A diag(alpha e) B)ᵀ``.
 
     Args:
         model: the Hugging Face model that ``probing.svd_lora.attach`` changed, inside FSDP2 or unsharded.
@@ -68,7 +69,7 @@ def merged_probe_weights(model: torch.nn.Module, dtype: torch.dtype, device) -> 
         (plain Hugging Face name, tensor of ``dtype``).
     """
     state = model.state_dict()
-    probed = {name.removesuffix("base.weight") for name in state if name.endswith(".base.weight")}
+    probed = {f"{name}.": layer for name, layer in model.named_modules() if isinstance(layer, SvdLoraLinear)}
     tied = bool(getattr(model.config, "tie_word_embeddings", False))
     for name, tensor in state.items():
         prefix, _, leaf = name.rpartition(".")
@@ -78,7 +79,8 @@ def merged_probe_weights(model: torch.nn.Module, dtype: torch.dtype, device) -> 
         module = name.removesuffix("base.weight")
         if module in probed:
             a, b, e, alpha = (_whole(state[module + which], device).float() for which in ("A", "B", "e", "alpha"))
+            gate = (alpha + probed[module].alpha_origin) * (e + probed[module].e_origin)
             # A is [d_in, r] and B [r, d_out] here, PEFT's factors are their transposes.
-            yield module + "weight", merge_weight(whole, a.T, (b * (alpha * e)[:, None]).T, 1.0, dtype)
+            yield module + "weight", merge_weight(whole, a.T, (b * gate[:, None]).T, 1.0, dtype)
         else:
             yield name.replace(".base.", "."), whole.to(dtype)
