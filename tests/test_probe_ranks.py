@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 from processes import free_port
+from safetensors import safe_open
 from safetensors.torch import load_file
 from tiny_models import sums, write_jsonl
 
@@ -24,7 +25,7 @@ def arguments(model, rows, folder, **changes):
         "data.files": rows,
         "output_dir": folder,
         "lora.rank": 3,
-        "probe.warmup_steps": 20,
+        "probe.warmup_steps": 10,
         "probe.partitions": 4,
         # Neither 2 nor 4 divides it: some ranks have a row less, or none.
         "probe.batch_size": 5,
@@ -70,8 +71,7 @@ def assert_same(folder, alone):
     assert got.full_names == want.full_names and got.lora_names == want.lora_names
     measured = load_file(folder / "sensitivities.safetensors")
     for name, values in load_file(alone / "sensitivities.safetensors").items():
-        # 20 steps of AdamW are in between, which turn rounding into something a little larger.
-        assert ((measured[name] - values).abs() / values.abs()).max() < 1e-4, name
+        assert ((measured[name] - values).abs() / values.abs()).max() < 1e-5, name
 
 
 @pytest.mark.parametrize("ranks, changes", [(2, {}), (4, {"probe.micro_batch_size": 1})], ids=["2", "4"])
@@ -83,20 +83,23 @@ def test_a_sharded_probe_gives_the_allocation_of_one_process(tiny_qwen2, rows, a
     assert_same(tmp_path / "out", alone)
 
 
-def test_an_interrupted_sharded_probe_continues_on_another_number_of_ranks(tiny_qwen2, rows, alone, tmp_path):
-    process = torchrun(2, arguments(tiny_qwen2, rows, tmp_path / "out"))
+def test_an_interrupted_sharded_probe_continues_on_another_number_of_ranks(tiny_qwen2, rows, tmp_path):
+    # Long enough to be interrupted for certain.
+    steps = {"probe.warmup_steps": 200, "probe.lr": 1e-3}
+    process = torchrun(2, arguments(tiny_qwen2, rows, tmp_path / "out", **steps))
     for line in process.stderr:
         if "warm-up 1/" in line:
             break
     # As a cluster's scheduler or torchrun itself ends it.
     process.send_signal(signal.SIGTERM)
     _, err = finished(process)
-    if process.returncode == 0:
-        pytest.skip("the probe was over before the signal came")
-    assert (tmp_path / "out.partial" / "warmup.safetensors").exists(), err
-    assert not (tmp_path / "out").exists()
-    assert main(arguments(tiny_qwen2, rows, tmp_path / "out")) == 0
-    assert_same(tmp_path / "out", alone)
+    assert process.returncode != 0 and not (tmp_path / "out").exists()
+    with safe_open(tmp_path / "out.partial" / "warmup.safetensors", framework="pt") as saved:
+        assert 0 < int(saved.metadata()["step"]) < 200, err
+    assert main(arguments(tiny_qwen2, rows, tmp_path / "out", **steps)) == 0
+    assert main(arguments(tiny_qwen2, rows, tmp_path / "straight", **steps)) == 0
+    resumed, straight = load_allocation(tmp_path / "out"), load_allocation(tmp_path / "straight")
+    assert resumed.full_names == straight.full_names
 
 
 def test_a_mistake_is_printed_once_and_no_rank_is_left_waiting(tiny_qwen2, rows, tmp_path):
