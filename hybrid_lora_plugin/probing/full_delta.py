@@ -7,7 +7,7 @@ The paper's Hybrid-LoRA-4 starts from full fine-tuning and prunes modules to LoR
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,7 @@ from hybrid_lora_plugin.probing.errors import ProbeError
 from hybrid_lora_plugin.probing.loss import Batch
 from hybrid_lora_plugin.probing.optimizer import NamedAdamW
 from hybrid_lora_plugin.probing.passes import Passes
-from hybrid_lora_plugin.probing.run import ProbingRun, require_finite, warmup_rate
+from hybrid_lora_plugin.probing.run import OneOptimizerRun, warmup_rate
 from hybrid_lora_plugin.probing.score import draw_partition, masked_gradients, sensitivities_of
 from hybrid_lora_plugin.probing.svd_lora import replace
 
@@ -45,7 +45,7 @@ class FullDeltaLinear(nn.Module):
         return y + x @ self.D.to(x.dtype) if self.active else y
 
 
-class FullDeltaRun(ProbingRun):
+class FullDeltaRun(OneOptimizerRun):
     """Serves ``full_pruning``.
 
     Every D has a gradient at once and two AdamW moments: with D itself four times the candidates' parameters in
@@ -54,6 +54,8 @@ class FullDeltaRun(ProbingRun):
     Attributes:
         layers: the M layers by module name.
     """
+
+    rate_option = "probe.full_lr"
 
     def __init__(self, model: nn.Module, candidates: Sequence[Candidate], config: ProbeCommandConfig) -> None:
         """Freeze ``model`` and put a ``FullDeltaLinear`` in the place of its M candidates; dropout is off throughout."""
@@ -83,27 +85,6 @@ class FullDeltaRun(ProbingRun):
         """Make the deltas trainable."""
         self._passes = passes
         self._optimizer = NamedAdamW({f"{name}.D": layer.D for name, layer in self.layers.items()}, self.lr)
-
-    def warm_up(self, batch: Batch, validation: Batch) -> float:
-        """One AdamW step on ``batch`` ``[B, S]``; ``validation`` is not used. Returns the loss before the step.
-
-        Raises:
-            ProbeError: the loss is NaN or infinite.
-        """
-        self._optimizer.zero_grad()
-        loss = require_finite(self._passes.backward(batch, self.replicated), self.step, "probe.full_lr")
-        self._optimizer.step()
-        self.step += 1
-        return loss
-
-    def tensors(self) -> dict[str, Tensor]:
-        """Deltas and both AdamW moments."""
-        return self._optimizer.tensors()
-
-    def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        """Continue from what ``tensors`` gave after ``step`` steps."""
-        self.step = step
-        self._optimizer.load(step, tensors)
 
     def finish_warmup(self) -> None:
         """Drop the AdamW moments.

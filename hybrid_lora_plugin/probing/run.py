@@ -15,6 +15,7 @@ from hybrid_lora_plugin.candidates import Candidate
 from hybrid_lora_plugin.config import ProbeCommandConfig, ProbeConfig
 from hybrid_lora_plugin.probing.errors import ProbeError
 from hybrid_lora_plugin.probing.loss import Batch
+from hybrid_lora_plugin.probing.optimizer import NamedAdamW
 from hybrid_lora_plugin.probing.passes import Passes
 
 
@@ -85,6 +86,35 @@ class ProbingRun(abc.ABC):
     @abc.abstractmethod
     def results(self) -> dict[str, Tensor]:
         """Measurements with one value a module, known after the warm-up: name -> ``[M]`` float64 on the CPU."""
+
+
+class OneOptimizerRun(ProbingRun):
+    """A run whose warm-up is plain AdamW on all of ``replicated``; ``start`` sets ``_passes`` and ``_optimizer``.
+
+    Attributes:
+        rate_option: the option that ``lr`` comes from, for messages.
+    """
+
+    rate_option: str = "probe.lr"
+    _passes: Passes
+    _optimizer: NamedAdamW
+
+    def warm_up(self, batch: Batch, validation: Batch) -> float:
+        """One AdamW step on ``batch`` ``[B, S]``; ``validation`` is not used. Returns the loss before the step."""
+        self._optimizer.zero_grad()
+        loss = require_finite(self._passes.backward(batch, self.replicated), self.step, self.rate_option)
+        self._optimizer.step()
+        self.step += 1
+        return loss
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Parameters and both AdamW moments."""
+        return self._optimizer.tensors()
+
+    def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:
+        """Continue from what ``tensors`` gave after ``step`` steps."""
+        self.step = step
+        self._optimizer.load(step, tensors)
 
 
 def warmup_rate(probe: ProbeConfig, run: str) -> float:

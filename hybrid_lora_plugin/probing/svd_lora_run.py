@@ -16,14 +16,14 @@ from hybrid_lora_plugin.probing.loss import Batch
 from hybrid_lora_plugin.probing.optimizer import NamedAdamW
 from hybrid_lora_plugin.probing.passes import Passes
 from hybrid_lora_plugin.probing.perturbation import perturbation
-from hybrid_lora_plugin.probing.run import ProbingRun, require_finite, warmup_rate
+from hybrid_lora_plugin.probing.run import OneOptimizerRun, warmup_rate
 from hybrid_lora_plugin.probing.score import batch_sensitivities, draw_partition, prepare_scoring
 from hybrid_lora_plugin.probing.svd_lora import SvdLoraLinear, attach
 
 _PARAMETERS = ("A", "B", "e", "alpha")
 
 
-class SvdLoraRun(ProbingRun):
+class SvdLoraRun(OneOptimizerRun):
     """Serves the hybrid family, ``alpha``, ``lora_drop``, ``gradient_norm``, ``snip`` and ``perturbation``.
 
     Attributes:
@@ -47,20 +47,6 @@ class SvdLoraRun(ProbingRun):
         self._passes = passes
         self._optimizer = NamedAdamW(self._named, self.lr)
         self._controls = ControlPass(self._model, self.layers, passes) if self._probe.controls else None
-
-    def warm_up(self, batch: Batch, validation: Batch) -> float:
-        self._optimizer.zero_grad()
-        loss = require_finite(self._passes.backward(batch, self.replicated), self.step)
-        self._optimizer.step()
-        self.step += 1
-        return loss
-
-    def tensors(self) -> dict[str, Tensor]:
-        return self._optimizer.tensors()
-
-    def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:
-        self.step = step
-        self._optimizer.load(step, tensors)
 
     def finish_warmup(self) -> None:
         self._optimizer.release()

@@ -10,7 +10,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from verl.utils.device import get_device_id
@@ -34,10 +33,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
     hybrid: HybridLoraConfig
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
-        node = model_config.lora["hybrid"]
-        plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)
-        self.hybrid = requirements.hybrid_config(plain)
-        requirements.check_engine(model_config, engine_config, checkpoint_config)
+        self.hybrid = requirements.check_engine(model_config, engine_config, checkpoint_config)
         if self.hybrid.allocation:
             self.allocation = load_allocation(self.hybrid.allocation)
             # Kept as text: a checkpoint records what this run trains under, whatever becomes of the file meanwhile.

@@ -13,7 +13,6 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
-from omegaconf import OmegaConf
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
@@ -50,10 +49,7 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
     hybrid: HybridLoraConfig
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
-        node = model_config.lora["hybrid"]
-        plain = OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node)
-        self.hybrid = requirements.hybrid_config(plain)
-        requirements.check_engine(model_config, engine_config, checkpoint_config)
+        self.hybrid = requirements.check_engine(model_config, engine_config, checkpoint_config)
         self._step = 0
         self._rows: list[Tensor] = []
         # Gradients of e of the step that is being scored: [partitions_per_batch][M], and of how many mini-batches.

@@ -110,8 +110,10 @@ def check_run(config) -> None:
     check(settings)
 
 
-def check_engine(model_config, engine_config, checkpoint_config) -> None:
-    """``check`` on the dataclasses a verl worker builds its engine from."""
+def check_engine(model_config, engine_config, checkpoint_config) -> HybridLoraConfig:
+    """``check`` on the dataclasses a verl worker builds its engine from; returns their ``hybrid_lora`` node."""
+    node = model_config.lora["hybrid"]
+    hybrid = hybrid_config(OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node))
     precision = engine_config.mixed_precision or {}
     check(
         {
@@ -127,3 +129,4 @@ def check_engine(model_config, engine_config, checkpoint_config) -> None:
             MODEL + "target_modules": model_config.target_modules,
         }
     )
+    return hybrid
