@@ -206,6 +206,12 @@ CRITERIA = (
     "explicit",
     "spread",
 )
+_CRITERION_HELP = "Criterion that chooses the modules; docs/probe.md explains each."
+_DIRECTION_HELP = "Which end of the score goes to full fine-tuning; auto is the criterion's own."
+_NORMALISE_HELP = (
+    "What is divided out of the score: `none` is the paper, `sqrt_dims` the module's shape, `delta_norm` the norm of its "
+    "probe update, `type_zscore` the mean and spread of its type."
+)
 NORMALISATIONS = ("none", "sqrt_dims", "delta_norm", "type_zscore")
 
 
@@ -241,17 +247,16 @@ class HybridLoraConfig:
         source="plugin",
         choices=("train", "probe"),
     )
-    criterion: str = documented("hybrid", "Criterion that scores the modules.", source="paper Eq. 14", choices=CRITERIA)
+    criterion: str = documented("hybrid", _CRITERION_HELP, source="paper Eq. 14", choices=CRITERIA)
     direction: str = documented(
         "auto",
-        "Which end of the score goes to full fine-tuning; auto is the criterion's own.",
+        _DIRECTION_HELP,
         source="paper Algorithm 2: lowest",
         choices=("auto", "lowest", "highest"),
     )
     normalise: str = documented(
         "none",
-        "What is divided out of the score: `none` is the paper, `sqrt_dims` the module's shape, `delta_norm` the norm of its "
-        "probe update, `type_zscore` the mean and spread of its type.",
+        _NORMALISE_HELP,
         source="paper",
         choices=NORMALISATIONS,
     )
@@ -300,11 +305,11 @@ class ProbeCommandConfig:
     output_dir: str | None = documented(
         None, "Folder for the artifact; must not hold another one.", source="none: must be given"
     )
-    criterion: str = documented("hybrid", "As hybrid_lora.criterion.", source="paper Eq. 14", choices=CRITERIA)
+    criterion: str = documented("hybrid", _CRITERION_HELP, source="paper Eq. 14", choices=CRITERIA)
     direction: str = documented(
-        "auto", "As hybrid_lora.direction.", source="paper Algorithm 2", choices=("auto", "lowest", "highest")
+        "auto", _DIRECTION_HELP, source="paper Algorithm 2", choices=("auto", "lowest", "highest")
     )
-    normalise: str = documented("none", "As hybrid_lora.normalise.", source="paper", choices=NORMALISATIONS)
+    normalise: str = documented("none", _NORMALISE_HELP, source="paper", choices=NORMALISATIONS)
     budget: BudgetConfig = documented(BudgetConfig, "Full fine-tuning budget.", source="paper Eq. 4")
     probe: ProbeConfig = documented(ProbeConfig, "Probing run.", source="paper Algorithm 1")
     control: ControlConfig = documented(ControlConfig, "Criteria without a probe.", source="own choice")
@@ -323,11 +328,11 @@ class AllocateCommandConfig:
     output_dir: str | None = documented(
         None, "Folder for the new artifact; must not hold another one.", source="none: must be given"
     )
-    criterion: str = documented("hybrid", "As hybrid_lora.criterion.", source="paper Eq. 14", choices=CRITERIA)
+    criterion: str = documented("hybrid", _CRITERION_HELP, source="paper Eq. 14", choices=CRITERIA)
     direction: str = documented(
-        "auto", "As hybrid_lora.direction.", source="paper Algorithm 2", choices=("auto", "lowest", "highest")
+        "auto", _DIRECTION_HELP, source="paper Algorithm 2", choices=("auto", "lowest", "highest")
     )
-    normalise: str = documented("none", "As hybrid_lora.normalise.", source="paper", choices=NORMALISATIONS)
+    normalise: str = documented("none", _NORMALISE_HELP, source="paper", choices=NORMALISATIONS)
     budget: BudgetConfig = documented(BudgetConfig, "Full fine-tuning budget.", source="paper Eq. 4")
     control: ControlConfig = documented(ControlConfig, "Criteria without a probe.", source="own choice")
 

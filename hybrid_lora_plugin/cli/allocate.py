@@ -6,13 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hybrid_lora_plugin.cli.arguments import help_text, parse, report_error, wants_help
+from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
 from hybrid_lora_plugin.cli.result import print_result
 from hybrid_lora_plugin.config import AllocateCommandConfig, ConfigurationError, validate
 
 PROGRAM = "hybrid-lora-allocate"
 SUMMARY = (
-    "Decides anew from what a probe measured: another criterion, direction, normalisation or budget, in about a second and "
+    "Decides anew from what a probe measured: another criterion, direction, normalisation or budget, in seconds and "
     "without the model. Writes a new artifact with the same measurements; the one it reads stays as it is."
 )
 EXAMPLE = f"{PROGRAM} artifact=outputs/probe output_dir=outputs/random criterion=random control.seed=1"
@@ -22,8 +22,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``key=value`` arguments; returns 0, or 2 on a user's mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if wants_help(argv):
-        print(help_text(PROGRAM, SUMMARY, EXAMPLE, AllocateCommandConfig))
-        return 0
+        return print_help(PROGRAM, SUMMARY, EXAMPLE, AllocateCommandConfig)
     try:
         config = parse(argv, AllocateCommandConfig)
         for name in ("artifact", "output_dir"):

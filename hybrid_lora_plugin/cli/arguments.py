@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import os
 import sys
 import textwrap
 import typing
@@ -127,6 +128,16 @@ def help_text(program: str, summary: str, example: str, kind: type) -> str:
         details.append(f"Source of the default: {spec.metadata['source']}.")
         lines += textwrap.wrap(" ".join(details), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
     return "\n".join(lines)
+
+
+def print_help(program: str, summary: str, example: str, kind: type) -> int:
+    """Print ``help_text``, quietly cut short by ``| head``; returns the exit status 0."""
+    try:
+        print(help_text(program, summary, example, kind), flush=True)
+    except BrokenPipeError:
+        # Nobody reads on; without this Python complains when it flushes once more at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    return 0
 
 
 def report_error(program: str, error: Exception) -> int:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hybrid_lora_plugin.cli.arguments import help_text, parse, report_error, wants_help
+from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
 from hybrid_lora_plugin.config import CompareCommandConfig, ConfigurationError
 
 PROGRAM = "hybrid-lora-compare"
@@ -23,8 +23,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``key=value`` arguments; returns 0, or 2 on a user's mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if wants_help(argv):
-        print(help_text(PROGRAM, SUMMARY, EXAMPLE, CompareCommandConfig))
-        return 0
+        return print_help(PROGRAM, SUMMARY, EXAMPLE, CompareCommandConfig)
     try:
         config = parse(argv, CompareCommandConfig)
         # Late, so that --help and a mistyped option answer at once.

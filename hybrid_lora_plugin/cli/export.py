@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hybrid_lora_plugin.cli.arguments import help_text, parse, report_error, wants_help
+from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
 from hybrid_lora_plugin.config import ConfigurationError, ExportCommandConfig
 
 PROGRAM = "hybrid-lora-export"
@@ -20,8 +20,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``key=value`` arguments; returns 0, or 2 on a user's mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if wants_help(argv):
-        print(help_text(PROGRAM, SUMMARY, EXAMPLE, ExportCommandConfig))
-        return 0
+        return print_help(PROGRAM, SUMMARY, EXAMPLE, ExportCommandConfig)
     try:
         config = parse(argv, ExportCommandConfig)
         for name in ("checkpoint", "output_dir"):

@@ -7,7 +7,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
-from hybrid_lora_plugin.cli.arguments import help_text, parse, report_error, wants_help
+from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
 from hybrid_lora_plugin.cli.result import print_result
 from hybrid_lora_plugin.config import ConfigurationError, ProbeCommandConfig
 
@@ -32,8 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     if wants_help(argv):
-        print(help_text(PROGRAM, SUMMARY, EXAMPLE, ProbeCommandConfig))
-        return 0
+        return print_help(PROGRAM, SUMMARY, EXAMPLE, ProbeCommandConfig)
     try:
         config = parse(argv, ProbeCommandConfig, aliases={"data.files": "probe.files"})
     except ConfigurationError as error:
