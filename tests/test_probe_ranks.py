@@ -69,9 +69,13 @@ def alone(tiny_qwen2, rows, tmp_path_factory):
 def assert_same(folder, alone):
     got, want = load_allocation(folder), load_allocation(alone)
     assert got.full_names == want.full_names and got.lora_names == want.lora_names
+    for module, other in zip(got.modules, want.modules, strict=True):
+        assert module.score == pytest.approx(other.score, rel=1e-5), module.name
     measured = load_file(folder / "sensitivities.safetensors")
     for name, values in load_file(alone / "sensitivities.safetensors").items():
-        assert ((measured[name] - values).abs() / values.abs()).max() < 1e-5, name
+        # Single values may be what is left of larger ones: the largest of a tensor is the measure of its rounding.
+        assert ((measured[name] - values).abs() / values.abs()).max() < 1e-4, name
+        assert (measured[name] - values).abs().max() < 1e-5 * values.abs().max(), name
 
 
 @pytest.mark.parametrize("ranks, changes", [(2, {}), (4, {"probe.micro_batch_size": 1})], ids=["2", "4"])
