@@ -26,7 +26,7 @@ def arguments(model, rows, folder, **changes):
         "output_dir": folder,
         "lora.rank": 3,
         "probe.warmup_steps": 10,
-        "probe.partitions": 4,
+        "probe.partitions": 8,
         # Neither 2 nor 4 divides it: some ranks have a row less, or none.
         "probe.batch_size": 5,
         "probe.max_length": 64,
