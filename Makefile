@@ -42,7 +42,7 @@ $(VENV)/.installed: requirements/cpu.txt requirements/overrides.txt pyproject.to
 test: install ## all tests, with the real verl, Ray and vLLM
 	$(BIN)/python -m pytest
 
-test-fast: install ## the tests that start no verl process: about a minute
+test-fast: install ## the tests that start no verl process: a few minutes
 	$(BIN)/python -m pytest -m "not verl"
 
 demo: install ## the whole line on two CPU cores: probe, verl GSPO run, proof, export, report

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import fully_shard
@@ -43,8 +42,3 @@ def _decoder_layers(model: nn.Module, candidates: Sequence[Candidate]) -> list[n
         for candidate in candidates
     )
     return [model.get_submodule(name) for name in names]
-
-
-def device_bytes(device: torch.device) -> int | None:
-    """Largest memory allocated on a GPU so far, in bytes; None on a CPU."""
-    return torch.cuda.max_memory_allocated(device) if device.type == "cuda" else None
