@@ -6,6 +6,7 @@
 #   DEMO_STEPS=24        reinforcement learning steps of the demo
 #   DEMO_RANKS=1         trainer ranks of the demo, 1 or 2, each with a vLLM of its own
 #   DEMO_ON_THE_FLY=sft  the demo's run probes for itself, with this objective (sft or policy)
+#   DEMO_OVERRIDES=...   more settings of the demo's verl run, e.g. hybrid_lora.sync=adapter
 #   DEMO_DIR=outputs/demo
 
 PYTHON ?= python3.11
@@ -46,7 +47,7 @@ test-fast: install ## the tests that start no verl process: a few minutes
 	$(BIN)/python -m pytest -m "not verl"
 
 demo: install ## the whole line on two CPU cores: probe, verl GSPO run, proof, export, report
-	$(BIN)/python -m recipes.demo --steps $(DEMO_STEPS) --ranks $(DEMO_RANKS) --output $(DEMO_DIR) $(addprefix --on-the-fly ,$(DEMO_ON_THE_FLY))
+	$(BIN)/python -m recipes.demo --steps $(DEMO_STEPS) --ranks $(DEMO_RANKS) --output $(DEMO_DIR) $(addprefix --on-the-fly ,$(DEMO_ON_THE_FLY)) $(DEMO_OVERRIDES)
 
 probe-smollm2: install ## the allocation of a real pretrained model (SmolLM2-135M, 210 modules)
 	$(BIN)/python -m recipes.probe_smollm2 --output $(SMOLLM2_DIR)

@@ -212,6 +212,7 @@ _NORMALISE_HELP = (
     "What is divided out of the score: `none` is the paper, `sqrt_dims` the module's shape, `delta_norm` the norm of its "
     "probe update, `type_zscore` the mean and spread of its type."
 )
+SYNC_MODES = ("merge", "adapter", "receiver_merge")
 NORMALISATIONS = ("none", "sqrt_dims", "delta_norm", "type_zscore")
 
 
@@ -272,9 +273,30 @@ class HybridLoraConfig:
     lora: AdapterConfig = documented(AdapterConfig, "LoRA adapters.", source="paper §4.3")
     sync: str = documented(
         "merge",
-        "How trained weights reach the rollout engine: merged in fp32 from the untouched base, rounded once.",
-        source="own choice: the rollout engine then runs no adapter",
-        choices=("merge",),
+        "How trained weights reach the rollout engine: `merge` sends every weight, merged; `adapter` sends the full modules and LoRA factors for the engine's own adapter; `receiver_merge` sends full modules and fp32 factors, which the engine merges into its checkpoint's weights.",
+        source="own choice: merge needs nothing of the engine",
+        choices=SYNC_MODES,
+    )
+    sync_check: str = documented(
+        "digest",
+        "Proof of every sync: `digest` compares a digest of each tensor at both ends and reads the engine's model back; `probe` also compares log-probabilities of a fixed prompt; `off` compares names, shapes, types and step only.",
+        source="own choice",
+        choices=("digest", "probe", "off"),
+    )
+    sync_probe_limit: float | None = documented(
+        None,
+        "Largest difference of a log-probability that `sync_check=probe` accepts; null is 1e-4 for float32, 0.25 for bfloat16 and 0.05 for float16 rollouts.",
+        source="own choice; float32 and bfloat16 measured",
+        unit="nats",
+    )
+    sync_base: str = documented(
+        "memory_map",
+        "Where `receiver_merge` reads the original weights: the checkpoint's file, or a copy in page-locked memory of each rollout worker.",
+        source="own choice",
+        choices=("memory_map", "pinned"),
+    )
+    sync_timeout: float = documented(
+        600.0, "Longest wait of either side for the other in a sync; then the run ends.", source="own choice", unit="s"
     )
 
 
@@ -416,6 +438,10 @@ def validate(config: Any, prefix: str = "") -> None:
         _validate_probe(config.probe, require)
     if hasattr(config, "full_lr"):
         require(config.full_lr > 0, "full_lr", "a learning rate above 0, e.g. 1e-6")
+    if hasattr(config, "sync_timeout"):
+        require(config.sync_timeout > 0, "sync_timeout", "a number of seconds above 0, e.g. 600")
+        limit = config.sync_probe_limit
+        require(limit is None or limit > 0, "sync_probe_limit", "a difference above 0, e.g. 1e-4, or null")
 
 
 def _validate_probe(probe: ProbeConfig, require: Any) -> None:

@@ -169,6 +169,15 @@ def weights_of(engine) -> dict[str, torch.Tensor]:
     return {name: whole(parameter) for name, parameter in engine.module.named_parameters()}
 
 
+def synced(engine) -> tuple[dict[str, torch.Tensor], dict | None, list[dict]]:
+    """One weight sync as any rank sends it: its tensors, the adapter's configuration, and its header."""
+    from dataclasses import asdict
+
+    stream, peft_config = engine.get_per_tensor_param(base_sync_done=True)
+    tensors = {name: tensor.clone() for name, tensor in stream if not name.startswith("hybrid_lora.sync.")}
+    return tensors, peft_config, [asdict(stream.header)]
+
+
 def refused_resumes(engine, checkpoint: str, other_allocation: str) -> dict[str, str]:
     """What the engine says when a run resumes under another allocation, another alpha, or on another base model."""
     from hybrid_lora_plugin import load_allocation
@@ -230,10 +239,14 @@ def main(path: str) -> None:
                 raise ZeroDivisionError
         except ZeroDivisionError:
             results["actor_after_error"] = gather_log_probs(engine, batch, ranks, reference=False)
-        tensors["synced"] = {
-            name: tensor.clone() for name, tensor in engine.get_per_tensor_param(base_sync_done=True)[0]
-        }
-        results["peft_config"] = engine.get_per_tensor_param(base_sync_done=True)[1]
+        tensors["synced"], results["peft_config"], results["headers"] = synced(engine)
+        for mode in ("adapter", "receiver_merge"):
+            engine.hybrid.sync = mode
+            tensors[f"synced_{mode}"], _, headers = synced(engine)
+            results["headers"] += headers
+        engine.hybrid.sync_check = "probe"
+        results["headers"] += synced(engine)[2]
+        engine.hybrid.sync, engine.hybrid.sync_check = "merge", "digest"
 
         checkpoint = out / "checkpoint"
         engine.save_checkpoint(str(checkpoint), global_step=3)

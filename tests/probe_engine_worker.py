@@ -67,7 +67,11 @@ def policy(arguments: dict, rank: int, ranks: int) -> tuple[dict, dict]:
     results["reference_warm"] = gather_log_probs(engine, batch, ranks, reference=True)
     tensors = {
         "warm": weights_of(engine),
-        "synced": {name: tensor.clone() for name, tensor in engine.get_per_tensor_param()[0]},
+        "synced": {
+            name: tensor.clone()
+            for name, tensor in engine.get_per_tensor_param()[0]
+            if not name.startswith("hybrid_lora.sync.")
+        },
     }
     steps(engine, arguments["scoring_steps"])
     results["gradients_left"] = [n for n, p in engine.module.named_parameters() if p.grad is not None]

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from verl_processes import run_engine  # noqa: E402
 
 from hybrid_lora_plugin import load_allocation  # noqa: E402
+from hybrid_lora_plugin.sync.base_check import base_digests  # noqa: E402
 from hybrid_lora_plugin.training.apply import plain_name  # noqa: E402
 from hybrid_lora_plugin.training.export import export_checkpoint  # noqa: E402
 from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
@@ -134,6 +135,41 @@ def test_synced_weights_are_the_fp32_merge_of_the_untouched_base(result, setting
         else:
             expected = base[name]
         assert torch.equal(synced[name], expected), name
+
+
+@pytest.mark.parametrize("mode", ["adapter", "receiver_merge"])
+def test_partial_syncs_send_what_training_changed_and_nothing_else(result, mode):
+    sent = result[f"synced_{mode}"]
+    trained = {
+        plain_name(n).replace(".default.", "."): t for n, t in result["trained"].items() if n in result["trainable"]
+    }
+    assert set(sent) == set(trained)
+    assert all(torch.equal(sent[name], trained[name]) for name in sent)
+
+
+def test_headers_number_the_syncs_of_one_run_and_prove_the_base(result, setting):
+    headers, base = result["headers"], AutoModelForCausalLM.from_pretrained(setting[1]).state_dict()
+    assert [header["mode"] for header in headers] == ["merge", "adapter", "receiver_merge", "receiver_merge"]
+    assert len({header["run"] for header in headers}) == 1
+    numbers = [header["number"] for header in headers]
+    assert numbers == list(range(numbers[0], numbers[0] + 4))
+    assert headers[0]["base"] == {}, "a full sync needs nothing of the engine's checkpoint"
+    full = set(load_allocation(setting[2]).full_names)
+    wanted = {name: tensor for name, tensor in base.items() if name.rpartition(".")[0] not in full}
+    assert headers[1]["base"] == headers[2]["base"] == base_digests(wanted.items())
+    for header, sent in zip(headers[:3], ("synced", "synced_adapter", "synced_receiver_merge"), strict=True):
+        assert header["payload_bytes"] == sum(tensor.nbytes for tensor in result[sent].values())
+
+
+def test_fixed_prompt_has_the_log_probabilities_of_the_trained_model(result, tmp_path):
+    probe = result["headers"][-1]["probe"]
+    exported = export_checkpoint(result["folder"] / "checkpoint", tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(exported)
+    tokens = torch.tensor([probe["tokens"]])
+    with torch.no_grad():
+        log_probs = model(tokens).logits.log_softmax(-1)[0, :-1].gather(1, tokens[0, 1:, None])[:, 0]
+    assert probe["limit"] == 1e-4
+    assert_rows_close([probe["log_probs"]], [log_probs.tolist()], atol=1e-5)
 
 
 def test_exported_checkpoint_is_bit_equal_to_what_was_synced(result, tmp_path):

@@ -24,6 +24,7 @@ INTERNAL = {
     "scoring": {"config", "candidates", "scoring"},
     "allocation": {"config", "candidates", "scoring", "allocation"},
     "probing": {"config", "candidates", "scoring", "allocation", "probing", "__version__"},
+    "sync": {"allocation", "sync", "training"},
     "training": {"config", "candidates", "allocation", "training", "__version__"},
 }
 

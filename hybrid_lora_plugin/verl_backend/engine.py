@@ -13,24 +13,28 @@ import torch
 from torch.distributed.fsdp import FSDPModule
 from torch.distributed.tensor import DTensor
 from verl.utils.device import get_device_id
-from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine import FSDPEngineWithLMHead
 
 from hybrid_lora_plugin.allocation.artifact import ALLOCATION_FILE, load_allocation
 from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig
+from hybrid_lora_plugin.sync.base_check import base_digests
+from hybrid_lora_plugin.sync.hybrid_weights import lora_modules, original_weights
+from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.training.apply import apply_allocation, census, plain_name, trainable_groups
 from hybrid_lora_plugin.training.reference import BaseSnapshot, local_tensor
 from hybrid_lora_plugin.training.trainables import FOLDER, TrainablesDescription, require_same_setting, save_trainables
 from hybrid_lora_plugin.verl_backend import requirements
 from hybrid_lora_plugin.verl_backend.on_the_fly import probed_allocation
-from hybrid_lora_plugin.verl_backend.rollout_sync import merged_weights
+from hybrid_lora_plugin.verl_backend.prompt_probe import fixed_prompt
+from hybrid_lora_plugin.verl_backend.weight_source import WeightSource
 
 
 class HybridLoraEngine(FSDPEngineWithLMHead):
     """Full fine-tuning for the modules the allocation names, LoRA for the other candidates, the rest frozen."""
 
     hybrid: HybridLoraConfig
+    _weight_source: WeightSource | None = None
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         self.hybrid = requirements.check_engine(model_config, engine_config, checkpoint_config)
@@ -125,9 +129,24 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
     # -- rollout ----------------------------------------------------------------------------------------------
 
     def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
-        """Weights for the rollout engine (sync mode ``merge``): a generator and no adapter."""
-        dtype = PrecisionType.to_dtype(self.model_config.lora["rollout_dtype"])
-        return merged_weights(self.module, self.scaling, dtype, get_device_id()), None
+        """The next weight sync as a stream of named tensors, and the adapter's configuration where the engine runs one.
+
+        With shards every tensor is a collective: every rank must draw the whole stream.
+        """
+        mode, device = sync_mode(self.hybrid.sync), get_device_id()
+        if self._weight_source is None:
+            self._weight_source = WeightSource(self.hybrid, self.model_config, device)
+        source = self._weight_source
+        stream = source.stream(
+            mode.name,
+            mode.outgoing(self.module, self.scaling, source.dtype, device),
+            payload_bytes=mode.payload_bytes(census(self.module), source.dtype),
+            lora_modules=lora_modules(self.module),
+            base=(lambda: base_digests(original_weights(self.module, device))) if mode.partial else None,
+            probe=fixed_prompt(self, self.hybrid, source.dtype) if self.hybrid.sync_check == "probe" else None,
+        )
+        # verl asks only whether there is one; what the engine needs of it travels in the stream.
+        return stream, {"r": self.model_config.lora_rank} if mode.engine_adapter else None
 
     # -- checkpoints ------------------------------------------------------------------------------------------
 

@@ -1,4 +1,4 @@
-"""Register the Hybrid-LoRA engine with verl; importing this module does it.
+"""Register the Hybrid-LoRA engine and its rollout side with verl; importing this module does it.
 
 ``+hybrid_lora=enabled`` names this module in ``actor_rollout_ref.model.external_lib``, so verl imports it in
 every worker that reads the model (``verl/workers/config/model.py``). Two things follow: a run without
@@ -11,12 +11,15 @@ import os
 
 from verl.utils.device import get_device_name, get_vendor
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
+from verl.workers.rollout import base as rollout_base
+from verl.workers.rollout.replica import RolloutReplicaRegistry
 
-from hybrid_lora_plugin.verl_backend import registration
+from hybrid_lora_plugin.verl_backend import patches, registration
 from hybrid_lora_plugin.verl_backend.engine import HybridLoraEngine
 from hybrid_lora_plugin.verl_backend.policy_probe_engine import PolicyProbeEngine
 
 BACKENDS = ("fsdp", "fsdp2")
+ADAPTER_MODULE = "hybrid_lora_plugin.verl_backend.rollout_adapter"
 
 
 class EngineForModel(FSDPEngineWithLMHead):
@@ -52,6 +55,16 @@ def register() -> None:
                 f"{holder.__name__}; uninstall that verl plugin or exclude it with VERL_USE_EXTERNAL_PLUGINS=hybrid_lora"
             )
         EngineRegistry.register("language_model", backend=backend, device=device, vendor=key[1])(EngineForModel)
+    # Both behave as verl's own for a model without Hybrid-LoRA, e.g. a reward model of the same run.
+    rollout_base._ROLLOUT_REGISTRY[("vllm", "async")] = f"{ADAPTER_MODULE}.HybridLoraServerAdapter"
+    RolloutReplicaRegistry.register("vllm", _load_replica)
+    patches.log_sync_metrics()
+
+
+def _load_replica():
+    from hybrid_lora_plugin.verl_backend.rollout_server import HybridLoraReplica
+
+    return HybridLoraReplica
 
 
 register()

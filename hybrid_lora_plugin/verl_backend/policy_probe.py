@@ -73,6 +73,8 @@ def probe_overrides(config: DictConfig, hybrid: HybridLoraConfig) -> list[str]:
     steps, save_freq = warmup + scoring, int(config.trainer.save_freq)
     overrides: dict[str, str | int | bool | None] = {
         "hybrid_lora.phase": "probe",
+        # Its adapters are no LoRA that a rollout engine could run.
+        "hybrid_lora.sync": "merge",
         "hybrid_lora.output_dir": hybrid.output_dir,
         "trainer.total_training_steps": steps,
         # An epoch of the reordered prompts is the whole probe.

@@ -18,7 +18,6 @@ from safetensors.torch import save_file
 from torch import Tensor
 from torch.distributed.tensor import DTensor
 from verl.utils.device import get_device_id
-from verl.utils.torch_dtypes import PrecisionType
 from verl.utils.torch_functional import get_constant_schedule_with_warmup
 from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine import FSDPEngineWithLMHead
@@ -37,7 +36,8 @@ from hybrid_lora_plugin.probing.svd_lora_run import check_trained, results_of
 from hybrid_lora_plugin.verl_backend import requirements
 from hybrid_lora_plugin.verl_backend.kept_allocation import command_config
 from hybrid_lora_plugin.verl_backend.policy_settings import kept_settings
-from hybrid_lora_plugin.verl_backend.rollout_sync import merged_probe_weights
+from hybrid_lora_plugin.verl_backend.probe_weights import merged_probe_weights
+from hybrid_lora_plugin.verl_backend.weight_source import WeightSource
 
 STATE_FILE = "policy_probe.safetensors"
 _ADAPTER = ("A", "B", "e", "alpha")
@@ -47,6 +47,7 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
     """Warms up SVD-LoRA by reinforcement learning, then scores it on the rollouts of held-out prompts."""
 
     hybrid: HybridLoraConfig
+    _weight_source: WeightSource | None = None
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         self.hybrid = requirements.check_engine(model_config, engine_config, checkpoint_config)
@@ -211,9 +212,12 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
                 layer.active = True
 
     def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
-        """Weights for the rollout engine, merged: a generator and no adapter."""
-        dtype = PrecisionType.to_dtype(self.model_config.lora["rollout_dtype"])
-        return merged_probe_weights(self.module, dtype, get_device_id()), None
+        """The next weight sync, merged: a stream of named tensors and no adapter."""
+        device = get_device_id()
+        if self._weight_source is None:
+            self._weight_source = WeightSource(self.hybrid, self.model_config, device)
+        dtype = self._weight_source.dtype
+        return self._weight_source.stream("merge", merged_probe_weights(self.module, dtype, device)), None
 
     # -- checkpoints ------------------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig, validate
+from hybrid_lora_plugin.sync.modes import sync_mode
 
 ACTOR, MODEL, ROLLOUT = "actor_rollout_ref.actor.", "actor_rollout_ref.model.", "actor_rollout_ref.rollout."
 ENGINE_MODULE = "hybrid_lora_plugin.verl_backend.engine_registration"
@@ -49,13 +50,33 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ROLLOUT + "name": (lambda v: v in (None, "vllm"), "vllm, the rollout engine this version supports"),
     ROLLOUT + "checkpoint_engine.backend": (
         lambda v: not str(v).startswith("delta"),
-        "an engine that carries named tensors, e.g. naive: delta engines send shards of unmerged weights",
+        "an engine that carries named tensors, e.g. naive or nccl: delta engines send shards of unmerged weights",
+    ),
+    ROLLOUT + "checkpoint_engine.custom_backend_module": (
+        lambda v: v is None or _names(v, ENGINE_MODULE) or v == ENGINE_MODULE,
+        f"a list that names the plugin's too, [YOUR_MODULE,{ENGINE_MODULE}]: engines apart from the trainer load it there",
+    ),
+    ROLLOUT + "disaggregation.enabled": (
+        lambda v: not v,
+        "false: engines split into prefill and decode are not supported by any sync mode",
+    ),
+    ROLLOUT + "quantization": (
+        lambda v: v is None,
+        "null: quantized weights cannot be compared with the trainer's, so no sync could be proven",
+    ),
+    ROLLOUT + "engine_kwargs.vllm.worker_extension_cls": (
+        lambda v: v is None,
+        "null: the plugin's own worker extension receives the weights",
+    ),
+    ROLLOUT + "mtp.enable_rollout": (
+        lambda v: not v,
+        "false: the weights of a drafting head are not part of a sync",
     ),
     MODEL + "lora_rank": (lambda v: isinstance(v, int) and v > 0, "a LoRA rank of at least 1, e.g. 16"),
     MODEL + "lora_alpha": (lambda v: v > 0, "a LoRA alpha above 0, e.g. 32"),
     MODEL + "lora.merge": (
-        lambda v: v is True,
-        "true: hybrid_lora.sync=merge sends merged weights and the rollout engine runs no adapter",
+        lambda v: isinstance(v, bool),
+        "leave it as +hybrid_lora=enabled sets it: it follows from hybrid_lora.sync",
     ),
     MODEL + "lora.hybrid": (
         lambda v: isinstance(v, Mapping) and bool(v),
@@ -87,6 +108,54 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+#: the same, for sync modes that leave weights to the rollout engine; with the mode that needs none of it
+_PARTIAL_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    ROLLOUT + "load_format": (
+        lambda v: v in (None, "auto", "safetensors"),
+        "safetensors: the rollout engine must start from the checkpoint's weights, or hybrid_lora.sync=merge",
+    ),
+}
+_ADAPTER_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    MODEL + "lora.fully_sharded_loras": (
+        lambda v: not v,
+        "false: a fully sharded adapter cannot be read back here, or hybrid_lora.sync=receiver_merge",
+    ),
+    MODEL + "lora_rank": (
+        lambda v: v <= 512,
+        "at most 512, the largest rank of vLLM's adapters, or hybrid_lora.sync=receiver_merge",
+    ),
+}
+
+
+def _names(value: Any, wanted: str) -> bool:
+    return not isinstance(value, str) and wanted in value
+
+
+def check_sync(settings: Mapping[str, Any], sync: str) -> None:
+    """Refuse a combination that the sync mode cannot carry, naming one that can.
+
+    Args:
+        settings: values by full verl name; those without a rule are ignored.
+        sync: ``hybrid_lora.sync``.
+
+    Raises:
+        ConfigurationError: naming the setting and its value, the mode, and what works.
+    """
+    mode = sync_mode(sync)
+    merge = settings.get(MODEL + "lora.merge")
+    if merge is not None and merge is mode.engine_adapter:
+        raise ConfigurationError(
+            f"{MODEL}lora.merge: {merge!r} does not work with hybrid_lora.sync={sync}; leave it as +hybrid_lora=enabled "
+            "sets it"
+        )
+    rules = (_PARTIAL_RULES if mode.partial else {}) | (_ADAPTER_RULES if mode.engine_adapter else {})
+    for name, (usable, wanted) in rules.items():
+        if settings.get(name) is not None and not usable(settings[name]):
+            raise ConfigurationError(
+                f"{name}: {settings[name]!r} does not work with hybrid_lora.sync={sync}; give {wanted}"
+            )
+
+
 def check(settings: Mapping[str, Any]) -> None:
     """Refuse the first setting that Hybrid-LoRA cannot run with.
 
@@ -104,10 +173,11 @@ def check(settings: Mapping[str, Any]) -> None:
 def check_run(config) -> None:
     """``check`` on a whole composed verl configuration (OmegaConf)."""
     settings = {}
-    for name in _RULES:
+    for name in _RULES | _PARTIAL_RULES | _ADAPTER_RULES:
         value = OmegaConf.select(config, name, default=None)
         settings[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     check(settings)
+    check_sync(settings, OmegaConf.select(config, "hybrid_lora.sync"))
 
 
 def check_engine(model_config, engine_config, checkpoint_config) -> HybridLoraConfig:
@@ -115,18 +185,18 @@ def check_engine(model_config, engine_config, checkpoint_config) -> HybridLoraCo
     node = model_config.lora["hybrid"]
     hybrid = hybrid_config(OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node))
     precision = engine_config.mixed_precision or {}
-    check(
-        {
-            ACTOR + "strategy": engine_config.strategy,
-            ACTOR + "fsdp_config.model_dtype": engine_config.model_dtype,
-            ACTOR + "fsdp_config.mixed_precision.param_dtype": precision.get("param_dtype", "bf16"),
-            ACTOR + "checkpoint.save_lora_only": getattr(checkpoint_config, "save_lora_only", False),
-            MODEL + "lora_rank": model_config.lora_rank,
-            MODEL + "lora_alpha": model_config.lora_alpha,
-            MODEL + "lora.merge": model_config.lora.get("merge"),
-            MODEL + "lora.rollout_dtype": model_config.lora.get("rollout_dtype"),
-            MODEL + "lora_adapter_path": model_config.lora_adapter_path,
-            MODEL + "target_modules": model_config.target_modules,
-        }
-    )
+    settings = {
+        ACTOR + "strategy": engine_config.strategy,
+        ACTOR + "fsdp_config.model_dtype": engine_config.model_dtype,
+        ACTOR + "fsdp_config.mixed_precision.param_dtype": precision.get("param_dtype", "bf16"),
+        ACTOR + "checkpoint.save_lora_only": getattr(checkpoint_config, "save_lora_only", False),
+        MODEL + "lora_rank": model_config.lora_rank,
+        MODEL + "lora_alpha": model_config.lora_alpha,
+        MODEL + "lora.merge": model_config.lora.get("merge"),
+        MODEL + "lora.rollout_dtype": model_config.lora.get("rollout_dtype"),
+        MODEL + "lora_adapter_path": model_config.lora_adapter_path,
+        MODEL + "target_modules": model_config.target_modules,
+    }
+    check(settings)
+    check_sync(settings, hybrid.sync)
     return hybrid

@@ -110,7 +110,14 @@ def census_line(log: Path) -> str:
     return "not found in the log"
 
 
-def demo(output: Path, steps: int, cache: Path, ranks: int = 1, objective: str | None = None) -> int:
+def demo(
+    output: Path,
+    steps: int,
+    cache: Path,
+    ranks: int = 1,
+    objective: str | None = None,
+    overrides: list[str] | None = None,
+) -> int:
     """Run every stage; returns 0 if every check holds, else 1.
 
     Args:
@@ -119,6 +126,7 @@ def demo(output: Path, steps: int, cache: Path, ranks: int = 1, objective: str |
         cache: folder for the base model.
         ranks: trainer ranks.
         objective: the run probes on the fly with it; None probes before the run.
+        overrides: more Hydra overrides of the verl run, e.g. ``["hybrid_lora.sync=adapter"]``.
     """
     stage = Stages(["model", *(["probe"] if objective is None else []), "train", "export", "report"])
     output.mkdir(parents=True, exist_ok=True)
@@ -153,6 +161,7 @@ def demo(output: Path, steps: int, cache: Path, ranks: int = 1, objective: str |
                     f"trainer.default_local_dir={run / 'checkpoints'}",
                     f"trainer.validation_data_dir={run / 'validation'}",
                     f"hydra.run.dir={run / 'hydra'}",
+                    *(overrides or []),
                 ],
                 metrics=run / "metrics.jsonl",
                 log=run / "verl.log",
@@ -172,6 +181,7 @@ def demo(output: Path, steps: int, cache: Path, ranks: int = 1, objective: str |
         checks = [
             evidence.check_steps(results, steps),
             evidence.check_rollout_weights(results, steps),
+            evidence.check_proven(results, steps),
             evidence.check_reference(results),
             evidence.check_export(exported, files["validation"], run / "validation" / f"{steps}.jsonl"),
         ]
@@ -215,11 +225,21 @@ def main(arguments: list[str] | None = None) -> int:
         default=None,
         help="let the run probe for itself, with this objective (default: probe before the run)",
     )
+    parser.add_argument(
+        "overrides", nargs="*", metavar="KEY=VALUE", help="more settings of the verl run, e.g. hybrid_lora.sync=adapter"
+    )
     options = parser.parse_args(arguments)
     if options.steps < 2:
         parser.error(f"--steps: {options.steps} is too few; give at least 2, so that a step follows a weight sync")
     try:
-        return demo(options.output.resolve(), options.steps, options.cache.resolve(), options.ranks, options.on_the_fly)
+        return demo(
+            options.output.resolve(),
+            options.steps,
+            options.cache.resolve(),
+            options.ranks,
+            options.on_the_fly,
+            options.overrides,
+        )
     except (ConfigurationError, RunFailed) as error:
         print(f"demo: {error}", file=sys.stderr)
         return 1

@@ -52,6 +52,21 @@ def check_rollout_weights(steps: list[Step], asked: int, of: str = "rollouts") -
     )
 
 
+def check_proven(steps: list[Step], asked: int) -> Check:
+    """After every step the rollout engine was proven to hold what the trainer sent."""
+    by_step = {step.number: step.metrics for step in steps}
+    proven = [by_step.get(number, {}).get("hybrid_lora/sync_digest_ok") for number in range(1, asked + 1)]
+    last = by_step.get(asked, {})
+    return Check(
+        "every weight sync was proven: digests at both ends and in the engine's model agree",
+        bool(proven) and all(value == 1.0 for value in proven),
+        f"{sum(value == 1.0 for value in proven)} of {asked} steps; in the last one "
+        f"{last.get('hybrid_lora/sync_tensors', math.nan):.0f} tensors, "
+        f"{last.get('hybrid_lora/sync_bytes', math.nan) / 1e6:.2f} MB, "
+        f"{last.get('hybrid_lora/sync_seconds', math.nan):.2f} s",
+    )
+
+
 def check_reference(steps: list[Step]) -> Check:
     """KL to the reference starts at 0 and grows: the reference stays where the actor came from."""
     values = [step.metrics["actor/kl_loss"] for step in steps if "actor/kl_loss" in step.metrics]

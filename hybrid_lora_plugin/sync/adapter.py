@@ -1,0 +1,97 @@
+"""Sync mode ``adapter``: full modules as base weights, the factors as the rollout engine's own LoRA adapter."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from hybrid_lora_plugin.allocation.report import Census
+from hybrid_lora_plugin.sync.errors import WeightSyncError
+from hybrid_lora_plugin.sync.hybrid_weights import trained_weights
+from hybrid_lora_plugin.sync.modes import RolloutModel, SyncMode, SyncReceiver, split_factor
+from hybrid_lora_plugin.sync.wire import SyncHeader
+
+
+class FactorReceiver(SyncReceiver):
+    """Loads weights of full modules at once and brings the two factors of each other module together."""
+
+    def __init__(self, header: SyncHeader, rollout: RolloutModel):
+        super().__init__(header, rollout)
+        self._waiting = set(header.lora_modules)
+        self._first: dict[str, tuple[str, torch.Tensor]] = {}
+
+    def take(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        plain = []
+        for name, tensor in weights:
+            factor = split_factor(name)
+            if factor is None:
+                plain.append((name, tensor))
+            else:
+                self._take_factor(name, *factor, tensor)
+        if plain:
+            self.rollout.load(plain)
+
+    def _take_factor(self, name: str, module: str, kind: str, tensor: torch.Tensor) -> None:
+        self._check_shape(name, module, kind, tensor)
+        if module not in self._first:
+            # Cloned: the buffer it came in is written again.
+            self._first[module] = (kind, tensor.clone())
+            return
+        earlier_kind, earlier = self._first.pop(module)
+        if earlier_kind == kind or module not in self._waiting:
+            raise WeightSyncError(f"{name}: received twice in one sync")
+        self._waiting.remove(module)
+        self.take_pair(module, *((earlier, tensor) if kind == "B" else (tensor, earlier)))
+
+    def _check_shape(self, name: str, module: str, kind: str, tensor: torch.Tensor) -> None:
+        if module not in self.header.lora_modules:
+            raise WeightSyncError(f"{name}: {module} has no adapter in this run")
+        out_features, in_features = self.rollout.checkpoint.shape(f"{module}.weight")
+        rank = self.header.lora_rank
+        wanted = (rank, in_features) if kind == "A" else (out_features, rank)
+        if tuple(tensor.shape) != wanted:
+            raise WeightSyncError(
+                f"{name}: received with shape {tuple(tensor.shape)}, wanted {wanted}: an adapter of another rank, or a "
+                "shard of one"
+            )
+
+    def take_pair(self, module: str, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
+        """Both factors of a module, A [r, d_in] and B [d_out, r]; one of them is a view of the transfer buffer."""
+        raise NotImplementedError
+
+    def finish(self) -> None:
+        if self._waiting:
+            module = min(self._waiting)
+            kind = "B" if self._first.get(module, ("B",))[0] == "A" else "A"
+            raise WeightSyncError(f"{module}.lora_{kind}.weight: missing from the sync")
+
+
+class AdapterReceiver(FactorReceiver):
+    """Gives the engine all factors as one adapter at the end: it takes no less than a whole one."""
+
+    def __init__(self, header: SyncHeader, rollout: RolloutModel):
+        super().__init__(header, rollout)
+        self._factors: dict[str, tuple[torch.Tensor, torch.Tensor]] = {}
+
+    def take_pair(self, module: str, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
+        self._factors[module] = (lora_a.clone(), lora_b.clone())
+
+    def finish(self) -> None:
+        super().finish()
+        self.rollout.replace_adapter(self._factors, self.header)
+
+
+class AdapterSync(SyncMode):
+    """2·F bytes for F fully tuned and 2·A for A adapter parameters in bf16; the engine runs its LoRA kernels."""
+
+    name, engine_adapter, partial, receiver = "adapter", True, True, AdapterReceiver
+
+    def payload_bytes(self, census: Census, dtype: torch.dtype) -> int:
+        return (census.full + census.lora) * dtype.itemsize
+
+    @torch.no_grad()
+    def outgoing(
+        self, model: torch.nn.Module, scaling: float, dtype: torch.dtype, device
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        return trained_weights(model, dtype, dtype, device)

@@ -1,0 +1,70 @@
+"""The original weights of a safetensors checkpoint, read where they are needed."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+
+from hybrid_lora_plugin.sync.errors import WeightSyncError
+
+STORAGE = ("memory_map", "pinned")
+
+
+class CheckpointWeights:
+    """Tensors of a checkpoint by plain name.
+
+    Args:
+        folder: a Hugging Face folder with ``model.safetensors`` or an index of shards.
+        storage: ``memory_map`` reads from the file each time, so the operating system's cache holds one copy for all
+            processes of a machine; ``pinned`` keeps what was asked for once in page-locked memory, for the fastest
+            copies to an accelerator.
+
+    Raises:
+        WeightSyncError: the folder has no safetensors weights.
+    """
+
+    def __init__(self, folder: str | Path, storage: str = "memory_map"):
+        self.folder = Path(folder)
+        self.storage = storage
+        index = self.folder / "model.safetensors.index.json"
+        single = self.folder / "model.safetensors"
+        if index.is_file():
+            self._file_of = json.loads(index.read_text())["weight_map"]
+        elif single.is_file():
+            with safe_open(single, framework="pt") as file:
+                self._file_of = dict.fromkeys(file.keys(), single.name)
+        else:
+            raise WeightSyncError(
+                f"{self.folder}: no safetensors weights there to merge into or to compare with; save the model as "
+                "safetensors, or give hybrid_lora.sync=merge"
+            )
+        self._open: dict[str, object] = {}
+        self._kept: dict[str, torch.Tensor] = {}
+
+    def __iter__(self) -> Iterator[str]:
+        """Names of all tensors."""
+        return iter(self._file_of)
+
+    def _file(self, name: str):
+        file = self._file_of[name]
+        if file not in self._open:
+            self._open[file] = safe_open(self.folder / file, framework="pt", device="cpu")
+        return self._open[file]
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of the whole tensor ``name``, from the file's header; KeyError where there is none."""
+        return tuple(self._file(name).get_slice(name).get_shape())
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        """The whole tensor ``name`` on the host; not to be written to. KeyError where there is none."""
+        if name in self._kept:
+            return self._kept[name]
+        tensor = self._file(name).get_tensor(name)
+        if self.storage == "pinned":
+            self._kept[name] = tensor.pin_memory() if torch.cuda.is_available() else tensor.clone()
+            return self._kept[name]
+        return tensor

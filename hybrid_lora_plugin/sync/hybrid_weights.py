@@ -1,0 +1,83 @@
+"""Reading a hybrid model for a sync: whole tensors under plain names, one at a time, from any sharding."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch.distributed.tensor import DTensor
+
+from hybrid_lora_plugin.training.apply import ADAPTER, is_adapter, plain_name
+
+
+def whole(tensor: torch.Tensor, device) -> torch.Tensor:
+    """The full tensor on ``device``; for a DTensor a collective, so every rank must call it in the same order."""
+    if isinstance(tensor, DTensor):
+        return tensor.detach().to(device, non_blocking=True).full_tensor()
+    return tensor.detach().to(device)
+
+
+def plain_state(model: torch.nn.Module) -> dict[str, tuple[str, torch.Tensor]]:
+    """The model's own weights by plain Hugging Face name, as (its name in the model, tensor), in model order.
+
+    LoRA factors are left out, and the output head where it is the embedding.
+    """
+    tied = bool(getattr(model.config, "tie_word_embeddings", False))
+    return {
+        plain_name(name): (name, tensor)
+        for name, tensor in model.state_dict().items()
+        if not is_adapter(name) and not (tied and plain_name(name) == "lm_head.weight")
+    }
+
+
+def is_wrapped(name: str) -> bool:
+    """Whether this weight, named as in the model, is the base of a LoRA layer."""
+    return name.endswith(".base_layer.weight")
+
+
+def factors_of(state: dict[str, torch.Tensor], name: str, device) -> tuple[torch.Tensor, torch.Tensor]:
+    """Factors A [r, d_in] and B [d_out, r] of the LoRA layer whose base weight is ``name``.
+
+    Raises:
+        KeyError: the layer lacks one. A name that changed must fail here, not send the bare base.
+    """
+    factor = name.removesuffix(".base_layer.weight") + ".lora_{}." + ADAPTER + ".weight"
+    return whole(state[factor.format("A")], device), whole(state[factor.format("B")], device)
+
+
+def trained_weights(
+    model: torch.nn.Module, dtype: torch.dtype, factor_dtype: torch.dtype, device
+) -> Iterator[tuple[str, torch.Tensor]]:
+    """What training changes and nothing else: full modules as they are, LoRA modules as their two factors.
+
+    Args:
+        model: the hybrid PEFT model, inside FSDP2 or unsharded.
+        dtype: of the full modules' weights and biases.
+        factor_dtype: of the factors.
+        device: where whole tensors are put together.
+
+    Yields:
+        (plain name, tensor of ``dtype``) for a full module, (``MODULE.lora_A.weight``, ``[r, d_in]``) and
+        (``MODULE.lora_B.weight``, ``[d_out, r]``) for the others.
+    """
+    state = model.state_dict()
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for plain, (name, tensor) in plain_state(model).items():
+        if is_wrapped(name):
+            for kind, factor in zip("AB", factors_of(state, name, device), strict=True):
+                yield plain.removesuffix("weight") + f"lora_{kind}.weight", factor.to(factor_dtype)
+        elif name in trained:
+            yield plain, whole(tensor, device).to(dtype)
+
+
+def lora_modules(model: torch.nn.Module) -> list[str]:
+    """Plain names of the modules with an adapter, in model order."""
+    return [plain.removesuffix(".weight") for plain, (name, _) in plain_state(model).items() if is_wrapped(name)]
+
+
+def original_weights(model: torch.nn.Module, device) -> Iterator[tuple[str, torch.Tensor]]:
+    """Every weight that training leaves alone, the bases of LoRA layers among them: (plain name, tensor)."""
+    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    for plain, (name, tensor) in plain_state(model).items():
+        if name not in trained:
+            yield plain, whole(tensor, device)

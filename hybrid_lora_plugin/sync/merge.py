@@ -1,0 +1,46 @@
+"""Sync mode ``merge``: the trainer merges, the rollout engine receives a plain model, every weight of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+
+from hybrid_lora_plugin.allocation.report import Census
+from hybrid_lora_plugin.sync.hybrid_weights import factors_of, is_wrapped, plain_state, whole
+from hybrid_lora_plugin.sync.modes import SyncMode, SyncReceiver
+from hybrid_lora_plugin.training.merge import merge_weight
+
+
+class MergeReceiver(SyncReceiver):
+    """Loads what comes."""
+
+    def take(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        self.rollout.load(weights)
+
+    def finish(self) -> None:
+        pass  # nothing waits for the end
+
+
+class MergeSync(SyncMode):
+    """LoRA modules as ``W0 + s·BA`` from the untouched base, full modules and the rest as they are.
+
+    2·N bytes in bf16 for a model of N parameters. The model itself is never changed.
+    """
+
+    name, engine_adapter, partial, receiver = "merge", False, False, MergeReceiver
+
+    def payload_bytes(self, census: Census, dtype: torch.dtype) -> int:
+        return (census.frozen + census.full) * dtype.itemsize
+
+    @torch.no_grad()
+    def outgoing(
+        self, model: torch.nn.Module, scaling: float, dtype: torch.dtype, device
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        state = model.state_dict()
+        for plain, (name, tensor) in plain_state(model).items():
+            if is_wrapped(name):
+                lora_a, lora_b = factors_of(state, name, device)
+                yield plain, merge_weight(whole(tensor, device), lora_a, lora_b, scaling, dtype)
+            else:
+                yield plain, whole(tensor, device).to(dtype)

@@ -1,0 +1,267 @@
+"""The stream of one weight sync, and the check of what came out of it at the other end.
+
+A stream of named tensors is all that verl's transports carry, so everything travels in it: first a header (which run,
+which sync, how to read the rest), then the tensors, then a manifest that lists every tensor with shape, dtype and
+digest in the order sent. Header and manifest are JSON in uint8 tensors.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+import torch
+
+from hybrid_lora_plugin.sync.digest import digest_of
+from hybrid_lora_plugin.sync.errors import WeightSyncError
+
+HEADER, MANIFEST = "hybrid_lora.sync.header", "hybrid_lora.sync.manifest"
+VERSION = 1
+
+
+@dataclass
+class SyncHeader:
+    """What the receiver has to know before the first tensor."""
+
+    #: drawn once by the training run; two runs on one machine cannot take each other's weights
+    run: str
+    #: 1, 2, 3, … within the run
+    number: int
+    #: merge, adapter or receiver_merge
+    mode: str
+    #: dtype the rollout engine computes in, e.g. "bfloat16"
+    dtype: str
+    #: whether tensors carry digests and are read back after loading
+    digests: bool
+    lora_rank: int = 0
+    lora_alpha: float = 0.0
+    #: modules with an adapter, plain names
+    lora_modules: list[str] = field(default_factory=list)
+    #: digest of every original weight that the rollout engine keeps or merges into; see ``base_check``
+    base: dict[str, str] = field(default_factory=dict)
+    #: bytes of all tensors together, 0 where nobody knows; a sender needs no larger buffer
+    payload_bytes: int = 0
+    #: where the receiver keeps the original weights it merges into: memory_map or pinned
+    base_storage: str = "memory_map"
+    #: a fixed prompt: {"tokens": [...], "log_probs": [...], "limit": ...}; empty unless the check is asked for
+    probe: dict[str, Any] = field(default_factory=dict)
+    version: int = VERSION
+
+    @property
+    def scaling(self) -> float:
+        """LoRA's scaling s = alpha / rank."""
+        return self.lora_alpha / self.lora_rank
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One tensor of a manifest or of a receiver's report."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: str
+    #: empty where the sync carries no digests
+    digest: str = ""
+
+    @classmethod
+    def of(cls, name: str, tensor: torch.Tensor, digests: bool) -> Entry:
+        return cls(
+            name,
+            tuple(tensor.shape),
+            str(tensor.dtype).removeprefix("torch."),
+            digest_of(tensor) if digests else "",
+        )
+
+
+def _packed(content: dict[str, Any], device) -> torch.Tensor:
+    return torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8).to(device)
+
+
+def _unpacked(tensor: torch.Tensor, what: str) -> dict[str, Any]:
+    try:
+        return json.loads(bytes(tensor.cpu().numpy()))
+    except ValueError as error:
+        raise WeightSyncError(f"the {what} of the sync is damaged: {error}") from error
+
+
+def read_header(name: str, tensor: torch.Tensor) -> SyncHeader:
+    """The header, from the first pair of a stream.
+
+    Raises:
+        WeightSyncError: the first tensor is another one, is damaged, or is of a version this plugin does not read.
+    """
+    if name != HEADER:
+        raise WeightSyncError(f"the sync begins with {name!r}, wanted its header: the start of the stream was lost")
+    content = _unpacked(tensor, "header")
+    if content.get("version") != VERSION:
+        raise WeightSyncError(
+            f"the sync has format version {content.get('version')}, this side reads {VERSION}; install one version of "
+            "hybrid-lora-plugin for trainer and rollout engine"
+        )
+    return SyncHeader(**content)
+
+
+def read_manifest(tensor: torch.Tensor) -> tuple[dict[str, Any], list[Entry]]:
+    """A manifest, as its JSON and as the entries it lists."""
+    content = _unpacked(tensor, "manifest")
+    return content, [Entry(name, tuple(shape), dtype, digest) for name, shape, dtype, digest in content["tensors"]]
+
+
+class OutgoingWeights:
+    """The stream of one sync as an iterator of (name, tensor), with its measurements once it is through.
+
+    Args:
+        header: of this sync.
+        tensors: (name, whole tensor) pairs; drawn one at a time, and not kept.
+        device: where header and manifest are put, for transports that carry one device only.
+        before: digests by name of the previous sync, to count what changed.
+    """
+
+    def __init__(
+        self,
+        header: SyncHeader,
+        tensors: Iterable[tuple[str, torch.Tensor]],
+        device="cpu",
+        before: dict[str, str] | None = None,
+    ):
+        self.header = header
+        #: verl's global step, set by the colocated sender, which is told it
+        self.step: int | None = None
+        self.entries: list[Entry] = []
+        self.bytes = 0
+        self.seconds = 0.0
+        self._before = before or {}
+        self._stream = self._pairs(tensors, device)
+
+    def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return self._stream
+
+    def __next__(self) -> tuple[str, torch.Tensor]:
+        return next(self._stream)
+
+    def _pairs(self, tensors, device) -> Iterator[tuple[str, torch.Tensor]]:
+        started = time.perf_counter()
+        yield HEADER, self._counted(_packed(asdict(self.header), device))
+        for name, tensor in tensors:
+            tensor = tensor.contiguous()
+            self.entries.append(Entry.of(name, tensor, self.header.digests))
+            yield name, self._counted(tensor)
+            del tensor
+        yield MANIFEST, self._counted(_packed(self.manifest(), device))
+        self.seconds = time.perf_counter() - started
+
+    def _counted(self, tensor: torch.Tensor) -> torch.Tensor:
+        self.bytes += tensor.nbytes
+        return tensor
+
+    def manifest(self) -> dict[str, Any]:
+        """What the receiver must have seen: run, number, step and every tensor in order."""
+        return {
+            "run": self.header.run,
+            "number": self.header.number,
+            "step": self.step,
+            "tensors": [[e.name, list(e.shape), e.dtype, e.digest] for e in self.entries],
+        }
+
+    @property
+    def digests(self) -> dict[str, str]:
+        """Digest of every tensor sent so far, by name."""
+        return {entry.name: entry.digest for entry in self.entries}
+
+    @property
+    def changed(self) -> int:
+        """How many tensors differ from the previous sync; all of them in the first one."""
+        return sum(self._before.get(name) != digest for name, digest in self.digests.items())
+
+
+class ReceivedWeights:
+    """The receiver's record of one sync; ``finish`` compares it with the manifest.
+
+    Args:
+        header: as it came in the stream.
+        run, number: of the sync that was announced beside the stream; None where nobody announced one.
+    """
+
+    def __init__(self, header: SyncHeader, run: str | None = None, number: int | None = None):
+        if run is not None and header.run != run:
+            raise WeightSyncError(
+                f"received a sync of run {header.run}, wanted run {run}: another training run sends to this engine"
+            )
+        if number is not None and header.number != number:
+            raise WeightSyncError(f"received sync {header.number}, wanted sync {number}: the weights are stale")
+        self.header = header
+        self.entries: dict[str, Entry] = {}
+        self._manifest: dict[str, Any] | None = None
+        self._sent: list[Entry] = []
+
+    def take(self, name: str, tensor: torch.Tensor) -> Entry | None:
+        """Record a tensor; returns its entry, or None for the manifest.
+
+        Raises:
+            WeightSyncError: it came twice, or after the manifest.
+        """
+        if self._manifest is not None:
+            raise WeightSyncError(f"{name}: came after the manifest, which is the last tensor of a sync")
+        if name == MANIFEST:
+            self._manifest, self._sent = read_manifest(tensor)
+            return None
+        if name in self.entries:
+            raise WeightSyncError(f"{name}: received twice in one sync")
+        entry = Entry.of(name, tensor, self.header.digests)
+        self.entries[name] = entry
+        return entry
+
+    def finish(self, step: int | None = None) -> list[Entry]:
+        """Compare everything received with the manifest.
+
+        Args:
+            step: verl's global step that was announced beside the stream.
+
+        Returns:
+            What was received, in order.
+
+        Raises:
+            WeightSyncError: naming the first tensor that is missing, unexpected, out of place or different.
+        """
+        manifest = self._manifest
+        if manifest is None:
+            last = next(reversed(self.entries), "nothing")
+            raise WeightSyncError(
+                f"the sync ended after {last!r} without its manifest: {len(self.entries)} tensors came, the rest is missing"
+            )
+        if (manifest["run"], manifest["number"]) != (self.header.run, self.header.number):
+            raise WeightSyncError(
+                f"header and manifest are of different syncs: {self.header.run} {self.header.number} and "
+                f"{manifest['run']} {manifest['number']}"
+            )
+        if None not in (step, manifest["step"]) and manifest["step"] != step:
+            raise WeightSyncError(f"the weights are of step {manifest['step']}, wanted step {step}: they are stale")
+        compare_entries(self._sent, list(self.entries.values()), "sent", "received")
+        return list(self.entries.values())
+
+
+def compare_entries(wanted: list[Entry], seen: list[Entry], sent: str, received: str) -> None:
+    """Raise WeightSyncError, naming the tensor, unless both lists are equal in content and order."""
+    by_name = {entry.name: entry for entry in seen}
+    for entry in wanted:
+        other = by_name.get(entry.name)
+        if other is None:
+            raise WeightSyncError(f"{entry.name}: was {sent} and not {received}")
+        for what in ("shape", "dtype", "digest"):
+            ours, theirs = getattr(entry, what), getattr(other, what)
+            if ours != theirs:
+                raise WeightSyncError(f"{entry.name}: {sent} with {what} {ours}, {received} with {theirs}")
+    names = {entry.name for entry in wanted}
+    for entry in seen:
+        if entry.name not in names:
+            raise WeightSyncError(f"{entry.name}: was {received} and never {sent}")
+    for ours, theirs in zip(wanted, seen, strict=True):
+        if ours.name != theirs.name:
+            raise WeightSyncError(f"{theirs.name}: {received} in the place of {ours.name}")
