@@ -187,15 +187,29 @@ class ReceivedWeights:
     Args:
         header: as it came in the stream.
         run, number: of the sync that was announced beside the stream; None where nobody announced one.
+        last: run and number of the sync before, None for the first one.
+
+    Raises:
+        WeightSyncError: it is another run's, another one than announced, or one that came before.
     """
 
-    def __init__(self, header: SyncHeader, run: str | None = None, number: int | None = None):
+    def __init__(
+        self,
+        header: SyncHeader,
+        run: str | None = None,
+        number: int | None = None,
+        last: tuple[str, int] | None = None,
+    ):
         if run is not None and header.run != run:
             raise WeightSyncError(
                 f"received a sync of run {header.run}, wanted run {run}: another training run sends to this engine"
             )
         if number is not None and header.number != number:
             raise WeightSyncError(f"received sync {header.number}, wanted sync {number}: the weights are stale")
+        if last is not None and header.run == last[0] and header.number <= last[1]:
+            raise WeightSyncError(
+                f"received sync {header.number} again, the last one was sync {last[1]}: the weights are stale"
+            )
         self.header = header
         self.entries: dict[str, Entry] = {}
         self._manifest: dict[str, Any] | None = None
@@ -253,7 +267,7 @@ def compare_entries(wanted: list[Entry], seen: list[Entry], sent: str, received:
     for entry in wanted:
         other = by_name.get(entry.name)
         if other is None:
-            raise WeightSyncError(f"{entry.name}: was {sent} and not {received}")
+            raise WeightSyncError(f"{entry.name}: was {sent}, but not {received}")
         for what in ("shape", "dtype", "digest"):
             ours, theirs = getattr(entry, what), getattr(other, what)
             if ours != theirs:
@@ -261,7 +275,7 @@ def compare_entries(wanted: list[Entry], seen: list[Entry], sent: str, received:
     names = {entry.name for entry in wanted}
     for entry in seen:
         if entry.name not in names:
-            raise WeightSyncError(f"{entry.name}: was {received} and never {sent}")
+            raise WeightSyncError(f"{entry.name}: was {received}, but never {sent}")
     for ours, theirs in zip(wanted, seen, strict=True):
         if ours.name != theirs.name:
             raise WeightSyncError(f"{theirs.name}: {received} in the place of {ours.name}")

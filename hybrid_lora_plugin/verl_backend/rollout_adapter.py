@@ -99,8 +99,7 @@ class HybridLoraServerAdapter(ServerAdapter):
         except Exception as failure:
             error = str(failure) if isinstance(failure, WeightSyncError) else f"{type(failure).__name__}: {failure}"
             await passing.drain()
-        number = passing.header.number if passing.header else 0
-        await self._agree(error, number, global_steps, limit)
+        await self._agree(error, passing, global_steps, limit)
         difference = None
         if self._ensure_server_handle():
             probe = passing.header.probe
@@ -122,10 +121,12 @@ class HybridLoraServerAdapter(ServerAdapter):
         Raises:
             WeightSyncError: with the receiver's text where it has one.
         """
+        if self._ensure_server_handle():
+            # Before anything can fail: from here on the engine generates nothing until this sync is proven.
+            await asyncio.wait_for(self.server_handle.begin_weight_sync.remote(step), limit)
         header = await passing.begin()
         call = None
-        if self._ensure_server_handle():
-            await asyncio.wait_for(self.server_handle.begin_weight_sync.remote(header.number), limit)
+        if self._has_server:
             call = await self._execute_method(
                 "receive_hybrid_weights",
                 non_block=True,
@@ -188,15 +189,26 @@ class HybridLoraServerAdapter(ServerAdapter):
         loaded = [Entry(t["name"], tuple(t["shape"]), t["dtype"], t["digest"]) for t in report["tensors"]]
         compare_entries(passing.manifest, loaded, "sent", "loaded")
 
-    async def _agree(self, error: str, number: int, step: int | None, limit: float) -> None:
-        """Raise on every rank if any rank has an error: none goes on with an engine that another could not prove."""
-        errors = [error]
+    async def _agree(self, error: str, passing: PassingWeights, step: int | None, limit: float) -> None:
+        """Raise on every rank if any rank has an error: none goes on with an engine that another could not prove.
+
+        Every rank gathers the same tensors, so every rank must also have sent the same ones.
+        """
+        seen = [(error, passing.manifest)]
         if torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1:
             if self._agreement is None:
                 self._agreement = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=limit + 60))
-            errors = [None] * torch.distributed.get_world_size()
-            await asyncio.to_thread(torch.distributed.all_gather_object, errors, error, group=self._agreement)
-        for rank, text in enumerate(errors):
+            seen = [None] * torch.distributed.get_world_size()
+            await asyncio.to_thread(
+                torch.distributed.all_gather_object, seen, (error, passing.manifest), group=self._agreement
+            )
+        number = passing.header.number if passing.header else "(unknown)"
+        for rank, (text, manifest) in enumerate(seen):
+            if not text and manifest is not None and seen[0][1] is not None:
+                try:
+                    compare_entries(seen[0][1], manifest, "sent by rank 0", f"sent by rank {rank}")
+                except WeightSyncError as difference:
+                    text = f"{difference}: the ranks hold different weights"
             if text:
                 raise WeightSyncError(
                     f"hybrid_lora: weight sync {number} of step {step} failed on rank {rank}: {text}. The run ends here, "

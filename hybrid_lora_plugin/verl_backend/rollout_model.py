@@ -116,6 +116,7 @@ class VllmRolloutModel:
         self._live: dict[str, LiveWeight] = {}
         #: samples of the weights that no sync sends, from when they were proven
         self._kept: dict[str, torch.Tensor] = {}
+        self._kept_for = ""
 
     @property
     def device(self) -> torch.device:
@@ -232,8 +233,12 @@ class VllmRolloutModel:
         if self._adapter is not None and self._digests:
             self._verify_adapter(*self._adapter)
 
-    def prove_kept(self, names: list[str], dtype: torch.dtype) -> None:
-        """Compare weights that no sync sends with the checkpoint, once, and remember a sample of each.
+    def base_proven_for(self, run: str) -> bool:
+        """Whether the weights that this run's syncs leave alone have been compared with the checkpoint."""
+        return self._kept_for == run
+
+    def prove_kept(self, run: str, names: list[str]) -> None:
+        """Compare weights that no sync of ``run`` sends with the checkpoint, once, and remember a sample of each.
 
         Raises:
             WeightSyncError: naming the first that differs.
@@ -247,6 +252,7 @@ class VllmRolloutModel:
                     "actor_rollout_ref.rollout.load_format=safetensors"
                 )
             self._kept[name] = live.sample()
+        self._kept_for = run
 
     def _verify_adapter(self, factors, header: SyncHeader) -> None:
         manager = self._worker.model_runner.lora_manager._adapter_manager

@@ -60,9 +60,9 @@ class HybridLoraHttpServer(vLLMHttpServer):
 
     # -- one sync ---------------------------------------------------------------------------------------------
 
-    async def begin_weight_sync(self, number: int) -> None:
+    async def begin_weight_sync(self, step: int | None) -> None:
         """From here on nothing is generated until ``end_weight_sync``."""
-        self._unproven = f"weight sync {number} has not been completed"
+        self._unproven = f"the weight sync of step {step} has not been completed"
         self._probe = {}
 
     async def end_weight_sync(self, step: int | None, probe: dict[str, Any]) -> float | None:

@@ -30,14 +30,21 @@ class Reception:
     Args:
         rollout: the live model.
         run, number, step: of the sync as announced beside the stream; None where they were not.
-        proven: run whose base weights this engine has been compared with.
+        last: run and number of the last sync that was proven, None for the first one.
     """
 
-    def __init__(self, rollout: VllmRolloutModel, run: str | None, number: int | None, step: int | None, proven: str):
+    def __init__(
+        self,
+        rollout: VllmRolloutModel,
+        run: str | None,
+        number: int | None,
+        step: int | None,
+        last: tuple[str, int] | None,
+    ):
         self._rollout = rollout
         self._announced = (run, number)
         self._step = step
-        self._proven = proven
+        self._last = last
         self._received: ReceivedWeights | None = None
         self._receiver: SyncReceiver | None = None
 
@@ -62,7 +69,7 @@ class Reception:
             self._receiver.take(usable)
 
     def _begin(self, header: SyncHeader) -> None:
-        self._received = ReceivedWeights(header, *self._announced)
+        self._received = ReceivedWeights(header, *self._announced, self._last)
         self._rollout.begin(header)
         self._receiver = sync_mode(header.mode).receiver(header, self._rollout)
 
@@ -80,7 +87,7 @@ class Reception:
         self._check_complete(header)
         self._receiver.finish()
         self._rollout.finish_loading()
-        if header.base and self._proven != header.run:
+        if header.base and not self._rollout.base_proven_for(header.run):
             self._prove_base(header)
         if header.digests:
             self._rollout.verify()
@@ -113,7 +120,7 @@ class Reception:
         sent = set(self._received.entries)
         if header.mode == "receiver_merge":
             sent |= {f"{module}.weight" for module in header.lora_modules}
-        self._rollout.prove_kept([name for name in header.base if name not in sent], header.torch_dtype)
+        self._rollout.prove_kept(header.run, [name for name in header.base if name not in sent])
 
 
 class HybridLoraWorkerExtension(vLLMColocateWorkerExtension):
@@ -140,9 +147,9 @@ class HybridLoraWorkerExtension(vLLMColocateWorkerExtension):
         if self.device is None:
             self.device = torch.device(f"{get_device_name()}:{self.local_rank}")
         if not hasattr(self, "_hybrid_rollout"):
-            self._hybrid_rollout, self._hybrid_proven = VllmRolloutModel(self), ""
+            self._hybrid_rollout, self._hybrid_last = VllmRolloutModel(self), None
         started = time.perf_counter()
-        reception = Reception(self._hybrid_rollout, run, number, step, self._hybrid_proven)
+        reception = Reception(self._hybrid_rollout, run, number, step, self._hybrid_last)
         receiver = LimitedReceiver(self._get_zmq_handle(), self.device, use_shm, limit=limit)
         result: dict[str, Any] = {}
 
@@ -164,7 +171,7 @@ class HybridLoraWorkerExtension(vLLMColocateWorkerExtension):
         except Exception as error:
             result.setdefault("error", _text(error))
         if "error" not in result:
-            self._hybrid_proven = reception.header.run
+            self._hybrid_last = (reception.header.run, reception.header.number)
         return result
 
 
