@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import random
 import re
+import weakref
 
 import pytest
 import torch
@@ -308,21 +309,21 @@ def test_a_sync_without_tensors_is_whole():
 
 
 def test_tensors_are_drawn_one_at_a_time_and_none_is_kept():
-    import weakref
-
-    alive, most = weakref.WeakSet(), 0
+    alive = weakref.WeakSet()
 
     def weights():
         for index in range(5):
+            # Whole tensors are large: the one before has to be gone when the next is put together.
+            assert len(alive) == 0
             tensor = torch.full((4, 4), float(index))
             alive.add(tensor)
             yield f"w{index}", tensor
             del tensor
 
-    for _name, tensor in OutgoingWeights(some_header(), weights()):
-        most = max(most, len(alive))
+    stream = OutgoingWeights(some_header(), weights())
+    for _name, tensor in stream:
         del tensor
-    assert most == 1 and len(alive) == 0
+    assert len(stream.entries) == 5 and len(alive) == 0
 
 
 def test_tensors_with_any_strides_travel_contiguous():

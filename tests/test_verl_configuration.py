@@ -124,13 +124,50 @@ REFUSED = {
     "rank -3 for verl": (["actor_rollout_ref.model.lora_rank=-3"], ["actor_rollout_ref.model.lora_rank", "-3"]),
     "learning rate 0": (["hybrid_lora.full_lr=0"], ["hybrid_lora.full_lr"]),
     "FSDP1": (["actor_rollout_ref.actor.strategy=fsdp"], ["actor_rollout_ref.actor.strategy", "'fsdp'", "fsdp2"]),
-    "sync mode": (["hybrid_lora.sync=adapter"], ["hybrid_lora.sync", "'adapter'", "merge"]),
+    "sync mode": (["hybrid_lora.sync=telepathy"], ["hybrid_lora.sync", "'telepathy'", "merge, adapter, receiver_merge"]),
+    "sync check": (["hybrid_lora.sync_check=maybe"], ["hybrid_lora.sync_check", "'maybe'", "digest"]),
+    "sync timeout": (["hybrid_lora.sync_timeout=0"], ["hybrid_lora.sync_timeout", "above 0"]),
+    "sync probe limit": (["hybrid_lora.sync_probe_limit=0"], ["hybrid_lora.sync_probe_limit", "above 0"]),
+    "checkpoint engine that casts": (
+        ["actor_rollout_ref.rollout.checkpoint_engine.backend=mooncake"],
+        ["checkpoint_engine.backend", "'mooncake'", "nccl"],
+    ),
+    "checkpoint engine that sends shards": (
+        ["actor_rollout_ref.rollout.checkpoint_engine.backend=delta_sharded"],
+        ["checkpoint_engine.backend", "'delta_sharded'", "nccl"],
+    ),
+    "own checkpoint engine without ours": (
+        ["actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=mine"],
+        ["custom_backend_module", "'mine'", "[YOUR_MODULE,"],
+    ),
+    "prefill and decode apart": (["actor_rollout_ref.rollout.disaggregation.enabled=true"], ["disaggregation.enabled"]),
+    "quantized rollout": (["actor_rollout_ref.rollout.quantization=fp8"], ["rollout.quantization", "'fp8'", "null"]),
+    "own worker extension": (
+        ["+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=a.B"],
+        ["worker_extension_cls", "'a.B'", "null"],
+    ),
+    "dummy weights for a partial sync": (
+        ["hybrid_lora.sync=receiver_merge", "actor_rollout_ref.rollout.load_format=dummy"],
+        ["load_format", "'dummy'", "hybrid_lora.sync=receiver_merge", "safetensors", "hybrid_lora.sync=merge"],
+    ),
+    "fully sharded adapter": (
+        ["hybrid_lora.sync=adapter", "+actor_rollout_ref.model.lora.fully_sharded_loras=true"],
+        ["fully_sharded_loras", "hybrid_lora.sync=adapter", "hybrid_lora.sync=receiver_merge"],
+    ),
+    "rank beyond vLLM's": (
+        ["hybrid_lora.sync=adapter", "hybrid_lora.lora.rank=513"],
+        ["lora_rank", "513", "512", "hybrid_lora.sync=receiver_merge"],
+    ),
+    "merge for an adapter": (
+        ["hybrid_lora.sync=adapter", "actor_rollout_ref.model.lora.merge=true"],
+        ["lora.merge", "True", "hybrid_lora.sync=adapter"],
+    ),
     "other rollout": (["actor_rollout_ref.rollout.name=sglang"], ["rollout.name", "vllm"]),
     "bf16 masters": (["actor_rollout_ref.actor.fsdp_config.model_dtype=bf16"], ["model_dtype", "fp32"]),
     "adapter only": (["+actor_rollout_ref.actor.checkpoint.save_lora_only=true"], ["save_lora_only", "false"]),
     "hybrid node removed": (["actor_rollout_ref.model.lora.hybrid=null"], ["model.lora.hybrid", "plain LoRA"]),
     "rollout dtype": (["actor_rollout_ref.rollout.dtype=auto"], ["rollout_dtype", "'auto'", "bfloat16"]),
-    "no merge": (["actor_rollout_ref.model.lora.merge=false"], ["lora.merge", "true"]),
+    "no merge": (["actor_rollout_ref.model.lora.merge=false"], ["lora.merge", "False", "hybrid_lora.sync=merge"]),
     "own external_lib": (["actor_rollout_ref.model.external_lib=mine"], ["external_lib", "[YOUR_LIB,"]),
     "switched off": (["hybrid_lora.enabled=false"], ["hybrid_lora.enabled", "leave that argument out"]),
 }  # fmt: skip
@@ -143,6 +180,23 @@ def test_refused_in_one_line_that_names_field_value_and_way_out(case, accepted):
         check_configuration(composed(*accepted, *mistake))
     message = str(caught.value)
     assert "\n" not in message and all(word in message for word in words), message
+
+
+@pytest.mark.parametrize(("sync", "merge"), [("merge", True), ("adapter", False), ("receiver_merge", True)])
+def test_sync_mode_sets_verls_own_switch_for_adapters(sync, merge, accepted):
+    config = composed(*accepted, f"hybrid_lora.sync={sync}")
+    check_configuration(config)
+    assert config.actor_rollout_ref.model.lora.merge is merge
+
+
+def test_own_checkpoint_engine_is_accepted_beside_our_module(accepted):
+    ours = "hybrid_lora_plugin.verl_backend.engine_registration"
+    node = "actor_rollout_ref.rollout.checkpoint_engine"
+    check_configuration(composed(*accepted, f"{node}.backend=mine", f"{node}.custom_backend_module=[json,{ours}]"))
+
+
+def test_merge_sync_needs_no_weights_of_the_engine(accepted):
+    check_configuration(composed(*accepted, "actor_rollout_ref.rollout.load_format=dummy"))
 
 
 def test_own_external_lib_is_accepted_beside_ours(accepted):

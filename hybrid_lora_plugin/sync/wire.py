@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
@@ -122,6 +122,7 @@ class OutgoingWeights:
         tensors: (name, whole tensor) pairs; drawn one at a time, and not kept.
         device: where header and manifest are put, for transports that carry one device only.
         before: digests by name of the previous sync, to count what changed.
+        on_end: called with this stream when all of it has been drawn.
     """
 
     def __init__(
@@ -130,6 +131,7 @@ class OutgoingWeights:
         tensors: Iterable[tuple[str, torch.Tensor]],
         device="cpu",
         before: dict[str, str] | None = None,
+        on_end: Callable[[OutgoingWeights], None] = lambda stream: None,
     ):
         self.header = header
         #: verl's global step, set by the colocated sender, which is told it
@@ -138,6 +140,7 @@ class OutgoingWeights:
         self.bytes = 0
         self.seconds = 0.0
         self._before = before or {}
+        self._on_end = on_end
         self._stream = self._pairs(tensors, device)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -156,6 +159,7 @@ class OutgoingWeights:
             del tensor
         yield MANIFEST, self._counted(_packed(self.manifest(), device))
         self.seconds = time.perf_counter() - started
+        self._on_end(self)
 
     def _counted(self, tensor: torch.Tensor) -> torch.Tensor:
         self.bytes += tensor.nbytes

@@ -48,9 +48,11 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     # None: not given, which verl itself refuses.
     ROLLOUT + "name": (lambda v: v in (None, "vllm"), "vllm, the rollout engine this version supports"),
+    # Read in verl 0.9.1: mooncake and kimi cast every tensor to one dtype, kimi also loses their order.
     ROLLOUT + "checkpoint_engine.backend": (
-        lambda v: not str(v).startswith("delta"),
-        "an engine that carries named tensors, e.g. naive or nccl: delta engines send shards of unmerged weights",
+        lambda v: not str(v).startswith("delta") and v not in ("mooncake", "kimi_ckpt_engine"),
+        "one that carries named tensors as they are, naive, nccl, nixl or hccl, with any hybrid_lora.sync: this one changes "
+        "or splits them",
     ),
     ROLLOUT + "checkpoint_engine.custom_backend_module": (
         lambda v: v is None or _names(v, ENGINE_MODULE) or v == ENGINE_MODULE,

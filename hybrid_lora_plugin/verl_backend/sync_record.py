@@ -1,4 +1,9 @@
-"""Measurements of this process's last weight sync, for the trainer's metrics."""
+"""Measurements of this process's last weight sync, for the trainer's metrics.
+
+The trainer's process keeps them when its stream has gone out. Where it also holds the sending end it adds what it learnt
+there; a rollout engine apart from the trainer raises in its own process when it cannot prove a sync. Either way a run
+goes on only after a proven sync, so ``sync_digest_ok`` of a logged step is 1, or 0 where nothing was to be proven.
+"""
 
 from __future__ import annotations
 
@@ -7,29 +12,27 @@ from hybrid_lora_plugin.sync.wire import OutgoingWeights
 _last: dict[str, float] = {}
 
 
-def keep(
-    outgoing: OutgoingWeights | None,
-    *,
-    bytes: int,
-    tensors: int,
-    seconds: float,
-    checked: bool,
-    probe_difference: float | None = None,
-) -> None:
-    """Remember one sync that was proven: one that was not has raised.
+def keep(outgoing: OutgoingWeights) -> None:
+    """Remember a stream that has gone out."""
+    _last.clear()
+    _last.update(
+        sync_bytes=float(outgoing.bytes),
+        sync_seconds=outgoing.seconds,
+        sync_tensors=float(len(outgoing.entries)),
+        sync_digest_ok=float(outgoing.header.digests),
+    )
+    if outgoing.header.digests:
+        _last["sync_tensors_changed"] = float(outgoing.changed)
+
+
+def add(seconds: float, probe_difference: float | None) -> None:
+    """What the sending end knows besides.
 
     Args:
-        outgoing: the stream, where this process is the trainer's; tells how many tensors changed.
-        bytes, tensors: sent, header and manifest counted in the bytes.
-        seconds: until the engine was proven to have them.
-        checked: whether digests were compared.
-        probe_difference: largest difference of a log-probability of the fixed prompt.
+        seconds: from the first tensor until the engine was proven to hold the last.
+        probe_difference: largest difference of a log-probability of the fixed prompt, nats.
     """
-    _last.clear()
-    _last.update(sync_bytes=float(bytes), sync_seconds=seconds, sync_tensors=float(tensors))
-    _last["sync_digest_ok"] = 1.0 if checked else 0.0
-    if outgoing is not None and checked:
-        _last["sync_tensors_changed"] = float(outgoing.changed)
+    _last["sync_seconds"] = seconds
     if probe_difference is not None:
         _last["sync_probe_difference"] = probe_difference
 

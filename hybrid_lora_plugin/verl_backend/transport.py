@@ -39,12 +39,21 @@ class LimitedSocket(zmq.Socket):
             object.__setattr__(self, name, value)
         object.__setattr__(self, "_our_monitor", self.get_monitor_socket(zmq.EVENT_DISCONNECTED))
         self.setsockopt(zmq.LINGER, 2000)
-        self.setsockopt(zmq.SNDTIMEO, int(limit * 1000))
 
     def recv(self, flags: int = 0, **options) -> bytes:
+        self._wait_for(zmq.POLLIN)
+        return super().recv(flags, **options)
+
+    def send(self, data, flags: int = 0, **options):
+        # With nobody connected yet there is nowhere to send to.
+        self._wait_for(zmq.POLLOUT)
+        # verl acknowledges with nothing; the receiver's answer goes there.
+        return super().send(data if len(data) else self._our_reply, flags, **options)
+
+    def _wait_for(self, event: int) -> None:
         deadline = time.monotonic() + self._our_limit
         gone = False
-        while not self.poll(int(_LOOK * 1000)):
+        while not self.poll(int(_LOOK * 1000), event):
             if gone:
                 raise WeightSyncError(f"the {self._our_peer} closed the connection in the middle of a sync")
             # What it sent before it went may still be on its way in: one more look at the data.
@@ -57,11 +66,6 @@ class LimitedSocket(zmq.Socket):
                     f"nothing from the {self._our_peer} for {self._our_limit:g} s in the middle of a sync; if it is only "
                     "slow, raise hybrid_lora.sync_timeout"
                 )
-        return super().recv(flags, **options)
-
-    def send(self, data, flags: int = 0, **options):
-        # verl acknowledges with nothing; the receiver's answer goes there.
-        return super().send(data if len(data) else self._our_reply, flags, **options)
 
     def reply(self, content: dict[str, Any]) -> None:
         """What the next acknowledgement says."""

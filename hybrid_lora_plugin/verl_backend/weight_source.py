@@ -11,6 +11,7 @@ from verl.utils.torch_dtypes import PrecisionType
 
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader
+from hybrid_lora_plugin.verl_backend import sync_record
 
 
 class WeightSource:
@@ -74,7 +75,7 @@ class WeightSource:
             base_storage=self._hybrid.sync_base,
             probe=probe or {},
         )
-        self._last = OutgoingWeights(header, tensors, self._device, self._before)
+        self._last = OutgoingWeights(header, tensors, self._device, self._before, on_end=sync_record.keep)
         return self._last
 
 

@@ -1,0 +1,174 @@
+"""verl's transport with limits: real sockets and shared memory between two threads or two processes."""
+
+from __future__ import annotations
+
+import asyncio
+import multiprocessing
+import os
+import signal
+import threading
+import time
+import uuid
+
+import pytest
+import torch
+
+pytest.importorskip("verl", reason="verl is not installed")
+
+from hybrid_lora_plugin.sync.errors import WeightSyncError  # noqa: E402
+from hybrid_lora_plugin.verl_backend.transport import LimitedReceiver, LimitedSender  # noqa: E402
+
+BUCKET_MB = 1
+
+
+@pytest.fixture
+def handle(tmp_path):
+    # Short: a socket's path has 107 characters at most.
+    path = f"/tmp/hl-{uuid.uuid4().hex[:8]}.sock"
+    yield f"ipc://{path}"
+    if os.path.exists(path):
+        os.remove(path)
+
+
+def tensors(count: int = 6):
+    """Tensors that fill several buckets of one MiB."""
+    for index in range(count):
+        yield f"weight{index}", torch.full((150_000,), float(index))
+
+
+def send(handle: str, limit: float = 10.0, pairs=None, check=None) -> LimitedSender:
+    sender = LimitedSender(handle, BUCKET_MB, True, limit=limit, check=check)
+    asyncio.run(sender.async_send_weights(tensors() if pairs is None else pairs))
+    return sender
+
+
+def receive(handle: str, limit: float, seen: list, fail_at: str | None = None, answer: dict | None = None):
+    receiver = LimitedReceiver(handle, torch.device("cpu"), True, limit=limit)
+
+    def on_bucket(weights, is_last):
+        for name, tensor in weights:
+            if name == fail_at:
+                receiver.answer({"error": f"{name}: does not fit"})
+                return
+            seen.append((name, tensor.clone()))
+        if is_last:
+            receiver.answer(answer or {})
+
+    receiver.receive_weights(on_bucket)
+
+
+def in_thread(function, *arguments, **options):
+    """Run it beside the test; returns a function that waits and gives what it raised."""
+    raised = []
+
+    def body():
+        try:
+            function(*arguments, **options)
+        except Exception as error:
+            raised.append(error)
+
+    thread = threading.Thread(target=body, daemon=True)
+    thread.start()
+
+    def wait():
+        thread.join(20)
+        assert not thread.is_alive()
+        return raised[0] if raised else None
+
+    return wait
+
+
+def test_everything_arrives_and_the_last_acknowledgement_carries_the_report(handle):
+    seen = []
+    wait = in_thread(receive, handle, 10.0, seen, answer={"loaded": 6})
+    sender = send(handle)
+    assert wait() is None and sender.answer == {"loaded": 6}
+    assert [name for name, _ in seen] == [name for name, _ in tensors()]
+    assert all(torch.equal(a, b) for (_, a), (_, b) in zip(seen, tensors(), strict=True))
+
+
+def test_receivers_error_reaches_the_sender_as_text_and_stops_it_there(handle):
+    drawn, seen = [], []
+
+    def counted():
+        for pair in tensors(20):
+            drawn.append(pair[0])
+            yield pair
+
+    wait = in_thread(receive, handle, 10.0, seen, fail_at="weight3")
+    with pytest.raises(WeightSyncError, match="weight3: does not fit"):
+        send(handle, pairs=counted())
+    assert len(drawn) < 8, "not the whole model is sent to a receiver that has failed"
+    assert isinstance(wait(), WeightSyncError), "the receiver does not wait for the rest either"
+
+
+def test_receiver_that_never_comes_is_given_up(handle):
+    started = time.monotonic()
+    with pytest.raises(WeightSyncError, match="nothing from the rollout engine for 1 s.*hybrid_lora.sync_timeout"):
+        send(handle, limit=1.0)
+    assert time.monotonic() - started < 5
+
+
+def test_sender_that_never_comes_is_given_up(handle):
+    started = time.monotonic()
+    with pytest.raises(WeightSyncError, match="nothing from the trainer for 1 s"):
+        receive(handle, 1.0, [])
+    assert time.monotonic() - started < 5
+
+
+def test_sender_that_falls_silent_is_given_up(handle):
+    def slow():
+        yield from tensors(3)
+        time.sleep(4)
+        yield from tensors(3)
+
+    wait = in_thread(receive, handle, 1.0, [])
+    with pytest.raises(WeightSyncError):
+        send(handle, pairs=slow())
+    assert "nothing from the trainer for 1 s" in str(wait())
+
+
+def test_check_ends_a_pointless_wait(handle):
+    def check():
+        raise WeightSyncError("the engine is gone")
+
+    started = time.monotonic()
+    with pytest.raises(WeightSyncError, match="the engine is gone"):
+        send(handle, limit=60.0, check=check)
+    assert time.monotonic() - started < 5
+
+
+def _receive_until_killed(handle):
+    def on_bucket(weights, is_last):
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    LimitedReceiver(handle, torch.device("cpu"), True, limit=60.0).receive_weights(on_bucket)
+
+
+def _send_until_killed(handle):
+    def pairs():
+        yield from tensors(4)
+        os.kill(os.getpid(), signal.SIGKILL)
+
+    send(handle, limit=60.0, pairs=pairs())
+
+
+def test_sender_notices_a_killed_receiver_long_before_the_limit(handle):
+    process = multiprocessing.get_context("spawn").Process(target=_receive_until_killed, args=(handle,))
+    process.start()
+    # From when the other process is up: starting it is most of the time.
+    started = time.monotonic()
+    with pytest.raises(WeightSyncError, match="the rollout engine closed the connection"):
+        send(handle, limit=120.0)
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL and time.monotonic() - started < 60
+
+
+def test_receiver_notices_a_killed_sender_long_before_the_limit(handle):
+    process = multiprocessing.get_context("spawn").Process(target=_send_until_killed, args=(handle,))
+    process.start()
+    started = time.monotonic()
+    with pytest.raises(WeightSyncError, match="the trainer closed the connection"):
+        receive(handle, 120.0, [])
+    process.join(30)
+    assert process.exitcode == -signal.SIGKILL and time.monotonic() - started < 60
