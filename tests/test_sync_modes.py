@@ -1,4 +1,4 @@
-"""Three ways to bring a hybrid model's weights to a rollout engine, end to end with Hugging Face's model as the engine."""
+"""The three sync modes end to end, with a Hugging Face model of its own as the rollout engine."""
 
 from __future__ import annotations
 

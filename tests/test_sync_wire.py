@@ -14,7 +14,7 @@ import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_lora_plugin.sync.digest import _WORDS, digest_of, keyed_sum
+from hybrid_lora_plugin.sync.digest import _WORDS, _mixed, digest_of, keyed_sum
 from hybrid_lora_plugin.sync.errors import WeightSyncError
 from hybrid_lora_plugin.sync.wire import (
     HEADER,
@@ -24,11 +24,11 @@ from hybrid_lora_plugin.sync.wire import (
     OutgoingWeights,
     ReceivedWeights,
     SyncHeader,
-    _packed,
-    _unpacked,
     compare_entries,
+    packed,
     read_header,
     read_manifest,
+    unpacked,
 )
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.int64, torch.int32, torch.uint8]
@@ -216,7 +216,7 @@ def reference_keyed_sum(data: bytes) -> str:
         total += word * factors[place % _WORDS] * (mixed(place // _WORDS) | 1)
     for position, byte in enumerate(data[4 * words :]):
         total += byte * (mixed(-1 - position) | 1)
-    return f"{mixed(total + len(data) + len(data) % 4):016x}"
+    return f"{mixed(mixed(total) ^ len(data)):016x}"
 
 
 @pytest.mark.parametrize("length", [0, 1, 3, 4, 5, 8, 63, 4 * (_WORDS + 5) + 3])
@@ -228,10 +228,8 @@ def test_keyed_sum_is_what_it_is_defined_to_be(length):
 
 
 def test_no_two_chunks_of_sixteen_gigabytes_cancel_opposite_changes_at_one_place():
-    # The same change at the same place of two chunks cancels where the sum or the difference of their multipliers has 33
-    # or more low zero bits; a sign is bit 31 of a word.
-    from hybrid_lora_plugin.sync.digest import _mixed
-
+    # The same change at one place of two chunks cancels where sum or difference of their multipliers has 33 or more
+    # low zero bits; a sign is bit 31 of a word.
     low = [(_mixed(index) | 1) % 2**33 for index in range(4096)]
     assert len(set(low)) == len(low) and not set(low) & {2**33 - value for value in low}
 
@@ -392,6 +390,28 @@ def test_a_sync_that_nobody_announced_is_checked_against_itself():
     assert receive(pairs, step=99)
 
 
+def test_the_end_of_a_stream_is_told_once_and_only_when_all_of_it_was_drawn():
+    ended = []
+    stream = OutgoingWeights(some_header(), some_weights().items(), on_end=ended.append)
+    for _ in range(len(some_weights()) + 2):
+        next(stream)
+    # Drawn to its last tensor, but nobody has asked for more: the sender may still be busy with it.
+    assert ended == []
+    assert next(stream, None) is None and next(stream, None) is None
+    assert ended == [stream]
+
+
+@pytest.mark.parametrize("digests", [True, False])
+def test_a_sync_of_the_run_that_came_before_is_stale_and_that_of_a_new_run_is_not(digests):
+    # Where nothing was announced beside the stream, the receiver has only its memory.
+    header = some_header(digests=digests)
+    for number in (NUMBER, NUMBER + 1, NUMBER + 5):
+        with pytest.raises(WeightSyncError, match=f"sync {NUMBER} again.* {number}.*stale"):
+            ReceivedWeights(header, last=(RUN, number))
+    for last in (None, (RUN, NUMBER - 1), (RUN, 1), ("other", NUMBER), ("other", NUMBER + 5)):
+        ReceivedWeights(header, last=last)
+
+
 # -- faults ---------------------------------------------------------------------------------------------------------
 
 
@@ -451,7 +471,7 @@ def exchanged_manifests(**changes):
 
 def edited(name, **changes):
     """Fields of header or manifest written over by a sender that means it, not by a fault on the way."""
-    return replaced(name, lambda tensor: _packed(_unpacked(tensor, name) | changes, "cpu"))
+    return replaced(name, lambda tensor: packed(unpacked(tensor, name) | changes, "cpu"))
 
 
 def overwritten(name, old, new):
@@ -469,8 +489,8 @@ def listed_again(index):
     """The manifest with one of its entries again at the end."""
 
     def change(tensor):
-        content = _unpacked(tensor, MANIFEST)
-        return _packed(content | {"tensors": [*content["tensors"], content["tensors"][index]]}, "cpu")
+        content = unpacked(tensor, MANIFEST)
+        return packed(content | {"tensors": [*content["tensors"], content["tensors"][index]]}, "cpu")
 
     return replaced(MANIFEST, change)
 
@@ -709,9 +729,9 @@ def test_reports_are_compared_like_streams():
     # The engine's report of what it loaded goes through the same comparison, in the trainer.
     sent = [Entry.of(name, tensor, True) for name, tensor in some_weights().items()]
     compare_entries(sent, list(sent), "sent", "loaded")
-    with pytest.raises(WeightSyncError, match=f"{sent[2].name}: was sent and not loaded"):
+    with pytest.raises(WeightSyncError, match=f"{sent[2].name}: was sent.* not loaded"):
         compare_entries(sent, sent[:2] + sent[3:], "sent", "loaded")
-    with pytest.raises(WeightSyncError, match=f"{sent[1].name}: was loaded and never sent"):
+    with pytest.raises(WeightSyncError, match=f"{sent[1].name}: was loaded.* never sent"):
         compare_entries(sent[:1] + sent[2:], sent, "sent", "loaded")
     with pytest.raises(WeightSyncError, match=f"{sent[0].name}: sent with digest"):
         compare_entries(sent, [dataclasses.replace(sent[0], digest="xxh3:0"), *sent[1:]], "sent", "loaded")

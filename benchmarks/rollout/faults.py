@@ -6,7 +6,6 @@ damage, and something else has to notice. All others happen on the way.
 
 from __future__ import annotations
 
-import json
 import os
 import random
 import signal
@@ -17,7 +16,7 @@ from dataclasses import dataclass
 import torch
 
 from hybrid_lora_plugin.sync.modes import split_factor
-from hybrid_lora_plugin.sync.wire import HEADER, MANIFEST
+from hybrid_lora_plugin.sync.wire import HEADER, MANIFEST, packed, unpacked
 
 Pair = tuple[str, torch.Tensor]
 
@@ -161,10 +160,9 @@ def _wrong_dtype(pairs, place, before):
 
 def _other_run(pairs, place, before):
     """Another training run's header."""
-    content = json.loads(bytes(pairs[0][1].numpy()))
+    content = unpacked(pairs[0][1], "header")
     content["run"] = "anotherrun"
-    packed = torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8)
-    return [(HEADER, packed), *pairs[1:]]
+    return [(HEADER, packed(content)), *pairs[1:]]
 
 
 def _damaged_manifest(pairs, place, before):

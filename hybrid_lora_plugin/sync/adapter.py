@@ -34,13 +34,13 @@ class FactorReceiver(SyncReceiver):
 
     def _take_factor(self, name: str, module: str, kind: str, tensor: torch.Tensor) -> None:
         self._check_shape(name, module, kind, tensor)
+        if module not in self._waiting or self._first.get(module, ("",))[0] == kind:
+            raise WeightSyncError(f"{name}: received twice in one sync")
         if module not in self._first:
             # Cloned: the buffer it came in is written again.
             self._first[module] = (kind, tensor.clone())
             return
-        earlier_kind, earlier = self._first.pop(module)
-        if earlier_kind == kind or module not in self._waiting:
-            raise WeightSyncError(f"{name}: received twice in one sync")
+        _, earlier = self._first.pop(module)
         self._waiting.remove(module)
         self.take_pair(module, *((earlier, tensor) if kind == "B" else (tensor, earlier)))
 
@@ -80,6 +80,7 @@ class AdapterReceiver(FactorReceiver):
     def finish(self) -> None:
         super().finish()
         self.rollout.replace_adapter(self._factors, self.header)
+        self._factors = {}
 
 
 class AdapterSync(SyncMode):

@@ -14,6 +14,30 @@ from hybrid_lora_plugin.sync.errors import WeightSyncError
 STORAGE = ("memory_map", "pinned")
 
 
+def checkpoint_folder(model: str, revision: str | None = None) -> Path:
+    """Folder of a model's files on this machine.
+
+    Args:
+        model: a folder, or a name on the Hugging Face hub whose files have been downloaded.
+        revision: of the name.
+
+    Raises:
+        WeightSyncError: neither is there.
+    """
+    folder = Path(model)
+    if folder.is_dir():
+        return folder
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(model, revision=revision, local_files_only=True))
+    except Exception as error:
+        raise WeightSyncError(
+            f"{model}: neither a folder nor a model in the local Hugging Face cache; give a folder as "
+            "actor_rollout_ref.model.path, or hybrid_lora.sync=merge"
+        ) from error
+
+
 class CheckpointWeights:
     """Tensors of a checkpoint by plain name.
 
@@ -59,11 +83,15 @@ class CheckpointWeights:
         """Shape of the whole tensor ``name``, from the file's header; KeyError where there is none."""
         return tuple(self._file(name).get_slice(name).get_shape())
 
+    def read(self, name: str) -> torch.Tensor:
+        """The whole tensor ``name``, which is looked at once and not kept. KeyError where there is none."""
+        return self._file(name).get_tensor(name)
+
     def __getitem__(self, name: str) -> torch.Tensor:
-        """The whole tensor ``name`` on the host; not to be written to. KeyError where there is none."""
+        """The whole tensor ``name`` to merge into, on the host; not to be written to. KeyError where there is none."""
         if name in self._kept:
             return self._kept[name]
-        tensor = self._file(name).get_tensor(name)
+        tensor = self.read(name)
         if self.storage == "pinned":
             self._kept[name] = tensor.pin_memory() if torch.cuda.is_available() else tensor.clone()
             return self._kept[name]

@@ -11,15 +11,24 @@ import json
 import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field
+from itertools import zip_longest
 from typing import Any
 
 import torch
+import xxhash
 
 from hybrid_lora_plugin.sync.digest import digest_of
 from hybrid_lora_plugin.sync.errors import WeightSyncError
 
 HEADER, MANIFEST = "hybrid_lora.sync.header", "hybrid_lora.sync.manifest"
 VERSION = 1
+#: room in a transfer buffer for header, manifest and alignment
+_SLACK_MIB = 16
+
+
+def bucket_mebibytes(payload_bytes: int, limit: int) -> int:
+    """Size of a transfer buffer: ``limit`` MiB, or less where a whole sync is smaller (0 bytes: not known)."""
+    return min(limit, (payload_bytes >> 20) + _SLACK_MIB) if payload_bytes else limit
 
 
 @dataclass
@@ -80,15 +89,23 @@ class Entry:
         )
 
 
-def _packed(content: dict[str, Any], device) -> torch.Tensor:
-    return torch.frombuffer(bytearray(json.dumps(content).encode()), dtype=torch.uint8).to(device)
+def packed(content: dict[str, Any], device="cpu") -> torch.Tensor:
+    """JSON and a digest of it as a uint8 tensor on ``device``, which any transport of tensors carries."""
+    text = json.dumps(content).encode()
+    return torch.frombuffer(bytearray(_seal(text) + text), dtype=torch.uint8).to(device)
 
 
-def _unpacked(tensor: torch.Tensor, what: str) -> dict[str, Any]:
-    try:
-        return json.loads(bytes(tensor.cpu().numpy()))
-    except ValueError as error:
-        raise WeightSyncError(f"the {what} of the sync is damaged: {error}") from error
+def _seal(text: bytes) -> bytes:
+    """In front of header and manifest: a digit changed on the way would be valid JSON."""
+    return xxhash.xxh3_128_hexdigest(text).encode()
+
+
+def unpacked(tensor: torch.Tensor, what: str) -> dict[str, Any]:
+    """What ``packed`` packed; WeightSyncError, calling it ``what``, where it is not that any more."""
+    data = bytes(tensor.cpu().numpy()) if tensor.dtype == torch.uint8 else b""
+    if data[:32] != _seal(data[32:]):
+        raise WeightSyncError(f"the {what} of the sync is damaged: {tensor.nbytes} bytes, not those that were sent")
+    return json.loads(data[32:])
 
 
 def read_header(name: str, tensor: torch.Tensor) -> SyncHeader:
@@ -99,7 +116,7 @@ def read_header(name: str, tensor: torch.Tensor) -> SyncHeader:
     """
     if name != HEADER:
         raise WeightSyncError(f"the sync begins with {name!r}, wanted its header: the start of the stream was lost")
-    content = _unpacked(tensor, "header")
+    content = unpacked(tensor, "header")
     if content.get("version") != VERSION:
         raise WeightSyncError(
             f"the sync has format version {content.get('version')}, this side reads {VERSION}; install one version of "
@@ -110,7 +127,7 @@ def read_header(name: str, tensor: torch.Tensor) -> SyncHeader:
 
 def read_manifest(tensor: torch.Tensor) -> tuple[dict[str, Any], list[Entry]]:
     """A manifest, as its JSON and as the entries it lists."""
-    content = _unpacked(tensor, "manifest")
+    content = unpacked(tensor, "manifest")
     return content, [Entry(name, tuple(shape), dtype, digest) for name, shape, dtype, digest in content["tensors"]]
 
 
@@ -151,13 +168,13 @@ class OutgoingWeights:
 
     def _pairs(self, tensors, device) -> Iterator[tuple[str, torch.Tensor]]:
         started = time.perf_counter()
-        yield HEADER, self._counted(_packed(asdict(self.header), device))
+        yield HEADER, self._counted(packed(asdict(self.header), device))
         for name, tensor in tensors:
             tensor = tensor.contiguous()
             self.entries.append(Entry.of(name, tensor, self.header.digests))
             yield name, self._counted(tensor)
             del tensor
-        yield MANIFEST, self._counted(_packed(self.manifest(), device))
+        yield MANIFEST, self._counted(packed(self.manifest(), device))
         self.seconds = time.perf_counter() - started
         self._on_end(self)
 
@@ -280,6 +297,8 @@ def compare_entries(wanted: list[Entry], seen: list[Entry], sent: str, received:
     for entry in seen:
         if entry.name not in names:
             raise WeightSyncError(f"{entry.name}: was {received}, but never {sent}")
-    for ours, theirs in zip(wanted, seen, strict=True):
+    for ours, theirs in zip_longest(wanted, seen):
+        if ours is None or theirs is None:
+            raise WeightSyncError(f"{(ours or theirs).name}: {sent if ours else received} twice")
         if ours.name != theirs.name:
             raise WeightSyncError(f"{theirs.name}: {received} in the place of {ours.name}")

@@ -23,15 +23,13 @@ from hybrid_lora_plugin.sync.wire import (
     Entry,
     OutgoingWeights,
     SyncHeader,
+    bucket_mebibytes,
     compare_entries,
     read_header,
     read_manifest,
 )
 from hybrid_lora_plugin.verl_backend import sync_record
 from hybrid_lora_plugin.verl_backend.transport import LimitedSender
-
-#: room in a transfer buffer for header, manifest and alignment, MiB
-_SLACK_MB = 16
 
 
 class PassingWeights:
@@ -134,9 +132,8 @@ class HybridLoraServerAdapter(ServerAdapter):
             if done is not None and done.done() and done.exception() is not None:
                 raise WeightSyncError(f"the rollout engine failed: {_last_line(done.exception())}")
 
-        sender = LimitedSender(
-            self.zmq_handle, self._bucket_mb(header), self.use_shm, limit=limit, check=still_receiving
-        )
+        bucket = bucket_mebibytes(header.payload_bytes, self.config.checkpoint_engine.update_weights_bucket_megabytes)
+        sender = LimitedSender(self.zmq_handle, bucket, self.use_shm, limit=limit, check=still_receiving)
         failure: Exception | None = None
         try:
             await sender.async_send_weights(passing)
@@ -157,13 +154,6 @@ class HybridLoraServerAdapter(ServerAdapter):
         if failure is not None:
             raise failure
         self._compare(passing, sender.answer, step)
-
-    def _bucket_mb(self, header: SyncHeader) -> int:
-        """verl's bucket size, or less where the whole sync is smaller: the buffer is memory of its own."""
-        wanted = self.config.checkpoint_engine.update_weights_bucket_megabytes
-        if not header.payload_bytes:
-            return wanted
-        return min(wanted, (header.payload_bytes >> 20) + _SLACK_MB)
 
     @staticmethod
     def _compare(passing: PassingWeights, report: dict[str, Any], step: int | None) -> None:

@@ -16,7 +16,7 @@ from verl.utils.vllm import TensorLoRARequest
 from verl.workers.rollout.vllm_rollout.utils import VLLM_LORA_INT_ID, VLLM_LORA_NAME, VLLM_LORA_PATH
 from vllm.model_executor.layers import linear
 
-from hybrid_lora_plugin.sync.checkpoint_weights import CheckpointWeights
+from hybrid_lora_plugin.sync.checkpoint_weights import CheckpointWeights, checkpoint_folder
 from hybrid_lora_plugin.sync.digest import digest_of
 from hybrid_lora_plugin.sync.errors import WeightSyncError
 from hybrid_lora_plugin.sync.wire import SyncHeader
@@ -113,6 +113,8 @@ class VllmRolloutModel:
         self._storage = "memory_map"
         self._expected: dict[str, str] = {}
         self._adapter: tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], SyncHeader] | None = None
+        #: digests of the tensors of one bucket as they arrived: none has to be computed twice
+        self.arrived: dict[str, str] = {}
         self._live: dict[str, LiveWeight] = {}
         #: samples of the weights that no sync sends, from when they were proven
         self._kept: dict[str, torch.Tensor] = {}
@@ -128,7 +130,8 @@ class VllmRolloutModel:
 
     @cached_property
     def checkpoint(self) -> CheckpointWeights:
-        return CheckpointWeights(self._worker.model_config.model, self._storage)
+        config = self._worker.model_config
+        return CheckpointWeights(checkpoint_folder(config.model, config.revision), self._storage)
 
     def checkpoint_names(self) -> list[str]:
         """Names of the checkpoint's weights, the output head left out where it is the embedding.
@@ -162,7 +165,9 @@ class VllmRolloutModel:
                 live = self.live(name)
                 if tuple(tensor.shape) != live.shape:
                     raise WeightSyncError(f"{name}: received with shape {tuple(tensor.shape)}, wanted {live.shape}")
-                self._expected[name] = digest_of(live.part_of(tensor).to(live.view.dtype))
+                whole_part = tensor.shape == live.view.shape and tensor.dtype == live.view.dtype
+                arrived = self.arrived.get(name) if whole_part else None
+                self._expected[name] = arrived or digest_of(live.part_of(tensor).to(live.view.dtype))
         # verl's own loader. With a peft_config it looks for LoRA layers' inner names, without base_sync_done it loads.
         peft = {} if self._worker.vllm_config.lora_config is None else {"lora": True}
         self._worker._update_weights(weights, peft_config=peft or None, base_sync_done=False)
@@ -211,7 +216,8 @@ class VllmRolloutModel:
         )
         if not self._worker.add_lora(request):
             raise WeightSyncError("the rollout engine refused the adapter: add_lora returned False")
-        self._adapter = (factors, header)
+        if self._digests:
+            self._adapter = (factors, header)
 
     # -- proof ------------------------------------------------------------------------------------------------
 
@@ -230,8 +236,10 @@ class VllmRolloutModel:
                     f"{name}: changed in the rollout engine without being sent; a sleep that discards weights loses those "
                     "that a sync does not bring back"
                 )
-        if self._adapter is not None and self._digests:
+        if self._adapter is not None:
             self._verify_adapter(*self._adapter)
+            # Nothing reads the factors again: vLLM has its own.
+            self._adapter = None
 
     def base_proven_for(self, run: str) -> bool:
         """Whether the weights that this run's syncs leave alone have been compared with the checkpoint."""
@@ -245,7 +253,7 @@ class VllmRolloutModel:
         """
         for name in names:
             live = self.live(name)
-            original = live.part_of(self.checkpoint[name]).to(live.view.dtype)
+            original = live.part_of(self.checkpoint.read(name)).to(live.view.dtype)
             if digest_of(live.view.cpu()) != digest_of(original):
                 raise WeightSyncError(
                     f"{name}: the rollout engine holds other values than its checkpoint {self.checkpoint.folder}; give "

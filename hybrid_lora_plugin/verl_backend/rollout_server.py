@@ -146,10 +146,14 @@ class HybridLoraHttpServer(vLLMHttpServer):
         await super().resume_engine_generation()
         await self._compare_probe(resumed=True)
 
-    async def generate(self, *args, **kwargs):
-        if self._unproven:
+    async def _park_until_admitted(self, request_id: str):
+        # Not earlier: a request that comes while verl holds the gate closed waits there for the sync to end.
+        rejected = await super()._park_until_admitted(request_id)
+        if rejected is None and self._unproven:
+            # verl has counted the request as admitted.
+            self._admitting -= 1
             raise WeightSyncError(f"the rollout engine generates nothing: {self._unproven}")
-        return await super().generate(*args, **kwargs)
+        return rejected
 
 
 class HybridLoraReplica(vLLMReplica):

@@ -63,10 +63,13 @@ class Reception:
         for name, tensor in weights:
             if name == HEADER:
                 raise WeightSyncError("a second sync begins in the middle of this one")
-            if self._received.take(name, tensor) is not None:
+            entry = self._received.take(name, tensor)
+            if entry is not None:
                 usable.append((name, tensor))
+                self._rollout.arrived[name] = entry.digest
         if usable:
             self._receiver.take(usable)
+        self._rollout.arrived = {}
 
     def _begin(self, header: SyncHeader) -> None:
         self._received = ReceivedWeights(header, *self._announced, self._last)
@@ -116,7 +119,7 @@ class Reception:
 
     def _prove_base(self, header: SyncHeader) -> None:
         checkpoint = self._rollout.checkpoint
-        check_base(header.base, checkpoint.__getitem__, str(checkpoint.folder))
+        check_base(header.base, checkpoint.read, str(checkpoint.folder))
         sent = set(self._received.entries)
         if header.mode == "receiver_merge":
             sent |= {f"{module}.weight" for module in header.lora_modules}

@@ -1,0 +1,332 @@
+"""What a weight sync of Qwen2.5 1.5B, 3B and 7B carries and needs, computed: no weight of them is allocated.
+
+    python -m benchmarks.sync_sizes [--ratio 0.1] [--rank 16] [--seed 0] [--write docs/sync-cost.md]
+
+The plugin's own sender and receiver run on tensors that have shape and type but no memory. Bytes are those they would
+stream, header and manifest included; extra memory is the most that was alive at one time beside the model's weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, nullcontext
+from dataclasses import asdict, dataclass, replace
+from functools import cached_property
+from importlib.util import find_spec
+from pathlib import Path
+from unittest import mock
+
+import torch
+from omegaconf import OmegaConf
+from torch.multiprocessing.reductions import StorageWeakRef
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers import AutoModelForCausalLM, Qwen2Config
+
+from hybrid_lora_plugin.allocation import Allocation
+from hybrid_lora_plugin.allocation.artifact import CriterionRecord, ModelIdentity
+from hybrid_lora_plugin.allocation.decision import decide
+from hybrid_lora_plugin.candidates import architecture_of, find_candidates_from_config, model_fingerprint
+from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig, ControlConfig
+from hybrid_lora_plugin.sync import hybrid_weights
+from hybrid_lora_plugin.sync import merge as sync_merge
+from hybrid_lora_plugin.sync.hybrid_weights import lora_modules, original_weights
+from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader
+from hybrid_lora_plugin.training import merge as training_merge
+from hybrid_lora_plugin.training.apply import apply_allocation, census
+
+#: Hugging Face's config.json of Qwen/Qwen2.5-*-Instruct, what decides shapes
+SHAPES = {
+    "Qwen2.5-1.5B": dict(
+        hidden_size=1536, num_hidden_layers=28, intermediate_size=8960, num_attention_heads=12, num_key_value_heads=2,
+        vocab_size=151936, tie_word_embeddings=True,
+    ),
+    "Qwen2.5-3B": dict(
+        hidden_size=2048, num_hidden_layers=36, intermediate_size=11008, num_attention_heads=16, num_key_value_heads=2,
+        vocab_size=151936, tie_word_embeddings=True,
+    ),
+    "Qwen2.5-7B": dict(
+        hidden_size=3584, num_hidden_layers=28, intermediate_size=18944, num_attention_heads=28, num_key_value_heads=4,
+        vocab_size=152064, tie_word_embeddings=False,
+    ),
+}  # fmt: skip
+MODES = ("merge", "adapter", "receiver_merge")
+ROLLOUT_DTYPE = torch.bfloat16
+BEGIN, END = "<!-- computed by benchmarks/sync_sizes.py -->", "<!-- end of the computed part -->"
+
+
+def draw_allocation(config, name: str, *, rank: int, ratio: float, seed: int) -> Allocation:
+    """The allocation that criterion ``random`` with this seed gives the model of a Hugging Face config."""
+    candidates = find_candidates_from_config(config)
+    with torch.device("meta"):
+        parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    model = ModelIdentity(
+        name, architecture_of(config), model_fingerprint(config), config.num_hidden_layers,
+        sum(candidate.parameters for candidate in candidates), parameters,
+    )  # fmt: skip
+    record = CriterionRecord(
+        name="", direction="", normalise="", objective="none", rank=rank, init="default", warmup_steps=0, lr=0.0,
+        partitions=0, batch_size=0, max_length=0, dtype="float32", seed=0, data={},
+    )  # fmt: skip
+    settings = AllocateCommandConfig(
+        criterion="random", budget=BudgetConfig(ratio=ratio), control=ControlConfig(seed=seed)
+    )
+    return decide(settings, model, record, candidates, {}, environment={"torch": torch.__version__})
+
+
+class LiveBytes(TorchDispatchMode):
+    """The most bytes of tensors made inside it that were alive after any one operation."""
+
+    def __init__(self, model: torch.nn.Module):
+        super().__init__()
+        self._weights = {tensor.untyped_storage()._cdata for tensor in model.state_dict().values()}
+        self._alive: dict[int, tuple[StorageWeakRef, int]] = {}
+        self.peak = 0
+
+    def __torch_dispatch__(self, function, types, arguments=(), options=None):
+        result = function(*arguments, **(options or {}))
+        for value in tree_leaves(result):
+            if isinstance(value, torch.Tensor):
+                storage = value.untyped_storage()
+                if storage._cdata not in self._weights:
+                    self._alive[storage._cdata] = (StorageWeakRef(storage), storage.nbytes())
+                del storage
+        self._alive = {key: (ref, size) for key, (ref, size) in self._alive.items() if not ref.expired()}
+        self.peak = max(self.peak, sum(size for _, size in self._alive.values()))
+        return result
+
+
+@contextmanager
+def _without_memory() -> Iterator[None]:
+    """Let sender and receiver run on meta tensors, and take a copy of every tensor as gathering its shards does."""
+    with ExitStack() as stack:
+        for module in (hybrid_weights, sync_merge):
+            stack.enter_context(mock.patch.object(module, "whole", lambda tensor, device: tensor.detach().clone()))
+        # It asks for a precision, which the meta device has no idea of.
+        stack.enter_context(mock.patch.object(training_merge, "_exact_fp32", nullcontext))
+        yield
+
+
+class _Engine:
+    """Stands for the rollout engine: takes whole tensors, keeps nothing but what the plugin's own keeps."""
+
+    device = torch.device("meta")
+
+    def __init__(self, shapes: dict[str, tuple[int, ...]], dtype: torch.dtype):
+        self.checkpoint = self
+        self._shapes, self._dtype = shapes, dtype
+        self.merged_into: dict[str, int] = {}
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        return self._shapes[name]
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        # On an accelerator W0 comes from the host, into memory of its own.
+        base = torch.empty(self._shapes[name], dtype=self._dtype, device="meta")
+        self.merged_into[name] = base.nbytes
+        return base
+
+    def load(self, weights) -> None:
+        pass
+
+    def replace_adapter(self, factors, header) -> None:
+        # What verl_backend.rollout_model does: vLLM scales what it is given in place.
+        _ = [factor.clone() for pair in factors.values() for factor in pair]
+
+
+@dataclass(frozen=True)
+class SyncSize:
+    """One sync of one mode, in bytes."""
+
+    mode: str
+    tensors: int
+    #: tensors, header and manifest
+    sent: int
+    #: the mode's formula: 2·N, 2·F + 2·A or 2·F + 4·A
+    formula: int
+    largest: int
+    buffer: int
+    trainer: int
+    receiver: int
+    #: original weights that the receiver merges into
+    bases: int
+
+
+class PaperModel:
+    """A hybrid model with shapes and no memory.
+
+    Args:
+        name: for messages.
+        config: a ``Qwen2Config``.
+        rank, ratio, seed: of the adapters and of the drawn allocation.
+    """
+
+    def __init__(self, name: str, config, *, rank: int = 16, ratio: float = 0.1, seed: int = 0):
+        self.name, self.config, self.rank = name, config, rank
+        self.allocation = draw_allocation(config, name, rank=rank, ratio=ratio, seed=seed)
+
+    @cached_property
+    def model(self) -> torch.nn.Module:
+        # fp32, as verl keeps an actor that trains.
+        with torch.device("meta"):
+            plain = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            return apply_allocation(plain, self.allocation, rank=self.rank, alpha=2 * self.rank)
+
+    @cached_property
+    def census(self):
+        return census(self.model)
+
+    def _plain_state(self) -> dict[str, torch.Tensor]:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(self.config).state_dict()
+
+    def verl_merge_bytes(self) -> int:
+        """verl's ``merge=true``: every entry of the state dictionary, so a tied output head travels twice."""
+        return sum(tensor.numel() * ROLLOUT_DTYPE.itemsize for tensor in self._plain_state().values())
+
+    def verl_adapter_bytes(self) -> int:
+        """verl's own adapter on all candidates: fp32 factors, nothing fully tuned."""
+        lora = sum(candidate.lora_parameters(self.rank) for candidate in self.allocation.candidates)
+        return lora * torch.float32.itemsize
+
+    def sync(self, name: str, digest: str = "keyed:" + "0" * 16) -> SyncSize:
+        """One sync of mode ``name``.
+
+        Args:
+            name: of the mode.
+            digest: a text as long as the digests are: ``keyed:`` on an accelerator, ``xxh3:`` on the host.
+        """
+        mode, model = sync_mode(name), self.model
+        with _without_memory():
+            base = {}
+            if mode.partial:
+                base = {weight: "xxh3:" + "0" * 32 for weight, _ in original_weights(model, "meta")}
+            header = SyncHeader(
+                run="0" * 12, number=1, mode=name, dtype=str(ROLLOUT_DTYPE).removeprefix("torch."), digests=True,
+                lora_rank=self.rank, lora_alpha=2.0 * self.rank, lora_modules=lora_modules(model), base=base,
+                payload_bytes=mode.payload_bytes(self.census, ROLLOUT_DTYPE),
+            )  # fmt: skip
+
+            def tensors():
+                return mode.outgoing(model, header.scaling, ROLLOUT_DTYPE, "meta")
+
+            # Without digests, which need values; their texts are put in afterwards.
+            stream = OutgoingWeights(replace(header, digests=False), tensors())
+            payload = [weight.nbytes for _, weight in list(stream)[1:-1]]
+            stream.entries = [replace(entry, digest=digest) for entry in stream.entries]
+            around = sum(len(json.dumps(content).encode()) for content in (asdict(header), stream.manifest()))
+            trainer = self._peak(tensors())
+            receiver, engine = self._received(mode, header, tensors())
+        return SyncSize(
+            name, len(payload), sum(payload) + around, header.payload_bytes, max(payload),
+            buffer_bytes(header.payload_bytes), trainer, receiver, sum(engine.merged_into.values()),
+        )  # fmt: skip
+
+    def _peak(self, tensors) -> int:
+        """Most bytes alive while the pairs are drawn one at a time."""
+        live = LiveBytes(self.model)
+        with live:
+            for _, tensor in tensors:
+                del tensor
+        return live.peak
+
+    def _received(self, mode, header: SyncHeader, tensors) -> tuple[int, _Engine]:
+        """The receiver's peak, and the engine's stand-in with what was merged into."""
+        engine = _Engine({name: tuple(t.shape) for name, t in self._plain_state().items()}, ROLLOUT_DTYPE)
+        receiver = mode.receiver(header, engine)
+        pairs = list(tensors)
+        live = LiveBytes(self.model)
+        # Those of the transfer buffer, which is counted by itself.
+        live._weights |= {tensor.untyped_storage()._cdata for _, tensor in pairs}
+        with live:
+            for pair in pairs:
+                receiver.take([pair])
+            receiver.finish()
+        return live.peak, engine
+
+
+def verl_buffer_megabytes() -> int:
+    """verl's own size of a transfer buffer, MiB, from the configuration it ships."""
+    folder = Path(next(iter(find_spec("verl").submodule_search_locations)))
+    rollout = OmegaConf.load(folder / "trainer/config/rollout/rollout.yaml")
+    return rollout.checkpoint_engine.update_weights_bucket_megabytes
+
+
+def buffer_bytes(payload_bytes: int) -> int:
+    """The transfer buffer of a sync under verl's default limit, as ``verl_backend.rollout_adapter`` sizes it."""
+    return min(verl_buffer_megabytes(), (payload_bytes >> 20) + 16) << 20
+
+
+def _size(count: int) -> str:
+    return f"{count / 1e9:.2f} GB" if count >= 1e9 else f"{count / 1e6:.1f} MB"
+
+
+def table(ratio: float = 0.1, rank: int = 16, seed: int = 0) -> str:
+    """Both tables as Markdown."""
+    models = {
+        name: PaperModel(name, Qwen2Config(**shape), rank=rank, ratio=ratio, seed=seed)
+        for name, shape in SHAPES.items()
+    }
+    lines = [
+        f"Allocation drawn at random (seed {seed}) within {ratio:.0%} of the candidate parameters, LoRA rank {rank} on the "
+        f"other candidates, trainer in fp32, rollout in bf16.",
+        "",
+        "| model | parameters N | candidates | fully tuned F | modules | adapters A |",
+        "| --- | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, model in models.items():
+        allocation, counted = model.allocation, model.census
+        lines.append(
+            f"| {name} | {counted.frozen + counted.full:,} | {allocation.model.candidate_parameters:,} | {counted.full:,} | "
+            f"{len(allocation.full_names)} of {len(allocation.modules)} | {counted.lora:,} |"
+        )
+    lines += [
+        "",
+        "| model | sync | sent | over the formula | against verl's merge | largest tensor | transfer buffer | trainer, extra | "
+        "receiver, extra | with pinned base |",
+        "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for name, model in models.items():
+        verl = model.verl_merge_bytes()
+        lines.append(f"| {name} | verl, `merge=true` | {_size(verl)} | | 1 | | | | | |")
+        adapter = model.verl_adapter_bytes()
+        lines.append(
+            f"| | verl, own adapter, nothing fully tuned | {_size(adapter)} | | {adapter / verl:.3f} | | | | | |"
+        )
+        for mode in MODES:
+            size = model.sync(mode)
+            pinned = f"+ {_size(size.bases)} host" if size.bases else ""
+            lines.append(
+                f"| | `{mode}` | {_size(size.sent)} | {size.sent / size.formula:.5f} | {size.sent / verl:.3f} | "
+                f"{_size(size.largest)} | {_size(size.buffer)} | {_size(size.trainer)} | {_size(size.receiver)} | {pinned} |"
+            )
+    return "\n".join(lines)
+
+
+def written_into(page: str, text: str) -> str:
+    """``page`` with ``text`` between the markers; ValueError where it has none."""
+    head, tail = page.split(BEGIN)[0], page.split(END)[1]
+    return f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Print the tables, or put them into a page; returns 0."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.sync_sizes", description=__doc__.splitlines()[0])
+    parser.add_argument("--ratio", type=float, default=0.1, help="share of the candidate parameters (default: 0.1)")
+    parser.add_argument("--rank", type=int, default=16, help="of the adapters (default: 16)")
+    parser.add_argument("--seed", type=int, default=0, help="of the drawn allocation (default: 0)")
+    parser.add_argument("--write", type=Path, help="put the tables between the markers of this page")
+    chosen = parser.parse_args(arguments)
+    text = table(chosen.ratio, chosen.rank, chosen.seed)
+    print(text)
+    if chosen.write:
+        chosen.write.write_text(written_into(chosen.write.read_text(encoding="utf-8"), text), encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
