@@ -23,7 +23,7 @@ INTERNAL = {
     "candidates.py": {"config"},
     "scoring": {"config", "candidates", "scoring"},
     "allocation": {"config", "candidates", "scoring", "allocation"},
-    "probing": {"config", "candidates", "scoring", "allocation", "probing", "__version__"},
+    "probing": {"config", "config_validation", "candidates", "scoring", "allocation", "probing", "__version__"},
     "sync": {"allocation", "sync", "training"},
     "training": {"config", "candidates", "allocation", "training", "__version__"},
 }

@@ -8,7 +8,8 @@ from pathlib import Path
 
 from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
 from hybrid_lora_plugin.cli.result import print_result
-from hybrid_lora_plugin.config import AllocateCommandConfig, ConfigurationError, validate
+from hybrid_lora_plugin.config import AllocateCommandConfig, ConfigurationError
+from hybrid_lora_plugin.config_validation import validate
 
 PROGRAM = "hybrid-lora-allocate"
 SUMMARY = (

@@ -19,7 +19,8 @@ from hybrid_lora_plugin.allocation.artifact import refuse_existing, save_allocat
 from hybrid_lora_plugin.allocation.budget import allocate
 from hybrid_lora_plugin.allocation.decision import decide
 from hybrid_lora_plugin.candidates import Candidate, architecture_of, find_candidates
-from hybrid_lora_plugin.config import BudgetConfig, ProbeCommandConfig, validate
+from hybrid_lora_plugin.config import BudgetConfig, ProbeCommandConfig
+from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.probing.adalora import AdaLoraRun
 from hybrid_lora_plugin.probing.autolora import AutoLoraRun
 from hybrid_lora_plugin.probing.data import ProbeData
