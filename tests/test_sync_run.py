@@ -12,10 +12,9 @@ pytest.importorskip("verl", reason="verl is not installed")
 
 from allocations import make_allocation  # noqa: E402
 from faulty_stream import FAULTY_SYNC, VICTIM  # noqa: E402
-from tiny_models import make_tiny_qwen2  # noqa: E402
 from verl_processes import ROOT, run  # noqa: E402
 
-from recipes.demo import task  # noqa: E402
+from recipes.demo import base_model, task  # noqa: E402
 
 pytestmark = pytest.mark.verl
 
@@ -44,7 +43,10 @@ def digests(folder: Path) -> dict[str, str]:
 
 def test_run_with_engines_apart_proves_its_syncs_and_ends_at_the_first_that_fails(tmp_path):
     """``separate_async`` over gloo in mode adapter: sync 1 at start, sync 2 after step 1, and the third is damaged."""
-    model = make_tiny_qwen2(tmp_path / "model", hidden=64, heads=2, kv_heads=1)
+    # The demo's tokenizer: verl's turn builder wants a newline to be a token.
+    tokenizer, model = base_model.build_tokenizer(), tmp_path / "model"
+    base_model.build_untrained(tokenizer, hidden=64, intermediate=128, layers=2).save_pretrained(model)
+    tokenizer.save_pretrained(model)
     allocation = make_allocation(model, tmp_path / "allocation")
     files = task.write_rl_parquet(tmp_path / "data")
     before = digests(model) | digests(allocation)

@@ -116,6 +116,7 @@ class VllmRolloutModel:
         #: digests of the tensors of one bucket as they arrived: none has to be computed twice
         self.arrived: dict[str, str] = {}
         self._live: dict[str, LiveWeight] = {}
+        self._modules: dict[str, torch.nn.Module] = {}
         #: samples of the weights that no sync sends, from when they were proven
         self._kept: dict[str, torch.Tensor] = {}
         self._kept_for = ""
@@ -146,15 +147,18 @@ class VllmRolloutModel:
         return [name for name in names if not (tied and name == "lm_head.weight")]
 
     def begin(self, header: SyncHeader) -> None:
-        """Forget what an earlier sync expected."""
+        """Forget what an earlier sync expected, and where weights were: a sleep may have moved them."""
+        self._live = {}
         self._storage = header.base_storage
         self._digests = header.digests
         self._expected, self._adapter = {}, None
 
     def live(self, name: str) -> LiveWeight:
         """Where the plain weight ``name`` lies, found once and found again when vLLM replaced its parameter."""
+        if not self._live:
+            self._modules = dict(self.model.named_modules())
         if name not in self._live:
-            self._live[name] = find_live_weight(self.model, dict(self.model.named_modules()), name)
+            self._live[name] = find_live_weight(self.model, self._modules, name)
         return self._live[name]
 
     # -- loading ----------------------------------------------------------------------------------------------
@@ -176,10 +180,15 @@ class VllmRolloutModel:
         """Let vLLM do what it does after loading, as verl does after every full sync."""
         from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
+        before = self._addresses()
         for model, config in self._worker._iter_all_models_with_config():
             process_weights_after_loading(model, config, self.device)
-        # It may have replaced parameters: look where weights are now.
-        self._live = {}
+        if self._addresses() != before:
+            # It has replaced parameters: look where weights are now.
+            self._live = {}
+
+    def _addresses(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self.model.parameters()]
 
     # -- adapter ----------------------------------------------------------------------------------------------
 

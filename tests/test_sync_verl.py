@@ -1,0 +1,195 @@
+"""Contracts with verl and vLLM that the weight sync relies on: each fails when they change under it."""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+
+import pytest
+
+pytest.importorskip("verl", reason="verl is not installed")
+
+from verl.trainer.ppo.v1 import trainer_base  # noqa: E402
+from verl.workers.rollout import base as rollout_base  # noqa: E402
+from verl.workers.rollout.replica import RolloutReplicaRegistry  # noqa: E402
+from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer, vllm_async_server  # noqa: E402
+from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension  # noqa: E402
+
+from hybrid_lora_plugin.sync.errors import WeightSyncError  # noqa: E402
+from hybrid_lora_plugin.verl_backend import engine_registration, patches, sync_record  # noqa: E402
+from hybrid_lora_plugin.verl_backend.rollout_adapter import HybridLoraServerAdapter  # noqa: E402
+from hybrid_lora_plugin.verl_backend.rollout_server import HybridLoraHttpServer, HybridLoraReplica  # noqa: E402
+from hybrid_lora_plugin.verl_backend.rollout_worker import HybridLoraWorkerExtension  # noqa: E402
+
+pytestmark = pytest.mark.verl
+
+SERVER = vllm_async_server.vLLMHttpServer
+
+
+def test_registration_puts_our_rollout_side_where_verl_looks():
+    engine_registration.register()
+    assert rollout_base.get_rollout_class("vllm") is HybridLoraServerAdapter
+    assert RolloutReplicaRegistry.get("vllm") is HybridLoraReplica
+
+
+def test_verl_still_reads_the_model_before_it_looks_for_the_rollout_side():
+    setup = inspect.getsource(trainer_base.PPOTrainer._setup)
+    assert setup.index("_init_tokenizer()") < setup.index("LLMServerManager.create(")
+    assert "omega_conf_to_dataclass(self.config.actor_rollout_ref.model)" in inspect.getsource(
+        trainer_base.PPOTrainer._init_tokenizer
+    )
+
+
+def test_metrics_of_a_sync_are_logged_with_its_step():
+    """The patch: verl still merges what ``_consume_sync_metrics`` returns, right after the sync."""
+    fit = inspect.getsource(trainer_base.PPOTrainer.fit)
+    assert (
+        fit.index("self.on_step_end()")
+        < fit.index("self._consume_sync_metrics()")
+        < fit.index("self.logger.log(data=metrics")
+    )
+    original = inspect.unwrap(trainer_base.PPOTrainer._consume_sync_metrics)
+    assert "last_sync" not in inspect.getsource(original), "verl may log syncs itself now"
+    patches.log_sync_metrics()
+    patched = trainer_base.PPOTrainer._consume_sync_metrics
+    assert patched is not original and inspect.unwrap(patched) is original
+    patches.log_sync_metrics()
+    assert trainer_base.PPOTrainer._consume_sync_metrics is patched, "applied once"
+
+
+def test_last_sync_is_empty_before_the_first():
+    sync_record._last.clear()
+    assert sync_record.last_sync() == {}
+
+
+def test_transport_still_waits_and_acknowledges_where_ours_looks():
+    send = inspect.getsource(bucketed_weight_transfer.BucketedWeightSender)
+    receive = inspect.getsource(bucketed_weight_transfer.BucketedWeightReceiver)
+    assert "self.zmq_context.socket(zmq.REQ)" in send and "self.zmq_context.socket(zmq.REP)" in receive
+    assert send.count("self.socket.recv()") == 4, "each of these waits without a limit in verl"
+    assert receive.count("self.socket.recv_pyobj()") == 2 and 'self.socket.send(b"")' in receive
+    # The last acknowledgement goes out after the callback of the last bucket, so it can carry its result.
+    loop = inspect.getsource(bucketed_weight_transfer.BucketedWeightReceiver.receive_weights)
+    assert loop.index("on_bucket_received(weights, is_last)") < loop.index("self._ack_pending = True")
+
+
+def test_server_still_has_what_ours_overrides():
+    assert "await self.engine.reset_prefix_cache" in inspect.getsource(SERVER.clear_kv_cache)
+    assert "await self.engine.collective_rpc(" in inspect.getsource(SERVER.collective_rpc)
+    assert "return await" not in inspect.getsource(SERVER.collective_rpc), (
+        "verl returns the workers' answers itself now"
+    )
+    assert "self._resolve_sleep_level()" in inspect.getsource(SERVER._sleep_hybrid)
+    assert "self._get_worker_extension_cls()" in inspect.getsource(SERVER.launch_server)
+    generate = inspect.getsource(SERVER.generate)
+    assert generate.index("self._park_until_admitted(request_id)") < generate.index("self.engine.generate(")
+    assert "self._admitting += 1" in inspect.getsource(SERVER._park_until_admitted)
+
+
+def test_extension_adds_no_name_that_vllm_or_verl_use():
+    from vllm.v1.worker.cpu_worker import CPUWorker
+    from vllm.v1.worker.gpu_worker import Worker
+
+    ours = {name for name in vars(HybridLoraWorkerExtension) if not name.startswith("__")}
+    for theirs in (Worker, CPUWorker, vLLMColocateWorkerExtension):
+        assert not ours & set(dir(theirs))
+
+
+class Engine:
+    """As much of vLLM's engine as one call of the server asks for."""
+
+    def __init__(self, resets: bool = True):
+        self.resets = resets
+
+    async def reset_prefix_cache(self, reset_connector):
+        return self.resets
+
+    async def reset_mm_cache(self):
+        pass
+
+    async def reset_encoder_cache(self):
+        pass
+
+    async def list_loras(self):
+        return set()
+
+
+def server(**attributes) -> HybridLoraHttpServer:
+    """The server's own logic without the process around it."""
+    made = object.__new__(HybridLoraHttpServer)
+    defaults = dict(
+        node_rank=0, engine=Engine(), _unproven="", _probe={}, _probe_difference=None, _kv_cache_released=False,
+        _submission_paused=False, _rejecting=False, _admitting=0, global_steps=None,
+    )  # fmt: skip
+    for name, value in (defaults | attributes).items():
+        setattr(made, name, value)
+    return made
+
+
+def test_prefix_cache_that_cannot_be_reset_is_an_error():
+    with pytest.raises(WeightSyncError, match="prefix cache"):
+        asyncio.run(server(engine=Engine(resets=False)).clear_kv_cache())
+    asyncio.run(server().clear_kv_cache())
+
+
+def test_nothing_is_admitted_while_weights_are_unproven_and_the_count_stays_right():
+    locked = server()
+    asyncio.run(locked.begin_weight_sync(7))
+    with pytest.raises(WeightSyncError, match="sync of step 7 has not been completed"):
+        asyncio.run(locked._park_until_admitted("request"))
+    assert locked._admitting == 0
+    locked._unproven = ""
+    assert asyncio.run(locked._park_until_admitted("request")) is None and locked._admitting == 1
+
+
+def test_request_that_comes_behind_verls_closed_gate_waits_for_the_sync_instead_of_failing():
+    async def scenario():
+        gate = server(_submission_paused=True, _resume_event=asyncio.Event())
+        await gate.begin_weight_sync(7)
+        waiting = asyncio.create_task(gate._park_until_admitted("request"))
+        await asyncio.sleep(0.05)
+        assert not waiting.done()
+        gate._unproven, gate._submission_paused = "", False
+        gate._resume_event.set()
+        assert await waiting is None
+
+    asyncio.run(scenario())
+
+
+def test_fixed_prompt_that_differs_locks_the_server_and_names_the_token():
+    async def scenario():
+        probed = server(_limit=5.0)
+        probed.config = type("Config", (), {"dtype": "float32"})
+        probed._probe = {"tokens": [1, 2, 3], "log_probs": [-1.0, -2.0], "limit": 1e-4}
+
+        async def ours(tokens):
+            return [-1.0, -2.5]
+
+        probed._prompt_log_probs = ours
+        with pytest.raises(WeightSyncError, match="token 2 has log-probability -2.5.*-2.0.*1e-04|0.0001.*float32"):
+            await probed._compare_probe()
+        with pytest.raises(WeightSyncError, match="differ from the trainer's"):
+            await probed._park_until_admitted("request")
+
+    asyncio.run(scenario())
+
+
+@pytest.mark.parametrize(
+    ("attributes", "compares"),
+    [({}, True), ({"_kv_cache_released": True}, False), ({"_submission_paused": True}, False)],
+)
+def test_fixed_prompt_waits_until_the_engine_can_generate(attributes, compares):
+    async def scenario():
+        asked = []
+        waiting = server(_limit=5.0, **attributes)
+        waiting._probe = {"tokens": [1, 2], "log_probs": [-1.0], "limit": 1e-4}
+
+        async def ours(tokens):
+            asked.append(tokens)
+            return [-1.0]
+
+        waiting._prompt_log_probs = ours
+        await waiting._compare_probe()
+        assert bool(asked) is compares and bool(waiting._probe) is not compares
+
+    asyncio.run(scenario())
