@@ -59,6 +59,7 @@ def test_run_with_engines_apart_proves_its_syncs_and_ends_at_the_first_that_fail
             f"actor_rollout_ref.model.external_lib=[faulty_stream,{PLUGIN}]",
             f"data.train_files={files['train']}", f"data.val_files={files['validation']}",
             "data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=8", "actor_rollout_ref.rollout.n=2",
+            *(f"actor_rollout_ref.{part}_micro_batch_size_per_gpu=16" for part in ("actor.ppo", "rollout.log_prob", "ref.log_prob")),
             "trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.total_training_steps=4", "trainer.save_freq=1",
             f"trainer.default_local_dir={tmp_path / 'checkpoints'}", f"hydra.run.dir={tmp_path / 'hydra'}", *APART,
         ],
