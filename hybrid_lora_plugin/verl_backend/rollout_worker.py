@@ -112,7 +112,9 @@ class Reception:
         partial = sync_mode(header.mode).partial
         if partial and not header.base:
             return  # without digests the trainer does not say what stays
-        known = set(self._received.entries) | set(header.base) | {f"{module}.weight" for module in header.lora_modules}
+        known = set(self._received.entries)
+        if partial:
+            known |= set(header.base) | {f"{module}.weight" for module in header.lora_modules}
         for name in self._rollout.checkpoint_names():
             if name not in known:
                 raise WeightSyncError(f"{name}: missing from the sync, and not one of the weights that never train")
