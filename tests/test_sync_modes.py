@@ -8,6 +8,8 @@ import math
 import resource
 import shutil
 import struct
+import subprocess
+import sys
 from dataclasses import dataclass
 from functools import cached_property
 from itertools import islice
@@ -28,8 +30,10 @@ from hybrid_lora_plugin.sync.checkpoint_weights import STORAGE, CheckpointWeight
 from hybrid_lora_plugin.sync.errors import WeightSyncError
 from hybrid_lora_plugin.sync.hybrid_weights import lora_modules, original_weights
 from hybrid_lora_plugin.sync.modes import split_factor, sync_mode
+from hybrid_lora_plugin.sync.receiver_merge import merged_digest
 from hybrid_lora_plugin.sync.wire import HEADER, MANIFEST, OutgoingWeights, ReceivedWeights, SyncHeader, read_header
 from hybrid_lora_plugin.training.apply import census, plain_name, trainable_groups
+from hybrid_lora_plugin.training.merge import merge_weight
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 40, 41, 2, 3], [90, 80, 70, 60, 50, 40, 30, 20, 10]])
 MODES = ["merge", "adapter", "receiver_merge"]
@@ -846,3 +850,47 @@ def test_a_trainer_that_rounded_its_base_is_told(cases):
     wanted = base_digests(original_weights(hybrid, "cpu"))
     with pytest.raises(WeightSyncError, match="embed_tokens.weight: .* holds other values"):
         check_base(wanted, CheckpointWeights(folder).__getitem__, str(folder))
+
+
+@each_dtype
+def test_every_sync_proves_another_modules_merge_to_be_the_trainers(hybrid, tiny_qwen2, dtype):
+    modules = lora_modules(hybrid)
+    mine = [merged_digest(hybrid, number, SCALING, dtype, "cpu") for number in range(len(modules))]
+    assert [list(digest) for digest in mine] == [[f"{module}.weight"] for module in modules]
+    pairs = list(tensors_of(hybrid, "receiver_merge", dtype).items())
+    for merged in mine:
+        take_all(
+            receiver_for(hybrid, HuggingFaceRollout(tiny_qwen2, dtype), "receiver_merge", dtype, merged=merged), pairs
+        )
+
+
+def test_a_receiver_that_merges_to_other_bits_is_caught(hybrid, tiny_qwen2, monkeypatch):
+    """As an engine would whose matrix product is not the trainer's."""
+    pairs = list(tensors_of(hybrid, "receiver_merge").items())
+    merged = merged_digest(hybrid, 3, SCALING, torch.float32, "cpu")
+
+    def rounded(base, lora_a, lora_b, scaling, dtype):
+        return merge_weight(base, lora_a.bfloat16(), lora_b.bfloat16(), scaling, dtype)
+
+    monkeypatch.setattr("hybrid_lora_plugin.sync.receiver_merge.merge_weight", rounded)
+    with pytest.raises(WeightSyncError, match=f"{lora_modules(hybrid)[3]}.weight: merged here to other bits"):
+        take_all(receiver_for(hybrid, HuggingFaceRollout(tiny_qwen2), "receiver_merge", merged=merged), pairs)
+
+
+@each_partial_mode
+def test_wider_types_travel_first_so_that_a_bucket_without_gaps_is_aligned(hybrid, mode):
+    sizes = [tensor.element_size() for tensor in tensors_of(hybrid, mode, torch.bfloat16).values()]
+    assert sizes == sorted(sizes, reverse=True)
+
+
+def test_merging_works_where_torchs_newer_precision_setting_is_in_use():
+    """In a process of its own: the older and the newer setting must not both be used in one."""
+    code = (
+        "import torch; from hybrid_lora_plugin.training.merge import merge_weight\n"
+        "torch.manual_seed(0); w, a, b = torch.randn(8, 6), torch.randn(2, 6), torch.randn(8, 2)\n"
+        "wanted = w + 0.5 * (b @ a)\n"
+        "torch.backends.cuda.matmul.fp32_precision = 'tf32'\n"
+        "assert torch.equal(merge_weight(w, a, b, 0.5, torch.float32), wanted)\n"
+        "assert torch.backends.cuda.matmul.fp32_precision == 'tf32'\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+from types import SimpleNamespace
 
 import pytest
+import torch
 
 pytest.importorskip("verl", reason="verl is not installed")
 
@@ -16,6 +18,7 @@ from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer, vllm_asy
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension  # noqa: E402
 
 from hybrid_lora_plugin.sync.errors import WeightSyncError  # noqa: E402
+from hybrid_lora_plugin.sync.wire import OutgoingWeights, ReceivedWeights, SyncHeader, read_header  # noqa: E402
 from hybrid_lora_plugin.verl_backend import engine_registration, patches, sync_record  # noqa: E402
 from hybrid_lora_plugin.verl_backend.rollout_adapter import HybridLoraServerAdapter  # noqa: E402
 from hybrid_lora_plugin.verl_backend.rollout_server import HybridLoraHttpServer, HybridLoraReplica  # noqa: E402
@@ -73,6 +76,36 @@ def test_transport_still_waits_and_acknowledges_where_ours_looks():
     assert loop.index("on_bucket_received(weights, is_last)") < loop.index("self._ack_pending = True")
 
 
+@pytest.mark.parametrize("number", [9, 10, 99, 100])
+@pytest.mark.parametrize("mode", ["adapter", "receiver_merge"])
+def test_verls_buckets_without_gaps_carry_a_sync(number, mode):
+    """verl's nccl, nixl and hccl engines put tensors one behind the other and view each by its dtype."""
+    from verl.checkpoint_engine.base import merge_weight_chunks, split_weight_chunks
+
+    factor_dtype = torch.float32 if mode == "receiver_merge" else torch.bfloat16
+    tensors = [("a.lora_A.weight", torch.randn(3, 5).to(factor_dtype)), ("b.weight", torch.randn(7, 3).bfloat16())]
+    stream = OutgoingWeights(SyncHeader(run="r", number=number, mode=mode, dtype="bfloat16", digests=True), tensors)
+
+    async def through() -> list:
+        bucket, offset, metas = torch.zeros(1 << 16, dtype=torch.uint8), 0, []
+        async for meta, chunk in split_weight_chunks(stream, bucket.numel()):
+            bucket[offset : offset + meta.chunk_size] = chunk
+            metas.append((meta, bucket[offset : offset + meta.chunk_size]))
+            offset += meta.chunk_size
+
+        async def chunks():
+            for pair in metas:
+                yield pair
+
+        return [(name, tensor) async for name, tensor in merge_weight_chunks(chunks(), bucket.numel())]
+
+    (name, header), *arrived = asyncio.run(through())
+    received = ReceivedWeights(read_header(name, header))
+    for name, tensor in arrived:
+        received.take(name, tensor)
+    assert [entry.name for entry in received.finish()] == [name for name, _ in tensors]
+
+
 def test_server_still_has_what_ours_overrides():
     assert "await self.engine.reset_prefix_cache" in inspect.getsource(SERVER.clear_kv_cache)
     assert "await self.engine.collective_rpc(" in inspect.getsource(SERVER.collective_rpc)
@@ -97,6 +130,8 @@ def test_extension_adds_no_name_that_vllm_or_verl_use():
 
 class Engine:
     """As much of vLLM's engine as one call of the server asks for."""
+
+    vllm_config = SimpleNamespace(kv_transfer_config=None)
 
     def __init__(self, resets: bool = True):
         self.resets = resets
@@ -128,8 +163,8 @@ def server(**attributes) -> HybridLoraHttpServer:
 
 def test_prefix_cache_that_cannot_be_reset_is_an_error():
     with pytest.raises(WeightSyncError, match="prefix cache"):
-        asyncio.run(server(engine=Engine(resets=False)).clear_kv_cache())
-    asyncio.run(server().clear_kv_cache())
+        asyncio.run(server(engine=Engine(resets=False))._forget_old_weights())
+    asyncio.run(server()._forget_old_weights())
 
 
 def test_nothing_is_admitted_while_weights_are_unproven_and_the_count_stays_right():

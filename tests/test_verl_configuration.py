@@ -150,6 +150,11 @@ REFUSED = {
         ["hybrid_lora.sync=receiver_merge", "actor_rollout_ref.rollout.load_format=dummy"],
         ["load_format", "'dummy'", "hybrid_lora.sync=receiver_merge", "safetensors", "hybrid_lora.sync=merge"],
     ),
+    "another product in the engine": (
+        ["hybrid_lora.sync=receiver_merge", "actor_rollout_ref.rollout.full_determinism=true"],
+        ["full_determinism", "hybrid_lora.sync=receiver_merge", "hybrid_lora.sync=merge"],
+    ),
+    "data-parallel engines": (["actor_rollout_ref.rollout.data_parallel_size=2"], ["data_parallel_size", "2", "replicas"]),
     "fully sharded adapter": (
         ["hybrid_lora.sync=adapter", "+actor_rollout_ref.model.lora.fully_sharded_loras=true"],
         ["fully_sharded_loras", "hybrid_lora.sync=adapter", "hybrid_lora.sync=receiver_merge"],

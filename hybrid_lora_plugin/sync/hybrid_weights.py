@@ -58,15 +58,18 @@ def trained_weights(
 
     Yields:
         (plain name, tensor of ``dtype``) for a full module, (``MODULE.lora_A.weight``, ``[r, d_in]``) and
-        (``MODULE.lora_B.weight``, ``[d_out, r]``) for the others.
+        (``MODULE.lora_B.weight``, ``[d_out, r]``) for the others, which come first.
     """
     state = model.state_dict()
     trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    for plain, (name, tensor) in plain_state(model).items():
+    plain_weights = plain_state(model)
+    # The wider type first: in a bucket without gaps everything then begins at a multiple of its element size.
+    for plain, (name, _) in plain_weights.items():
         if is_wrapped(name):
             for kind, factor in zip("AB", factors_of(state, name, device), strict=True):
                 yield plain.removesuffix("weight") + f"lora_{kind}.weight", factor.to(factor_dtype)
-        elif name in trained:
+    for plain, (name, tensor) in plain_weights.items():
+        if name in trained:
             yield plain, whole(tensor, device).to(dtype)
 
 

@@ -43,4 +43,5 @@ class MergeSync(SyncMode):
                 lora_a, lora_b = factors_of(state, name, device)
                 yield plain, merge_weight(whole(tensor, device), lora_a, lora_b, scaling, dtype)
             else:
-                yield plain, whole(tensor, device).to(dtype)
+                value = whole(tensor, device)
+                yield plain, value.to(dtype) if value.is_floating_point() else value

@@ -12,7 +12,9 @@ import torch
 
 from hybrid_lora_plugin.allocation.report import Census
 from hybrid_lora_plugin.sync.adapter import FactorReceiver
-from hybrid_lora_plugin.sync.hybrid_weights import trained_weights
+from hybrid_lora_plugin.sync.digest import digest_of
+from hybrid_lora_plugin.sync.errors import WeightSyncError
+from hybrid_lora_plugin.sync.hybrid_weights import factors_of, is_wrapped, plain_state, trained_weights, whole
 from hybrid_lora_plugin.sync.modes import SyncMode
 from hybrid_lora_plugin.training.merge import merge_weight
 
@@ -27,8 +29,28 @@ class ReceiverMergeReceiver(FactorReceiver):
     def take_pair(self, module: str, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
         name, device = f"{module}.weight", self.rollout.device
         base = self.rollout.checkpoint[name].to(device, non_blocking=True)
-        merged = merge_weight(base, lora_a.to(device), lora_b.to(device), self.header.scaling, self.header.torch_dtype)
+        # Copies: the kernel of a product may depend on how its operands are aligned, and a transfer buffer packs tightly.
+        lora_a, lora_b = lora_a.to(device, copy=True), lora_b.to(device, copy=True)
+        merged = merge_weight(base, lora_a, lora_b, self.header.scaling, self.header.torch_dtype)
+        if name in self.header.merged and digest_of(merged) != self.header.merged[name]:
+            raise WeightSyncError(
+                f"{name}: merged here to other bits than in the trainer, though from the same factors: the two compute their "
+                "products differently; give hybrid_lora.sync=merge"
+            )
         self.rollout.load([(name, merged)])
+
+
+@torch.no_grad()
+def merged_digest(model: torch.nn.Module, number: int, scaling: float, dtype: torch.dtype, device) -> dict[str, str]:
+    """Digest of one LoRA module's merged weight by name; the modules take turns with the number of the sync.
+
+    With shards this gathers, so every rank must call it.
+    """
+    state = model.state_dict()
+    wrapped = [(plain, name, tensor) for plain, (name, tensor) in plain_state(model).items() if is_wrapped(name)]
+    plain, name, tensor = wrapped[number % len(wrapped)]
+    merged = merge_weight(whole(tensor, device), *factors_of(state, name, device), scaling, dtype)
+    return {plain: digest_of(merged)}
 
 
 class ReceiverMergeSync(SyncMode):

@@ -22,6 +22,8 @@ from hybrid_lora_plugin.sync.errors import WeightSyncError
 
 HEADER, MANIFEST = "hybrid_lora.sync.header", "hybrid_lora.sync.manifest"
 VERSION = 1
+#: bytes of the digest in front of header and manifest, and what both together are a multiple of
+_SEAL, _ALIGNMENT = 32, 64
 #: room in a transfer buffer for header, manifest and alignment
 _SLACK_MIB = 16
 
@@ -53,6 +55,8 @@ class SyncHeader:
     base: dict[str, str] = field(default_factory=dict)
     #: bytes of all tensors together, 0 where nobody knows; a sender needs no larger buffer
     payload_bytes: int = 0
+    #: digest of a merged weight by name, another one in each sync: the receiver's own merge must come to the same bits
+    merged: dict[str, str] = field(default_factory=dict)
     #: where the receiver keeps the original weights it merges into: memory_map or pinned
     base_storage: str = "memory_map"
     #: a fixed prompt: {"tokens": [...], "log_probs": [...], "limit": ...}; empty unless the check is asked for
@@ -92,6 +96,8 @@ class Entry:
 def packed(content: dict[str, Any], device="cpu") -> torch.Tensor:
     """JSON and a digest of it as a uint8 tensor on ``device``, which any transport of tensors carries."""
     text = json.dumps(content).encode()
+    # verl's checkpoint engines pack a bucket without gaps and view what follows by its dtype.
+    text += b" " * (-(_SEAL + len(text)) % _ALIGNMENT)
     return torch.frombuffer(bytearray(_seal(text) + text), dtype=torch.uint8).to(device)
 
 
@@ -103,9 +109,9 @@ def _seal(text: bytes) -> bytes:
 def unpacked(tensor: torch.Tensor, what: str) -> dict[str, Any]:
     """What ``packed`` packed; WeightSyncError, calling it ``what``, where it is not that any more."""
     data = bytes(tensor.cpu().numpy()) if tensor.dtype == torch.uint8 else b""
-    if data[:32] != _seal(data[32:]):
+    if data[:_SEAL] != _seal(data[_SEAL:]):
         raise WeightSyncError(f"the {what} of the sync is damaged: {tensor.nbytes} bytes, not those that were sent")
-    return json.loads(data[32:])
+    return json.loads(data[_SEAL:])
 
 
 def read_header(name: str, tensor: torch.Tensor) -> SyncHeader:

@@ -16,13 +16,32 @@ import torch
 @contextmanager
 def _exact_fp32(device: torch.device) -> Iterator[None]:
     """fp32 products at full precision: no TF32, which another library may have switched on, and no autocast."""
-    before = torch.get_float32_matmul_precision()
+    try:
+        before = torch.get_float32_matmul_precision()
+    except RuntimeError:
+        # Somebody uses torch's newer setting, and then the older one may not even be read.
+        with _ieee_products(), torch.autocast(device.type, enabled=False):
+            yield
+        return
     torch.set_float32_matmul_precision("highest")
     try:
         with torch.autocast(device.type, enabled=False):
             yield
     finally:
         torch.set_float32_matmul_precision(before)
+
+
+@contextmanager
+def _ieee_products() -> Iterator[None]:
+    backends = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [backend.fp32_precision for backend in backends]
+    try:
+        for backend in backends:
+            backend.fp32_precision = "ieee"
+        yield
+    finally:
+        for backend, precision in zip(backends, before, strict=True):
+            backend.fp32_precision = precision
 
 
 @torch.no_grad()

@@ -21,6 +21,7 @@ from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig
 from hybrid_lora_plugin.sync.base_check import base_digests
 from hybrid_lora_plugin.sync.hybrid_weights import lora_modules, original_weights
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.receiver_merge import merged_digest
 from hybrid_lora_plugin.training.apply import apply_allocation, census, plain_name, trainable_groups
 from hybrid_lora_plugin.training.reference import BaseSnapshot, local_tensor
 from hybrid_lora_plugin.training.trainables import FOLDER, TrainablesDescription, require_same_setting, save_trainables
@@ -143,6 +144,11 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             payload_bytes=mode.payload_bytes(census(self.module), source.dtype),
             lora_modules=lora_modules(self.module),
             base=(lambda: base_digests(original_weights(self.module, device))) if mode.partial else None,
+            merged=(
+                (lambda number: merged_digest(self.module, number, self.scaling, source.dtype, device))
+                if mode.name == "receiver_merge"
+                else None
+            ),
             probe=fixed_prompt(self, self.hybrid, source.dtype) if self.hybrid.sync_check == "probe" else None,
         )
         # verl asks only whether there is one; what the engine needs of it travels in the stream.

@@ -100,10 +100,13 @@ def log_sync_metrics() -> None:
 
         from hybrid_lora_plugin.verl_backend.sync_record import last_sync
 
-        workers = self.actor_rollout_wg.workers
-        records = ray.get([worker.__ray_call__.remote(last_sync) for worker in workers], timeout=60)
+        asked = [worker.__ray_call__.remote(last_sync) for worker in self.actor_rollout_wg.workers]
+        try:
+            records = ray.get(asked, timeout=60)
+        except ray.exceptions.GetTimeoutError:
+            return original(self)  # a busy worker: not worth a run
         metrics = {}
-        for name in records[0]:
+        for name in {name for record in records for name in record}:
             # Seconds of the slowest rank, the least that every rank proved; the rest is the same on all.
             values = [record[name] for record in records if name in record]
             metrics[f"hybrid_lora/{name}"] = min(values) if name == "sync_digest_ok" else max(values)

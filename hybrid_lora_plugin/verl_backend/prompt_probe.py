@@ -57,9 +57,15 @@ def fixed_prompt(engine, hybrid: HybridLoraConfig, dtype: torch.dtype) -> dict[s
     )
     with engine.eval_mode():
         output = engine.infer_batch(batch, loss_function=None)
-    log_probs = no_padding_2_padding(output["model_output"]["log_probs"], batch)[0, : len(response)]
-    return {
-        "tokens": tokens,
-        "log_probs": log_probs.float().tolist(),
-        "limit": LIMITS[dtype] if hybrid.sync_probe_limit is None else hybrid.sync_probe_limit,
-    }
+    probe: list[dict[str, Any]] = [{}]
+    if "model_output" in output:  # with sequence parallelism only one rank of a group has the outputs
+        log_probs = no_padding_2_padding(output["model_output"]["log_probs"], batch)[0, : len(response)]
+        probe[0] = {
+            "tokens": tokens,
+            "log_probs": log_probs.float().tolist(),
+            "limit": LIMITS[dtype] if hybrid.sync_probe_limit is None else hybrid.sync_probe_limit,
+        }
+    if torch.distributed.is_initialized():
+        # One text on all ranks: verl's relays derive the layout of a bucket from their own stream.
+        torch.distributed.broadcast_object_list(probe)
+    return probe[0]

@@ -71,6 +71,10 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
         lambda v: v is None,
         "null: the plugin's own worker extension receives the weights",
     ),
+    ROLLOUT + "data_parallel_size": (
+        lambda v: v in (None, 1),
+        "1: vLLM answers for one of several data-parallel engines only; more replicas do the same work",
+    ),
     ROLLOUT + "mtp.enable_rollout": (
         lambda v: not v,
         "false: the weights of a drafting head are not part of a sync",
@@ -111,6 +115,13 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
 }
 
 
+_RECEIVER_MERGE_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
+    ROLLOUT + "full_determinism": (
+        lambda v: not v,
+        "false, or hybrid_lora.sync=merge: it replaces the rollout engine's matrix product, and merged weights would not be "
+        "the trainer's bit for bit",
+    ),
+}
 #: the same, for sync modes that leave weights to the rollout engine; with the mode that needs none of it
 _PARTIAL_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ROLLOUT + "load_format": (
@@ -152,6 +163,8 @@ def check_sync(settings: Mapping[str, Any], sync: str) -> None:
             "sets it"
         )
     rules = (_PARTIAL_RULES if mode.partial else {}) | (_ADAPTER_RULES if mode.engine_adapter else {})
+    if mode.name == "receiver_merge":
+        rules = rules | _RECEIVER_MERGE_RULES
     for name, (usable, wanted) in rules.items():
         if settings.get(name) is not None and not usable(settings[name]):
             raise ConfigurationError(
@@ -176,7 +189,7 @@ def check(settings: Mapping[str, Any]) -> None:
 def check_run(config) -> None:
     """``check`` on a whole composed verl configuration (OmegaConf)."""
     settings = {}
-    for name in _RULES | _PARTIAL_RULES | _ADAPTER_RULES:
+    for name in _RULES | _PARTIAL_RULES | _ADAPTER_RULES | _RECEIVER_MERGE_RULES:
         value = OmegaConf.select(config, name, default=None)
         settings[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     check(settings)

@@ -184,7 +184,12 @@ class VllmRolloutModel:
         for model, config in self._worker._iter_all_models_with_config():
             process_weights_after_loading(model, config, self.device)
         if self._addresses() != before:
-            # It has replaced parameters: look where weights are now.
+            if not self._worker.model_config.enforce_eager:
+                raise WeightSyncError(
+                    "vLLM replaced parameters after loading, and captured graphs still read the old ones; give "
+                    "actor_rollout_ref.rollout.enforce_eager=true"
+                )
+            # Look where weights are now.
             self._live = {}
 
     def _addresses(self) -> list[int]:

@@ -36,6 +36,7 @@ class HybridLoraHttpServer(vLLMHttpServer):
         #: a fixed prompt that has still to be compared with the trainer
         self._probe: dict[str, Any] = {}
         self._probe_difference: float | None = None
+        self._synced = False
         self._kv_cache_released = False
 
     def _get_worker_extension_cls(self) -> str:
@@ -49,14 +50,19 @@ class HybridLoraHttpServer(vLLMHttpServer):
         """As verl's, and returns what the workers returned, one item each."""
         return await self.engine.collective_rpc(method=method, timeout=timeout, args=args, kwargs=kwargs)
 
-    async def clear_kv_cache(self):
-        # The prefix cache is keyed by an adapter's name, not by its values: old blocks would be used with new weights.
-        if self.node_rank == 0 and not await self.engine.reset_prefix_cache(reset_connector=True):
+    async def _forget_old_weights(self) -> None:
+        """Reset the caches; verl's own call does not look at what vLLM answers.
+
+        The prefix cache is keyed by an adapter's name, not by its values: old blocks would be used with new weights.
+        """
+        # Asked for a connector that does not exist, some versions of vLLM answer False.
+        connector = getattr(self.engine.vllm_config, "kv_transfer_config", None) is not None
+        if self.node_rank == 0 and not await self.engine.reset_prefix_cache(reset_connector=connector):
             raise WeightSyncError(
                 "the rollout engine could not reset its prefix cache because requests still hold blocks of it; they would "
                 "continue on new weights with values computed by the old ones"
             )
-        await super().clear_kv_cache()
+        await self.clear_kv_cache()
 
     # -- one sync ---------------------------------------------------------------------------------------------
 
@@ -75,12 +81,13 @@ class HybridLoraHttpServer(vLLMHttpServer):
         Returns:
             The difference found by the last comparison, if there was one.
         """
-        await self.clear_kv_cache()
+        await self._forget_old_weights()
         if self.lora_as_adapter and VLLM_LORA_INT_ID not in await self.engine.list_loras():
             raise WeightSyncError("the adapter was loaded, but the rollout engine does not list it")
         if step is not None:
             await self.set_global_steps(step)
-        self._probe, self._unproven = probe, ""
+        self._probe, self._synced = probe, True
+        self._unproven = "the log-probabilities of a fixed prompt have not been compared yet" if probe else ""
         await self._compare_probe()
         return self._probe_difference
 
@@ -89,8 +96,6 @@ class HybridLoraHttpServer(vLLMHttpServer):
         if not self._probe or self._kv_cache_released or (self._submission_paused and not resumed):
             return
         probe, self._probe = self._probe, {}
-        before = self._unproven
-        self._unproven = "the log-probabilities of a fixed prompt have not been compared yet"
         ours = await asyncio.wait_for(self._prompt_log_probs(probe["tokens"]), self._limit)
         differences = [abs(a - b) for a, b in zip(ours, probe["log_probs"], strict=True)]
         worst = max(range(len(differences)), key=differences.__getitem__)
@@ -102,8 +107,8 @@ class HybridLoraHttpServer(vLLMHttpServer):
                 f"{probe['log_probs'][worst]:.6f} in the trainer, a difference of {differences[worst]:.2e}, above "
                 f"{probe['limit']:g}, the limit for {self.config.dtype} (hybrid_lora.sync_probe_limit)"
             )
-        self._unproven = before
-        # The comparison has left its blocks in the prefix cache; they are of these weights.
+        # Its blocks stay in the prefix cache: they are of these weights.
+        self._unproven = ""
 
     async def _prompt_log_probs(self, tokens: list[int]) -> list[float]:
         """Log-probability of every token of a prompt but the first."""
@@ -125,11 +130,17 @@ class HybridLoraHttpServer(vLLMHttpServer):
 
     async def sleep(self):
         await super().sleep()
-        self._kv_cache_released = bool(self.config.free_cache_engine)
+        self._fell_asleep()
 
     async def release_kv_cache(self):
         await super().release_kv_cache()
-        self._kv_cache_released = bool(self.config.free_cache_engine)
+        self._fell_asleep()
+
+    def _fell_asleep(self) -> None:
+        if self.config.free_cache_engine and self.config.enable_sleep_mode:
+            self._kv_cache_released = True
+            if self._resolve_sleep_level() == 2:
+                self._unproven = "its weights were discarded by a sleep, and no sync has brought them back"
 
     async def wake_up(self, tags: list[str] | None = None):
         await super().wake_up(tags)
@@ -145,6 +156,12 @@ class HybridLoraHttpServer(vLLMHttpServer):
     async def resume_engine_generation(self):
         await super().resume_engine_generation()
         await self._compare_probe(resumed=True)
+
+    async def generate(self, *args, **kwargs):
+        if self.lora_as_adapter and not self._synced:
+            # verl looks for the adapter before a request may have to wait, and would run it without one.
+            raise WeightSyncError(f"the rollout engine generates nothing: {self._unproven}")
+        return await super().generate(*args, **kwargs)
 
     async def _park_until_admitted(self, request_id: str):
         # Not earlier: a request that comes while verl holds the gate closed waits there for the sync to end.

@@ -14,6 +14,8 @@ _last: dict[str, float] = {}
 
 def keep(outgoing: OutgoingWeights) -> None:
     """Remember a stream that has gone out."""
+    # One step may sync two sets of engines, and the second sends what the first did.
+    changed = max(_last.get("sync_tensors_changed", 0.0), float(outgoing.changed))
     _last.clear()
     _last.update(
         sync_bytes=float(outgoing.bytes),
@@ -22,7 +24,7 @@ def keep(outgoing: OutgoingWeights) -> None:
         sync_digest_ok=float(outgoing.header.digests),
     )
     if outgoing.header.digests:
-        _last["sync_tensors_changed"] = float(outgoing.changed)
+        _last["sync_tensors_changed"] = changed
 
 
 def add(seconds: float, probe_difference: float | None) -> None:
@@ -38,5 +40,7 @@ def add(seconds: float, probe_difference: float | None) -> None:
 
 
 def last_sync(_worker=None) -> dict[str, float]:
-    """The measurements by metric name without prefix; empty before the first sync."""
-    return dict(_last)
+    """The measurements by metric name without prefix, of the last sync or of those of one step; each is given once."""
+    taken = dict(_last)
+    _last.clear()
+    return taken

@@ -43,6 +43,7 @@ class WeightSource:
         lora_modules: list[str] | None = None,
         base: Callable[[], dict[str, str]] | None = None,
         probe: dict[str, Any] | None = None,
+        merged: Callable[[int], dict[str, str]] | None = None,
     ) -> OutgoingWeights:
         """The next sync.
 
@@ -53,6 +54,7 @@ class WeightSource:
             lora_modules: modules with an adapter.
             base: computes the digests of the weights that stay away; called once in a run, on every rank.
             probe: a fixed prompt to compare.
+            merged: from the number of the sync, digests of weights that the receiver merges; called on every rank.
         """
         self._run = self._run or _drawn_run()
         self._number += 1
@@ -74,6 +76,7 @@ class WeightSource:
             payload_bytes=payload_bytes,
             base_storage=self._hybrid.sync_base,
             probe=probe or {},
+            merged=merged(self._number) if merged is not None and digests else {},
         )
         self._last = OutgoingWeights(header, tensors, self._device, self._before, on_end=sync_record.keep)
         return self._last

@@ -1,0 +1,125 @@
+"""Runs under torchrun: the sending end of a sync on two ranks whose tensors are collectives, and one receiver fails.
+
+``python -m torch.distributed.run --nproc-per-node 2 tests/sync_ranks_worker.py SCENARIO OUT`` writes what each rank raised, and
+after how many seconds, to ``OUT/rankN.json``. Transport, receivers, process group and the adapter's own code are real;
+threads stand for the processes of a rollout engine with tensor parallel 2, and an object for the handle of its server.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import concurrent.futures
+import json
+import os
+import sys
+import time
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.distributed as dist
+
+TENSORS, LIMIT = 12, 10.0
+
+
+def tensors(scenario: str, rank: int):
+    """Twelve tensors of which every one is gathered over the ranks, in buckets of one MiB."""
+    for index in range(TENSORS):
+        if scenario == "trainer fails on one rank" and rank == 1 and index == 5:
+            raise MemoryError("no memory for weight5")
+        dist.barrier()
+        yield f"weight{index}", torch.full((200_000,), float(index))
+
+
+def receive(handle: str, scenario: str, rank: int) -> dict:
+    """What a worker of the engine does, as far as the sender can see it."""
+    from hybrid_lora_plugin.sync.wire import HEADER, ReceivedWeights, read_header
+    from hybrid_lora_plugin.verl_backend.transport import LimitedReceiver
+
+    if scenario == "engine dies at once":
+        raise RuntimeError("EngineDeadError")
+    receiver, state, result = LimitedReceiver(handle, torch.device("cpu"), True, limit=LIMIT), [], {}
+
+    def on_bucket(weights, is_last):
+        if "error" in result:
+            return
+        for name, tensor in weights:
+            if name == HEADER:
+                state.append(ReceivedWeights(read_header(name, tensor)))
+                continue
+            if scenario == "receiver fails early" and rank == 0 and name == "weight2":
+                result["error"] = "weight2: does not fit"
+                break
+            state[0].take(name, tensor)
+        if is_last and "error" not in result:
+            entries = [vars(entry) | {"shape": list(entry.shape)} for entry in state[0].finish()]
+            header = state[0].header
+            result.update(run=header.run, number=header.number, step=3, tensors=entries)
+        if is_last or "error" in result:
+            receiver.answer(result)
+
+    try:
+        receiver.receive_weights(on_bucket)
+    except Exception as error:
+        result.setdefault("error", str(error))
+    return result
+
+
+class Remote:
+    """A method of an actor: ``remote`` starts it in a thread and gives something to wait for."""
+
+    def __init__(self, function):
+        self._function = function
+
+    def remote(self, *arguments, **options):
+        return asyncio.wrap_future(POOL.submit(self._function, *arguments, **options))
+
+
+POOL = concurrent.futures.ThreadPoolExecutor(8)
+
+
+def main(scenario: str, out: str) -> None:
+    import verl  # noqa: F401  loads the plugin and its platform
+
+    from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader
+    from hybrid_lora_plugin.verl_backend.rollout_adapter import HybridLoraServerAdapter
+
+    dist.init_process_group("gloo")
+    rank = dist.get_rank()
+    handles = [f"ipc://{out}/s{other}" for other in range(2)]
+    ended = []
+
+    class Adapter(HybridLoraServerAdapter):
+        def __init__(self):
+            self.config = SimpleNamespace(checkpoint_engine=SimpleNamespace(update_weights_bucket_megabytes=1))
+            self.model_config = SimpleNamespace(lora={"hybrid": {"sync_timeout": LIMIT}})
+            self.zmq_handle, self.use_shm, self._has_server = handles[rank], True, rank == 0
+            self.server_handle = SimpleNamespace(
+                begin_weight_sync=Remote(lambda step: None),
+                end_weight_sync=Remote(lambda step, probe: ended.append(step)),
+            )
+
+        async def _execute_method(self, method, non_block=False, timeout=None, args=(), kwargs=None):
+            def workers():
+                futures = [POOL.submit(receive, handles[other], scenario, other) for other in range(2)]
+                return [future.result() for future in futures]
+
+            future = POOL.submit(workers)
+            return SimpleNamespace(future=lambda: future)
+
+    header = SyncHeader(run="r", number=4, mode="merge", dtype="float32", digests=True)
+    stream = OutgoingWeights(header, tensors(scenario, rank))
+    dist.barrier()
+    started, raised = time.monotonic(), ""
+    try:
+        asyncio.run(Adapter().update_weights(stream, global_steps=3))
+    except Exception as error:
+        raised = f"{type(error).__name__}: {error}"
+    seconds = time.monotonic() - started
+    Path(out, f"rank{rank}.json").write_text(json.dumps({"raised": raised, "seconds": seconds, "ended": ended}))
+    # A thread that still waits for a sender must not keep the process.
+    os._exit(0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])

@@ -1,0 +1,243 @@
+"""Weight syncs with a real rollout engine: what a healthy one brings, and that each of many faults is caught and named."""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import dataclass, replace
+
+import pytest
+
+pytest.importorskip("verl", reason="verl is not installed")
+
+from benchmarks.rollout import harness as processes  # noqa: E402
+from benchmarks.rollout.faults import KINDS, MODES, combinations, draw_fault, draw_faults  # noqa: E402
+from benchmarks.rollout.harness import RolloutHarness, start_side_by_side, stop_ray  # noqa: E402
+from benchmarks.sync_faults import (  # noqa: E402
+    AGREES,
+    PROMPT,
+    Outcome,
+    digests,
+    inject,
+    kill,
+    main,
+    make_inputs,
+    report,
+)
+
+pytestmark = pytest.mark.verl
+
+PLAIN = ("merge", "receiver_merge")
+#: with two trainer ranks: one rank's stream is damaged, and both have to stop
+ON_TWO_RANKS = (
+    "ranks differ",
+    "tensor dropped",
+    "tensors reordered",
+    "bit flipped",
+    "stale sync",
+    "wrong shape",
+    "header dropped",
+    "tensor never sent",
+    "shard sent",
+    "adapter of another rank",
+    "engine lost a weight",
+)
+
+
+@dataclass
+class Engines:
+    #: a plain engine with one worker, for merge and receiver_merge
+    plain: RolloutHarness
+    #: one that runs adapters, with two tensor-parallel workers
+    adapter: RolloutHarness
+    #: of model and allocation, from the beginning
+    files: dict[str, str]
+
+    def of(self, mode: str) -> RolloutHarness:
+        return self.adapter if mode == "adapter" else self.plain
+
+
+@pytest.fixture(scope="module")
+def engines(tmp_path_factory):
+    model, allocation = make_inputs(tmp_path_factory.mktemp("inputs"))
+    plain = RolloutHarness(model, allocation, "receiver_merge", number=0, timeout=30)
+    adapter = RolloutHarness(model, allocation, "adapter", number=1, tensor_parallel=2, timeout=30)
+    try:
+        start_side_by_side(plain, adapter)
+        yield Engines(plain, adapter, digests(model, allocation))
+        plain.close(), adapter.close()
+    finally:
+        stop_ray()
+
+
+# -- healthy syncs; the first test has to be the first ----------------------------------------------------------------
+
+
+def test_nothing_is_generated_before_the_first_sync(engines):
+    for mode in ("receiver_merge", "adapter"):
+        assert "no weights have been synced yet" in engines.of(mode).refusal()
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_rollout_agrees_with_the_trainer_after_every_update(engines, mode):
+    replica = engines.of(mode)
+    for step in range(4):
+        replica.update(step)
+        measured = replica.sync(mode)
+        assert replica.difference(PROMPT) < AGREES
+        assert measured["sync_digest_ok"] == 1 and measured["sync_seconds"] > 0
+    assert replica.sync(mode)["sync_tensors_changed"] == 0, "nothing was trained"
+
+
+def test_metrics_count_what_was_sent_and_what_changed(engines):
+    replica = engines.plain
+    replica.on_trainers("begin_run", "digest")
+    first = {mode: replica.sync(mode) for mode in PLAIN}
+    for measured in first.values():
+        assert measured["sync_tensors_changed"] == measured["sync_tensors"], "all of them in the first sync of a run"
+    replica.update(0)
+    second = {mode: replica.sync(mode) for mode in PLAIN}
+    # All of a partial sync was trained; a merged one carries norms, embedding and frozen biases too.
+    assert second["receiver_merge"]["sync_tensors_changed"] == second["receiver_merge"]["sync_tensors"]
+    assert 0 < second["merge"]["sync_tensors_changed"] < second["merge"]["sync_tensors"]
+    assert second["receiver_merge"]["sync_bytes"] < second["merge"]["sync_bytes"] / 2
+
+
+def test_merge_and_receiver_merge_leave_the_same_bits_in_vllm(engines):
+    replica = engines.plain
+    for step in range(3):
+        replica.update(step)
+        replica.sync("merge")
+        merged = replica.in_engine(processes.parameter_digests)
+        replica.update(100 + step)
+        replica.sync("receiver_merge")
+        assert replica.in_engine(processes.parameter_digests) != merged
+        replica.sync("merge")
+        merged = replica.in_engine(processes.parameter_digests)
+        replica.sync("receiver_merge")
+        assert replica.in_engine(processes.parameter_digests) == merged
+
+
+@pytest.mark.parametrize("mode", ["adapter", "receiver_merge"])
+def test_weights_that_no_sync_sends_stay(engines, mode):
+    replica = engines.of(mode)
+    replica.sync(mode)
+    unsent = replica.on_trainers("unsent", mode)[0]
+    assert any(name.endswith("norm.weight") for name in unsent) and any(name.endswith(".bias") for name in unsent)
+    before = replica.in_engine(processes.weight_digests, unsent)
+    for step in range(2):
+        replica.update(step)
+        replica.sync(mode)
+    assert replica.in_engine(processes.weight_digests, unsent) == before
+
+
+# -- faults -----------------------------------------------------------------------------------------------------------
+
+
+def named(fault) -> str:
+    return f"{fault.mode}-{fault.kind}-{fault.where}-{fault.seed}"
+
+
+def check(outcome) -> None:
+    assert not outcome.problems, f"{outcome.problems}: {outcome.victim}: {outcome.message}"
+
+
+@pytest.mark.parametrize("fault", draw_faults(44, seed=0, modes=PLAIN, slow=False), ids=named)
+def test_fault_is_caught_and_named(engines, fault):
+    check(inject(engines.plain, fault, engines.files))
+
+
+@pytest.mark.parametrize("kind", ON_TWO_RANKS)
+def test_fault_on_one_of_two_ranks_stops_both(engines, kind):
+    for rank in (0, 1) if kind == "ranks differ" else (1,):
+        fault = next(f for f in (draw_fault(kind, "adapter", seed, 2) for seed in range(99)) if f.rank == rank)
+        check(inject(engines.adapter, fault, engines.files))
+
+
+@pytest.mark.parametrize("kind", ["sender silent", "receiver silent"])
+def test_silence_has_an_end(engines, kind):
+    outcome = inject(engines.plain, draw_fault(kind, "receiver_merge", seed=0), engines.files)
+    check(outcome)
+    assert outcome.seconds < 45
+
+
+def test_without_digests_the_shape_of_a_sync_is_still_proven_and_values_are_not(engines):
+    replica = engines.plain
+    replica.on_trainers("begin_run", "off")
+    try:
+        for kind in (
+            "tensor dropped",
+            "tensors reordered",
+            "wrong dtype",
+            "manifest dropped",
+            "stale sync",
+            "header damaged",
+        ):
+            check(inject(replica, draw_fault(kind, "receiver_merge", seed=1), engines.files))
+        outcome = inject(replica, draw_fault("bit flipped", "receiver_merge", seed=1), engines.files)
+        assert outcome.problems == ["missed", "tokens were generated"]
+        assert replica.sync("merge")["sync_digest_ok"] == 0
+    finally:
+        replica.on_trainers("begin_run", "digest")
+
+
+# -- kills; after them the engines are gone ----------------------------------------------------------------------------
+
+
+def test_killed_receiver_is_noticed_at_once(engines):
+    check(kill(engines.plain, draw_fault("receiver killed", "receiver_merge", seed=0), engines.files))
+
+
+def test_killed_sender_is_noticed_at_once(engines):
+    check(kill(engines.adapter, draw_fault("sender killed", "adapter", seed=0, tensor_parallel=2), engines.files))
+
+
+# -- the harness itself -----------------------------------------------------------------------------------------------
+
+
+def test_drawn_faults_cover_every_kind_in_every_mode_and_follow_the_seed():
+    faults = draw_faults(120, seed=3, tensor_parallel=2)
+    counted = Counter((fault.kind, fault.mode) for fault in faults)
+    assert len(faults) == 120 and set(counted) == set(combinations(MODES, 2))
+    assert {kind for kind, _ in counted} == {kind for kind, known in KINDS.items() if not known.kill}
+    assert max(count for (kind, _), count in counted.items() if KINDS[kind].slow) == 1
+    assert faults == draw_faults(120, seed=3, tensor_parallel=2) != draw_faults(120, seed=4, tensor_parallel=2)
+
+
+def test_report_tells_what_is_wrong_with_a_fault():
+    good = Outcome(
+        "bit flipped", "merge", "network", 1, 0, "a.bias", "a.bias: sent …", 0.1, 60, True, True, "no", True, 0
+    )
+    changes = {
+        "missed": {"caught": False, "named": False},
+        "late, after 61.0 s": {"seconds": 61.0},
+        "not named": {"named": False},
+        "tokens were generated": {"refusal": ""},
+        "files changed": {"intact": False},
+        "then off by nan": {"difference": float("nan")},
+    }
+    assert good.problems == []
+    bad = [replace(good, **change) for change in changes.values()]
+    assert [outcome.problems for outcome in bad] == [[text] for text in changes]
+    text = report([good, *bad], ("merge", "adapter"), 12.0)
+    assert (
+        "| bit flipped | 7 / 6 / 5, 61.00 s |  |" in text
+        and "7 faults in 12 s: 1 caught in time and named, 6 not" in text
+    )
+    assert all(problem in text for problem in changes) and "bias 7" in text
+
+
+@pytest.mark.parametrize(
+    "arguments, wanted",
+    [
+        (["--modes", "merge,adaptor"], "--modes: adaptor, wanted some of merge, adapter, receiver_merge"),
+        (["--modes", ""], "--modes: none"),
+        (["--faults", "3"], "--faults: 3 faults, wanted at least"),
+        (["--tensor-parallel", "3"], "--tensor-parallel: 3, wanted 1 or 2"),
+        (["--kills", "-1"], "--kills: -1, wanted 0 or more"),
+    ],
+)
+def test_bad_arguments_are_one_line(arguments, wanted, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main(arguments)
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and wanted in error and len(error.splitlines()) == 1

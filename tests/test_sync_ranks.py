@@ -1,0 +1,55 @@
+"""Several trainer ranks in one sync: whatever fails on one, all end, soon, and say why."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import tempfile
+
+import pytest
+
+pytest.importorskip("verl", reason="verl is not installed")
+
+from sync_ranks_worker import LIMIT  # noqa: E402
+from verl_processes import torchrun  # noqa: E402
+
+pytestmark = pytest.mark.verl
+
+
+def outcome(scenario: str) -> list[dict]:
+    # Short: a socket's path has 107 characters at most.
+    folder = tempfile.mkdtemp(prefix="hl-")
+    try:
+        torchrun(2, ["tests/sync_ranks_worker.py", scenario, folder], timeout=300)
+        return [json.load(open(f"{folder}/rank{rank}.json")) for rank in range(2)]
+    finally:
+        shutil.rmtree(folder)
+
+
+def test_healthy_sync_is_ended_once_by_the_rank_with_the_server():
+    ranks = outcome("healthy")
+    assert [rank["raised"] for rank in ranks] == ["", ""]
+    assert [rank["ended"] for rank in ranks] == [[3], []]
+
+
+@pytest.mark.parametrize(
+    ("scenario", "words"),
+    [
+        ("receiver fails early", "weight2: does not fit"),
+        ("engine dies at once", "the rollout engine failed: EngineDeadError"),
+    ],
+)
+def test_all_ranks_end_long_before_the_limit_and_name_the_cause(scenario, words):
+    """The other rank stands in a collective of the stream, or waits for a receiver that never comes."""
+    ranks = outcome(scenario)
+    for rank in ranks:
+        assert "weight sync 4 of step 3 failed" in rank["raised"] and words in rank["raised"], ranks
+        assert rank["ended"] == []
+    assert max(rank["seconds"] for rank in ranks) < LIMIT, ranks
+
+
+def test_error_of_the_trainer_on_one_rank_is_not_lost_while_the_others_wait_for_it():
+    """The others stand in a collective that this rank never joins: it gives up alone, and says why."""
+    first, second = outcome("trainer fails on one rank")
+    assert "weight sync 4 of step 3 failed: MemoryError: no memory for weight5" in second["raised"]
+    assert first["raised"] and first["ended"] == []
