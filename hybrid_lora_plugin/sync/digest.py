@@ -10,6 +10,8 @@ tensors on purpose; they are for faults.
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import xxhash
@@ -33,6 +35,30 @@ def digest_of(tensor: torch.Tensor) -> str:
     if data.device.type == "cpu":
         return "xxh3:" + xxhash.xxh3_128_hexdigest(data.numpy())
     return "keyed:" + keyed_sum(data)
+
+
+def digest_soon(tensor: torch.Tensor) -> Callable[[], str]:
+    """Begin ``digest_of`` and return a function that waits for it.
+
+    On the host another thread hashes, without Python's lock, while this one goes on; the bytes must stay until then.
+    """
+    if tensor.device.type == "cpu":
+        return _hasher().submit(_digest_and_drop, [tensor]).result
+    digest = digest_of(tensor)
+    return lambda: digest
+
+
+def _digest_and_drop(box: list[torch.Tensor]) -> str:
+    """When the digest is known, nothing here holds the tensor any more."""
+    tensor = box.pop()
+    digest = digest_of(tensor)
+    del tensor
+    return digest
+
+
+@functools.cache
+def _hasher() -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="hybrid-lora-digest")
 
 
 def keyed_sum(data: torch.Tensor) -> str:

@@ -38,7 +38,7 @@ class MergeSync(SyncMode):
         self, model: torch.nn.Module, scaling: float, dtype: torch.dtype, device
     ) -> Iterator[tuple[str, torch.Tensor]]:
         state = model.state_dict()
-        for plain, (name, tensor) in plain_state(model).items():
+        for plain, (name, tensor) in plain_state(model, state).items():
             if is_wrapped(name):
                 lora_a, lora_b = factors_of(state, name, device)
                 yield plain, merge_weight(whole(tensor, device), lora_a, lora_b, scaling, dtype)

@@ -15,8 +15,12 @@ from hybrid_lora_plugin.sync.adapter import FactorReceiver
 from hybrid_lora_plugin.sync.digest import digest_of
 from hybrid_lora_plugin.sync.errors import WeightSyncError
 from hybrid_lora_plugin.sync.hybrid_weights import factors_of, is_wrapped, plain_state, trained_weights, whole
-from hybrid_lora_plugin.sync.modes import SyncMode
+from hybrid_lora_plugin.sync.modes import RolloutModel, SyncMode
+from hybrid_lora_plugin.sync.wire import SyncHeader
 from hybrid_lora_plugin.training.merge import merge_weight
+
+#: bytes of merged weights that are loaded at once: one call of the engine's loader costs more than a small matrix
+BATCH = 32 << 20
 
 
 class ReceiverMergeReceiver(FactorReceiver):
@@ -25,6 +29,11 @@ class ReceiverMergeReceiver(FactorReceiver):
     With tensor parallelism every worker merges the whole weight and keeps its shard: a product of fewer rows may be
     summed in another order, and would not be the trainer's bit for bit.
     """
+
+    def __init__(self, header: SyncHeader, rollout: RolloutModel):
+        super().__init__(header, rollout)
+        self._merged: list[tuple[str, torch.Tensor]] = []
+        self._bytes = 0
 
     def take_pair(self, module: str, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
         name, device = f"{module}.weight", self.rollout.device
@@ -37,7 +46,19 @@ class ReceiverMergeReceiver(FactorReceiver):
                 f"{name}: merged here to other bits than in the trainer, though from the same factors: the two compute their "
                 "products differently; give hybrid_lora.sync=merge"
             )
-        self.rollout.load([(name, merged)])
+        self._merged.append((name, merged))
+        self._bytes += merged.nbytes
+        if self._bytes >= BATCH:
+            self._load()
+
+    def _load(self) -> None:
+        self.rollout.load(self._merged)
+        self._merged, self._bytes = [], 0
+
+    def finish(self) -> None:
+        super().finish()
+        if self._merged:
+            self._load()
 
 
 @torch.no_grad()
@@ -47,7 +68,7 @@ def merged_digest(model: torch.nn.Module, number: int, scaling: float, dtype: to
     With shards this gathers, so every rank must call it.
     """
     state = model.state_dict()
-    wrapped = [(plain, name, tensor) for plain, (name, tensor) in plain_state(model).items() if is_wrapped(name)]
+    wrapped = [(plain, name, tensor) for plain, (name, tensor) in plain_state(model, state).items() if is_wrapped(name)]
     plain, name, tensor = wrapped[number % len(wrapped)]
     merged = merge_weight(whole(tensor, device), *factors_of(state, name, device), scaling, dtype)
     return {plain: digest_of(merged)}

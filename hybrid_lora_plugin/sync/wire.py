@@ -17,7 +17,7 @@ from typing import Any
 import torch
 import xxhash
 
-from hybrid_lora_plugin.sync.digest import digest_of
+from hybrid_lora_plugin.sync.digest import digest_of, digest_soon
 from hybrid_lora_plugin.sync.errors import WeightSyncError
 
 HEADER, MANIFEST = "hybrid_lora.sync.header", "hybrid_lora.sync.manifest"
@@ -91,6 +91,13 @@ class Entry:
             str(tensor.dtype).removeprefix("torch."),
             digest_of(tensor) if digests else "",
         )
+
+    @classmethod
+    def soon(cls, name: str, tensor: torch.Tensor, digests: bool) -> Callable[[], Entry]:
+        """``of``, with the digest computed meanwhile; the returned function waits for it."""
+        digest = digest_soon(tensor) if digests else str
+        shape, dtype = tuple(tensor.shape), str(tensor.dtype).removeprefix("torch.")
+        return lambda: cls(name, shape, dtype, digest())
 
 
 def packed(content: dict[str, Any], device="cpu") -> torch.Tensor:
@@ -177,9 +184,11 @@ class OutgoingWeights:
         yield HEADER, self._counted(packed(asdict(self.header), device))
         for name, tensor in tensors:
             tensor = tensor.contiguous()
-            self.entries.append(Entry.of(name, tensor, self.header.digests))
+            pending = Entry.soon(name, tensor, self.header.digests)
             yield name, self._counted(tensor)
             del tensor
+            # Hashed while the sender copied it; the next one is drawn when this one is gone.
+            self.entries.append(pending())
         yield MANIFEST, self._counted(packed(self.manifest(), device))
         self.seconds = time.perf_counter() - started
         self._on_end(self)
@@ -238,12 +247,26 @@ class ReceivedWeights:
                 f"received sync {header.number} again, the last one was sync {last[1]}: the weights are stale"
             )
         self.header = header
-        self.entries: dict[str, Entry] = {}
+        self.entries: dict[str, Entry | None] = {}
         self._manifest: dict[str, Any] | None = None
         self._sent: list[Entry] = []
 
     def take(self, name: str, tensor: torch.Tensor) -> Entry | None:
         """Record a tensor; returns its entry, or None for the manifest.
+
+        Raises:
+            WeightSyncError: it came twice, or after the manifest.
+        """
+        pending = self.take_soon(name, tensor)
+        return None if pending is None else self.settle(name, pending)
+
+    def settle(self, name: str, pending: Callable[[], Entry]) -> Entry:
+        """Wait for what ``take_soon`` began, before the tensor's bytes go."""
+        self.entries[name] = pending()
+        return self.entries[name]
+
+    def take_soon(self, name: str, tensor: torch.Tensor) -> Callable[[], Entry] | None:
+        """As ``take``, with the digest computed meanwhile; to be settled.
 
         Raises:
             WeightSyncError: it came twice, or after the manifest.
@@ -255,9 +278,8 @@ class ReceivedWeights:
             return None
         if name in self.entries:
             raise WeightSyncError(f"{name}: received twice in one sync")
-        entry = Entry.of(name, tensor, self.header.digests)
-        self.entries[name] = entry
-        return entry
+        self.entries[name] = None  # its place in the order
+        return Entry.soon(name, tensor, self.header.digests)
 
     def finish(self, step: int | None = None) -> list[Entry]:
         """Compare everything received with the manifest.

@@ -7,6 +7,7 @@ weight lies in there.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,9 +18,9 @@ from verl.workers.rollout.vllm_rollout.utils import VLLM_LORA_INT_ID, VLLM_LORA_
 from vllm.model_executor.layers import linear
 
 from hybrid_lora_plugin.sync.checkpoint_weights import CheckpointWeights, checkpoint_folder
-from hybrid_lora_plugin.sync.digest import digest_of
+from hybrid_lora_plugin.sync.digest import digest_of, digest_soon
 from hybrid_lora_plugin.sync.errors import WeightSyncError
-from hybrid_lora_plugin.sync.wire import SyncHeader
+from hybrid_lora_plugin.sync.wire import Entry, SyncHeader
 
 #: elements of a weight that stand for it where reading all of it at every step would cost more than the sync
 SAMPLES = 256
@@ -97,6 +98,10 @@ def find_live_weight(model: torch.nn.Module, modules: dict[str, torch.nn.Module]
     return LiveWeight(value, tuple(value.shape), None, 0)
 
 
+def _digest_in(entry: Callable[[], Entry]) -> Callable[[], str]:
+    return lambda: entry().digest
+
+
 def _value_width(layer) -> int:
     return getattr(layer, "v_head_size", layer.head_size)
 
@@ -111,10 +116,10 @@ class VllmRolloutModel:
     def __init__(self, worker):
         self._worker = worker
         self._storage = "memory_map"
-        self._expected: dict[str, str] = {}
+        self._expected: dict[str, Callable[[], str]] = {}
         self._adapter: tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], SyncHeader] | None = None
         #: digests of the tensors of one bucket as they arrived: none has to be computed twice
-        self.arrived: dict[str, str] = {}
+        self.arrived: dict[str, Callable[[], Entry]] = {}
         self._live: dict[str, LiveWeight] = {}
         self._modules: dict[str, torch.nn.Module] = {}
         #: samples of the weights that no sync sends, from when they were proven
@@ -171,10 +176,19 @@ class VllmRolloutModel:
                     raise WeightSyncError(f"{name}: received with shape {tuple(tensor.shape)}, wanted {live.shape}")
                 whole_part = tensor.shape == live.view.shape and tensor.dtype == live.view.dtype
                 arrived = self.arrived.get(name) if whole_part else None
-                self._expected[name] = arrived or digest_of(live.part_of(tensor).to(live.view.dtype))
+                # Read when everything has been loaded.
+                self._expected[name] = (
+                    _digest_in(arrived) if arrived else digest_soon(live.part_of(tensor).to(live.view.dtype))
+                )
         # verl's own loader. With a peft_config it looks for LoRA layers' inner names, without base_sync_done it loads.
         peft = {} if self._worker.vllm_config.lora_config is None else {"lora": True}
         self._worker._update_weights(weights, peft_config=peft or None, base_sync_done=False)
+
+    def settle(self) -> None:
+        """Wait for every digest begun: the tensors that were loaded may go now."""
+        self.arrived = {}
+        for digest in self._expected.values():
+            digest()
 
     def finish_loading(self) -> None:
         """Let vLLM do what it does after loading, as verl does after every full sync."""
@@ -242,7 +256,7 @@ class VllmRolloutModel:
             WeightSyncError: naming the first weight whose live values are not those that arrived.
         """
         for name, digest in self._expected.items():
-            if digest_of(self.live(name).view) != digest:
+            if digest_of(self.live(name).view) != digest():
                 raise WeightSyncError(f"{name}: arrived whole, but the rollout engine's model holds other values")
         for name, sample in self._kept.items():
             if not torch.equal(self.live(name).sample(), sample):

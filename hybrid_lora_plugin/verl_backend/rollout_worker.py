@@ -63,13 +63,16 @@ class Reception:
         for name, tensor in weights:
             if name == HEADER:
                 raise WeightSyncError("a second sync begins in the middle of this one")
-            entry = self._received.take(name, tensor)
-            if entry is not None:
+            pending = self._received.take_soon(name, tensor)
+            if pending is not None:
                 usable.append((name, tensor))
-                self._rollout.arrived[name] = entry.digest
+                self._rollout.arrived[name] = pending
         if usable:
             self._receiver.take(usable)
-        self._rollout.arrived = {}
+        # The buffer is written again when this returns: nobody may still be reading it.
+        for name, pending in self._rollout.arrived.items():
+            self._received.settle(name, pending)
+        self._rollout.settle()
 
     def _begin(self, header: SyncHeader) -> None:
         self._received = ReceivedWeights(header, *self._announced, self._last)
