@@ -894,3 +894,11 @@ def test_merging_works_where_torchs_newer_precision_setting_is_in_use():
         "assert torch.backends.cuda.matmul.fp32_precision == 'tf32'\n"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@each_mode
+def test_a_tensor_of_another_type_is_named(hybrid, faulty, mode):
+    """Also where the trainer lists it so: the header says what the engine computes in."""
+    name = next(reversed(tensors_of(hybrid, mode)))
+    message = faulty(mode, lambda pairs: [(n, t.half() if n == name else t) for n, t in pairs])
+    assert message == f"{name}: received as float16, wanted float32"

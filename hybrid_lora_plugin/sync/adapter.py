@@ -16,6 +16,9 @@ from hybrid_lora_plugin.sync.wire import SyncHeader
 class FactorReceiver(SyncReceiver):
     """Loads weights of full modules at once and brings the two factors of each other module together."""
 
+    #: what factors travel in; None is the engine's type
+    factor_dtype: torch.dtype | None = None
+
     def __init__(self, header: SyncHeader, rollout: RolloutModel):
         super().__init__(header, rollout)
         self._waiting = set(header.lora_modules)
@@ -26,6 +29,7 @@ class FactorReceiver(SyncReceiver):
         for name, tensor in weights:
             factor = split_factor(name)
             if factor is None:
+                self.check_type(name, tensor)
                 plain.append((name, tensor))
             else:
                 self._take_factor(name, *factor, tensor)
@@ -34,6 +38,7 @@ class FactorReceiver(SyncReceiver):
 
     def _take_factor(self, name: str, module: str, kind: str, tensor: torch.Tensor) -> None:
         self._check_shape(name, module, kind, tensor)
+        self.check_type(name, tensor, self.factor_dtype)
         if module not in self._waiting or self._first.get(module, ("",))[0] == kind:
             raise WeightSyncError(f"{name}: received twice in one sync")
         if module not in self._first:

@@ -16,6 +16,8 @@ class MergeReceiver(SyncReceiver):
     """Loads what comes."""
 
     def take(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            self.check_type(name, tensor)
         self.rollout.load(weights)
 
     def finish(self) -> None:

@@ -10,6 +10,7 @@ import torch
 
 from hybrid_lora_plugin.allocation.report import Census
 from hybrid_lora_plugin.sync.checkpoint_weights import CheckpointWeights
+from hybrid_lora_plugin.sync.errors import WeightSyncError
 from hybrid_lora_plugin.sync.wire import SyncHeader
 
 
@@ -34,6 +35,12 @@ class SyncReceiver(ABC):
     def __init__(self, header: SyncHeader, rollout: RolloutModel):
         self.header = header
         self.rollout = rollout
+
+    def check_type(self, name: str, tensor: torch.Tensor, wanted: torch.dtype | None = None) -> None:
+        """Raise WeightSyncError unless a floating tensor has the type this mode sends it in, by default the engine's."""
+        wanted = wanted or self.header.torch_dtype
+        if tensor.is_floating_point() and tensor.dtype != wanted:
+            raise WeightSyncError(f"{name}: received as {tensor.dtype}, wanted {wanted}".replace("torch.", ""))
 
     @abstractmethod
     def take(self, weights: list[tuple[str, torch.Tensor]]) -> None:

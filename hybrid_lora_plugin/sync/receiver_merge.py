@@ -30,6 +30,8 @@ class ReceiverMergeReceiver(FactorReceiver):
     summed in another order, and would not be the trainer's bit for bit.
     """
 
+    factor_dtype = torch.float32
+
     def __init__(self, header: SyncHeader, rollout: RolloutModel):
         super().__init__(header, rollout)
         self._merged: list[tuple[str, torch.Tensor]] = []

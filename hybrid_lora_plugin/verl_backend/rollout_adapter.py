@@ -30,7 +30,7 @@ from hybrid_lora_plugin.sync.wire import (
     read_manifest,
 )
 from hybrid_lora_plugin.verl_backend import sync_record
-from hybrid_lora_plugin.verl_backend.transport import LimitedSender
+from hybrid_lora_plugin.verl_backend.transport import SYMPTOMS, LimitedSender
 
 
 class PassingWeights:
@@ -121,13 +121,15 @@ class HybridLoraServerAdapter(ServerAdapter):
             weights.step = global_steps
         limit = float(hybrid["sync_timeout"])
         passing, error = PassingWeights(weights, limit), ""
-        try:
-            await self._send(passing, global_steps, limit)
-        except Exception as failure:
-            error = _text(failure)
-            # Printed at once: should the other ranks not answer any more, this would be lost.
-            print(f"hybrid_lora: weight sync of step {global_steps}: {error}", flush=True)
-        await self._agree(error, passing, global_steps, limit)
+        # In two parts: a rank whose stream has no header must not leave the engine's workers waiting for its tensors.
+        for part in (self._begin, self._send):
+            try:
+                await part(passing, global_steps, limit)
+            except Exception as failure:
+                error = _text(failure)
+                # Printed at once: should the other ranks not answer any more, this would be lost.
+                print(f"hybrid_lora: weight sync of step {global_steps}: {error}", flush=True)
+            await self._agree(error, passing, global_steps, limit)
         difference = None
         if self._ensure_server_handle():
             probe = passing.header.probe
@@ -138,6 +140,13 @@ class HybridLoraServerAdapter(ServerAdapter):
                 raise WeightSyncError(_ended(passing, global_steps, _text(failure))) from failure
         sync_record.add(time.perf_counter() - started, difference)
 
+    async def _begin(self, passing: PassingWeights, step: int | None, limit: float) -> None:
+        """Lock the engine and read the header."""
+        if self._ensure_server_handle():
+            # Before anything can fail: from here on the engine generates nothing until this sync is proven.
+            await _within(self.server_handle.begin_weight_sync.remote(step), limit, "the rollout engine")
+        await passing.begin()
+
     async def _send(self, passing: PassingWeights, step: int | None, limit: float) -> None:
         """Send one sync and compare the report.
 
@@ -147,10 +156,7 @@ class HybridLoraServerAdapter(ServerAdapter):
         failure: Exception | None = None
         done = None
         try:
-            if self._ensure_server_handle():
-                # Before anything can fail: from here on the engine generates nothing until this sync is proven.
-                await _within(self.server_handle.begin_weight_sync.remote(step), limit, "the rollout engine")
-            header = await passing.begin()
+            header = passing.header
             if self._has_server:
                 call = await self._execute_method(
                     "receive_hybrid_weights",
@@ -193,7 +199,8 @@ class HybridLoraServerAdapter(ServerAdapter):
         except Exception as broken:
             return failure or WeightSyncError(f"the rollout engine failed: {_last_line(broken)}")
         errors = [result["error"] for result in results if "error" in result]
-        if errors and (failure is None or "closed the connection" in str(failure)):
+        errors.sort(key=lambda text: any(words in text for words in SYMPTOMS))
+        if errors and (failure is None or any(words in str(failure) for words in SYMPTOMS)):
             return WeightSyncError(errors[0])
         return failure
 
@@ -230,14 +237,19 @@ class HybridLoraServerAdapter(ServerAdapter):
             except Exception as broken:
                 text = error or f"another rank did not answer within {patience:g} s: {_last_line(broken)}"
                 raise WeightSyncError(_ended(passing, step, text)) from broken
-        for rank, (text, manifest) in enumerate(seen):
-            if not text and manifest is not None and seen[0][1] is not None:
-                try:
-                    compare_entries(seen[0][1], manifest, "sent by rank 0", f"sent by rank {rank}")
-                except WeightSyncError as difference:
-                    text = f"{difference}: the ranks hold different weights"
-            if text:
-                raise WeightSyncError(_ended(passing, step, text, rank))
+        # What a rank lost because another one failed says less than what failed there.
+        causes = [(rank, text) for rank, (text, _) in enumerate(seen) if text]
+        causes.sort(key=lambda cause: any(words in cause[1] for words in SYMPTOMS))
+        if causes:
+            raise WeightSyncError(_ended(passing, step, causes[0][1], causes[0][0]))
+        for rank, (_, manifest) in enumerate(seen):
+            if manifest is None:  # the ranks agree on the beginning only
+                continue
+            try:
+                compare_entries(seen[0][1] or [], manifest, "sent by rank 0", f"sent by rank {rank}")
+            except WeightSyncError as difference:
+                text = f"{difference}: the ranks hold different weights"
+                raise WeightSyncError(_ended(passing, step, text, rank)) from difference
 
 
 def _ended(passing: PassingWeights, step: int | None, text: str, rank: int | None = None) -> str:

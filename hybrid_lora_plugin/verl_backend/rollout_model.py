@@ -169,20 +169,32 @@ class VllmRolloutModel:
     # -- loading ----------------------------------------------------------------------------------------------
 
     def load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
-        if self._digests:
-            for name, tensor in weights:
-                live = self.live(name)
-                if tuple(tensor.shape) != live.shape:
-                    raise WeightSyncError(f"{name}: received with shape {tuple(tensor.shape)}, wanted {live.shape}")
-                whole_part = tensor.shape == live.view.shape and tensor.dtype == live.view.dtype
-                arrived = self.arrived.get(name) if whole_part else None
-                # Read when everything has been loaded.
-                self._expected[name] = (
-                    _digest_in(arrived) if arrived else digest_soon(live.part_of(tensor).to(live.view.dtype))
-                )
+        for name, tensor in weights:
+            self._expect(name, tensor)
         # verl's own loader. With a peft_config it looks for LoRA layers' inner names, without base_sync_done it loads.
         peft = {} if self._worker.vllm_config.lora_config is None else {"lora": True}
-        self._worker._update_weights(weights, peft_config=peft or None, base_sync_done=False)
+        try:
+            self._worker._update_weights(weights, peft_config=peft or None, base_sync_done=False)
+        except Exception as error:
+            names = ", ".join(name for name, _ in weights[:3]) + (", …" if len(weights) > 3 else "")
+            raise WeightSyncError(f"vLLM cannot load one of {names}: {type(error).__name__}: {error}") from error
+
+    def _expect(self, name: str, tensor: torch.Tensor) -> None:
+        """Check the shape, which vLLM's loader does not in every case, and begin the digest of what must be there."""
+        try:
+            live = self.live(name)
+        except WeightSyncError:
+            if self._digests:
+                raise
+            return  # not to be read back, so its layout need not be known
+        if tuple(tensor.shape) != live.shape:
+            raise WeightSyncError(f"{name}: received with shape {tuple(tensor.shape)}, wanted {live.shape}")
+        if not self._digests:
+            return
+        whole_part = tensor.shape == live.view.shape and tensor.dtype == live.view.dtype
+        arrived = self.arrived.get(name) if whole_part else None
+        # Waited for when everything of this bucket has been loaded.
+        self._expected[name] = _digest_in(arrived) if arrived else digest_soon(live.part_of(tensor).to(live.view.dtype))
 
     def settle(self) -> None:
         """Wait for every digest begun: the tensors that were loaded may go now."""

@@ -19,6 +19,8 @@ from zmq.utils.monitor import recv_monitor_message
 
 from hybrid_lora_plugin.sync.errors import WeightSyncError
 
+#: words of errors that say what one side no longer saw of the other, which has a better reason
+SYMPTOMS = ("closed the connection in the middle of a sync", "in the middle of a sync; if it is only slow")
 #: seconds between two looks at whether the other side is still there
 _LOOK = 0.2
 
