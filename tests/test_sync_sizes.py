@@ -14,6 +14,7 @@ from benchmarks.sync_sizes import BEGIN, END, MODES, LiveBytes, PaperModel, tabl
 from hybrid_lora_plugin.sync.base_check import base_digests
 from hybrid_lora_plugin.sync.hybrid_weights import lora_modules, original_weights
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.receiver_merge import merged_digest
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader
 from hybrid_lora_plugin.training.apply import apply_allocation, census
 
@@ -35,10 +36,11 @@ def real_stream(paper, name):
     """The same sync with a model that has weights, digests and all."""
     plain = AutoModelForCausalLM.from_config(paper.config, dtype=torch.float32)
     model, mode = apply_allocation(plain, paper.allocation, rank=4, alpha=8), sync_mode(name)
+    merged = merged_digest(model, 1, 2.0, torch.bfloat16, "cpu") if name == "receiver_merge" else {}
     header = SyncHeader(
         run="0123456789ab", number=1, mode=name, dtype="bfloat16", digests=True, lora_rank=4, lora_alpha=8.0,
         lora_modules=lora_modules(model), base=base_digests(original_weights(model, "cpu")) if mode.partial else {},
-        payload_bytes=mode.payload_bytes(census(model), torch.bfloat16),
+        payload_bytes=mode.payload_bytes(census(model), torch.bfloat16), merged=merged,
     )  # fmt: skip
     stream = OutgoingWeights(header, mode.outgoing(model, 2.0, torch.bfloat16, "cpu"))
     return stream, [(name, tensor.nbytes) for name, tensor in stream]

@@ -242,11 +242,7 @@ class ReceivedWeights:
             )
         if number is not None and header.number != number:
             raise WeightSyncError(f"received sync {header.number}, wanted sync {number}: the weights are stale")
-        if last is not None and header.run != last[0]:
-            raise WeightSyncError(
-                f"received a sync of run {header.run}, this engine belongs to run {last[0]}: another training run sends to it"
-            )
-        if last is not None and header.number <= last[1]:
+        if last is not None and header.run == last[0] and header.number <= last[1]:
             raise WeightSyncError(
                 f"received sync {header.number} again, the last one was sync {last[1]}: the weights are stale"
             )
