@@ -153,7 +153,7 @@ class VllmRolloutModel:
 
     def begin(self, header: SyncHeader) -> None:
         """Forget what an earlier sync expected, and where weights were: a sleep may have moved them."""
-        self._live = {}
+        self._live, self.arrived = {}, {}
         self._storage = header.base_storage
         self._digests = header.digests
         self._expected, self._adapter = {}, None
