@@ -9,12 +9,11 @@ stream, header and manifest included; extra memory is the most that was alive at
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import asdict, dataclass, replace
-from functools import cached_property
+from functools import cache, cached_property
 from importlib.util import find_spec
 from pathlib import Path
 from unittest import mock
@@ -35,7 +34,7 @@ from hybrid_lora_plugin.sync import hybrid_weights
 from hybrid_lora_plugin.sync import merge as sync_merge
 from hybrid_lora_plugin.sync.hybrid_weights import lora_modules, original_weights
 from hybrid_lora_plugin.sync.modes import sync_mode
-from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader
+from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader, bucket_mebibytes, packed
 from hybrid_lora_plugin.training import merge as training_merge
 from hybrid_lora_plugin.training.apply import apply_allocation, census
 
@@ -205,9 +204,11 @@ class PaperModel:
             base = {}
             if mode.partial:
                 base = {weight: "xxh3:" + "0" * 32 for weight, _ in original_weights(model, "meta")}
+            # receiver_merge says of one module what its merge must come to; the second one's turn is in the first sync.
+            merged = {f"{lora_modules(model)[1]}.weight": digest} if name == "receiver_merge" else {}
             header = SyncHeader(
                 run="0" * 12, number=1, mode=name, dtype=str(ROLLOUT_DTYPE).removeprefix("torch."), digests=True,
-                lora_rank=self.rank, lora_alpha=2.0 * self.rank, lora_modules=lora_modules(model), base=base,
+                lora_rank=self.rank, lora_alpha=2.0 * self.rank, lora_modules=lora_modules(model), base=base, merged=merged,
                 payload_bytes=mode.payload_bytes(self.census, ROLLOUT_DTYPE),
             )  # fmt: skip
 
@@ -218,12 +219,13 @@ class PaperModel:
             stream = OutgoingWeights(replace(header, digests=False), tensors())
             payload = [weight.nbytes for _, weight in list(stream)[1:-1]]
             stream.entries = [replace(entry, digest=digest) for entry in stream.entries]
-            around = sum(len(json.dumps(content).encode()) for content in (asdict(header), stream.manifest()))
+            around = packed(asdict(header)).nbytes + packed(stream.manifest()).nbytes
             trainer = self._peak(tensors())
-            receiver, engine = self._received(mode, header, tensors())
+            receiver, engine = self._received(mode, replace(header, merged={}), tensors())
         return SyncSize(
             name, len(payload), sum(payload) + around, header.payload_bytes, max(payload),
-            buffer_bytes(header.payload_bytes), trainer, receiver, sum(engine.merged_into.values()),
+            bucket_mebibytes(header.payload_bytes, verl_buffer_mebibytes()) << 20, trainer, receiver,
+            sum(engine.merged_into.values()),
         )  # fmt: skip
 
     def _peak(self, tensors) -> int:
@@ -249,16 +251,12 @@ class PaperModel:
         return live.peak, engine
 
 
-def verl_buffer_megabytes() -> int:
+@cache
+def verl_buffer_mebibytes() -> int:
     """verl's own size of a transfer buffer, MiB, from the configuration it ships."""
     folder = Path(next(iter(find_spec("verl").submodule_search_locations)))
     rollout = OmegaConf.load(folder / "trainer/config/rollout/rollout.yaml")
     return rollout.checkpoint_engine.update_weights_bucket_megabytes
-
-
-def buffer_bytes(payload_bytes: int) -> int:
-    """The transfer buffer of a sync under verl's default limit, as ``verl_backend.rollout_adapter`` sizes it."""
-    return min(verl_buffer_megabytes(), (payload_bytes >> 20) + 16) << 20
 
 
 def _size(count: int) -> str:
@@ -307,10 +305,11 @@ def table(ratio: float = 0.1, rank: int = 16, seed: int = 0) -> str:
     return "\n".join(lines)
 
 
-def written_into(page: str, text: str) -> str:
-    """``page`` with ``text`` between the markers; ValueError where it has none."""
-    head, tail = page.split(BEGIN)[0], page.split(END)[1]
-    return f"{head}{BEGIN}\n\n{text}\n\n{END}{tail}"
+def written_into(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:
+    """``page`` with ``text`` between its markers; ValueError where it has not exactly one of each."""
+    head, rest = page.split(begin)
+    _, tail = rest.split(end)
+    return f"{head}{begin}\n\n{text}\n\n{end}{tail}"
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -41,6 +41,15 @@ ON_TWO_RANKS = (
     "adapter of another rank",
     "engine lost a weight",
 )
+WITHOUT_DIGESTS = (
+    "tensor dropped",
+    "tensors reordered",
+    "wrong shape",
+    "wrong dtype",
+    "shard sent",
+    "stale sync",
+    "header damaged",
+)
 
 
 @dataclass
@@ -89,13 +98,13 @@ def test_rollout_agrees_with_the_trainer_after_every_update(engines, mode):
 
 
 def test_metrics_count_what_was_sent_and_what_changed(engines):
-    replica = engines.plain
-    replica.on_trainers("begin_run", "digest")
-    first = {mode: replica.sync(mode) for mode in PLAIN}
-    for measured in first.values():
-        assert measured["sync_tensors_changed"] == measured["sync_tensors"], "all of them in the first sync of a run"
-    replica.update(0)
-    second = {mode: replica.sync(mode) for mode in PLAIN}
+    replica, second = engines.plain, {}
+    for mode in PLAIN:
+        replica.begin_run("digest")
+        first = replica.sync(mode)
+        assert first["sync_tensors_changed"] == first["sync_tensors"], "all of them in the first sync of a run"
+        replica.update(0)
+        second[mode] = replica.sync(mode)
     # All of a partial sync was trained; a merged one carries norms, embedding and frozen biases too.
     assert second["receiver_merge"]["sync_tensors_changed"] == second["receiver_merge"]["sync_tensors"]
     assert 0 < second["merge"]["sync_tensors_changed"] < second["merge"]["sync_tensors"]
@@ -162,22 +171,15 @@ def test_silence_has_an_end(engines, kind):
 
 def test_without_digests_the_shape_of_a_sync_is_still_proven_and_values_are_not(engines):
     replica = engines.plain
-    replica.on_trainers("begin_run", "off")
+    replica.begin_run("off")
     try:
-        for kind in (
-            "tensor dropped",
-            "tensors reordered",
-            "wrong dtype",
-            "manifest dropped",
-            "stale sync",
-            "header damaged",
-        ):
+        for kind in WITHOUT_DIGESTS:
             check(inject(replica, draw_fault(kind, "receiver_merge", seed=1), engines.files))
         outcome = inject(replica, draw_fault("bit flipped", "receiver_merge", seed=1), engines.files)
         assert outcome.problems == ["missed", "tokens were generated"]
         assert replica.sync("merge")["sync_digest_ok"] == 0
     finally:
-        replica.on_trainers("begin_run", "digest")
+        replica.begin_run("digest")
 
 
 # -- kills; after them the engines are gone ----------------------------------------------------------------------------

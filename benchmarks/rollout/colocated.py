@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import ctypes
-import functools
 import gc
 import os
+import pickle
 import threading
 import time
-from collections import defaultdict
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any
 
 import torch
 
 from benchmarks.rollout.harness import compose, start_ray
+from benchmarks.rollout.stopwatch import Stopwatch, watch_engine, watch_trainer
 
 ROLE = "actor_rollout"
 
@@ -36,6 +36,12 @@ class ColocatedPair:
 
     def __init__(self, number: int, overrides: list[str]):
         start_ray()
+        self.number, self._step = number, 0
+        # Here: Hydra composes one configuration of a process at a time.
+        self._config = compose(overrides)
+
+    def start(self) -> None:
+        """Start both processes; those of another pair may start at the same time, in another thread."""
         import ray
         from verl.checkpoint_engine import CheckpointEngineManager
         from verl.single_controller.ray import RayClassWithInitArgs, RayWorkerGroup, ResourcePoolManager
@@ -44,29 +50,27 @@ class ColocatedPair:
         from verl.workers.engine_workers import ActorRolloutRefWorker
         from verl.workers.rollout.replica import RolloutMode, get_rollout_replica_class
 
-        config = compose(overrides)
-        actor, name = config.actor_rollout_ref, f"pair_{number}"
+        actor, name = self._config.actor_rollout_ref, f"pair_{self.number}"
         pools = ResourcePoolManager(resource_pool_spec={name: [1]}, mapping={ROLE: name})
         pools.create_resource_pool()
         worker = RayClassWithInitArgs(cls=ray.remote(ActorRolloutRefWorker), config=actor, role=ROLE)
         group = RayWorkerGroup(
             resource_pool=pools.get_resource_pool(ROLE),
             ray_cls_with_init=create_colocated_worker_cls({ROLE: worker}),
-            device_name=config.trainer.device,
+            device_name=self._config.trainer.device,
         )
         self.group = group.spawn(prefix_set=[ROLE])[ROLE]
         self.group.init_model()
         self.trainer = self.group.workers[0]
-        self.in_trainer(_set_replica, number)
+        self.in_trainer(_set_replica, self.number)
         # As init_hybrid does; that one takes replica n's workers from the n-th place of one worker group.
         replica_class = get_rollout_replica_class(actor.rollout.name)
-        self.replica = replica_class(number, actor.rollout, actor.model, gpus_per_node=1)
+        self.replica = replica_class(self.number, actor.rollout, actor.model, gpus_per_node=1)
         self.replica.rollout_mode, self.replica.workers = RolloutMode.HYBRID, self.group.workers
         asyncio.run(self.replica.launch_servers())
         settings = omega_conf_to_dataclass(actor.rollout.checkpoint_engine)
         settings.backend = "naive"
         self.manager = CheckpointEngineManager(config=settings, actor_wg=self.group, replicas=[self.replica])
-        self._step = 0
         self._processes = {"trainer": self.in_trainer(_process_id), "engine": self.in_engine(_process_id)}
 
     # -- inside the processes ---------------------------------------------------------------------------------
@@ -78,10 +82,17 @@ class ColocatedPair:
         return ray.get(self.trainer.__ray_call__.remote(function, *arguments), timeout=600)
 
     def in_engine(self, function: Callable, *arguments) -> Any:
-        """``function(server, *arguments)`` in the server's process, which is also that of vLLM's one worker."""
+        """``function(worker, *arguments)``, one of this module's, in the process of vLLM's one worker."""
         import ray
 
-        return ray.get(self.replica._server_handle.__ray_call__.remote(function, *arguments), timeout=600)
+        # Not returned: verl's server forgets what its workers answer.
+        with TemporaryDirectory() as folder:
+            answer = Path(folder) / "answer"
+            call = self.replica._server_handle.collective_rpc.remote(
+                _answer_into_file, args=(str(answer), function.__name__, *arguments)
+            )
+            ray.get(call, timeout=600)
+            return pickle.loads(answer.read_bytes())
 
     # -- what a training step does ----------------------------------------------------------------------------
 
@@ -145,23 +156,24 @@ class ColocatedPair:
         }
 
     def sync_profile(self) -> dict[str, dict[str, float]]:
-        """One sync; seconds in ``trainer`` and ``engine`` by what was done, without what was done inside it."""
-        self.in_trainer(_start_profile, "trainer")
-        self.in_engine(_start_profile, "engine")
+        """One sync; seconds in ``trainer`` and ``engine`` by what was done, less what was done inside it.
+
+        Labels in parentheses are whole times.
+        """
+        sides = {"trainer": self.in_trainer, "engine": self.in_engine}
+        for side, call in sides.items():
+            call(_start_profile, side)
         total = self.sync()
-        profile = {"trainer": self.in_trainer(_stop_profile), "engine": self.in_engine(_stop_profile)}
-        profile["trainer"]["whole sync"] = total
+        profile = {side: call(_stop_profile) for side, call in sides.items()}
+        profile["trainer"]["(the whole sync)"] = total
         return profile
 
-    def close(self) -> None:
-        """End the pair's processes."""
-        import ray
 
-        for actor in [*self.replica.servers, self.trainer]:
-            ray.kill(actor, no_restart=True)
+# -- run in the processes: the first argument is Ray's actor, or vLLM's worker ---------------------------------------
 
 
-# -- run in the trainer's process: the first argument is Ray's actor -----------------------------------------------
+def _answer_into_file(worker, path: str, function: str, *arguments) -> None:
+    Path(path).write_bytes(pickle.dumps(globals()[function](worker, *arguments)))
 
 
 def _worker(actor):
@@ -255,61 +267,12 @@ def _status(process: int) -> dict[str, int]:
     """Resident sizes of a process in bytes."""
     lines = Path(f"/proc/{process}/status").read_text().splitlines()
     wanted = {"VmHWM", "VmRSS", *_KINDS.values()}
-    return {key: int(value.split()[0]) * 1024 for key, _, value in (line.partition(":") for line in lines) if key in wanted}
+    return {
+        key: int(value.split()[0]) * 1024 for key, _, value in (line.partition(":") for line in lines) if key in wanted
+    }
 
 
 # -- where the time goes --------------------------------------------------------------------------------------
-
-
-class Stopwatch:
-    """Wraps functions and adds up the seconds in each, less those of wrapped functions that it calls."""
-
-    def __init__(self):
-        self.seconds: dict[str, float] = defaultdict(float)
-        self._inside: list[float] = []
-        self._undo: list[tuple[Any, str, Any, bool]] = []
-
-    def watch(self, owner: Any, name: str, label: str) -> None:
-        """Wrap ``owner.name``, a plain or an async function, which is found at each call."""
-        function = getattr(owner, name)
-        self._undo.append((owner, name, function, name in vars(owner)))
-        if asyncio.iscoroutinefunction(function):
-
-            @functools.wraps(function)
-            async def timed(*arguments, **options):
-                # Other tasks may run in between: counted whole, and not taken from whoever called it.
-                begun = time.perf_counter()
-                try:
-                    return await function(*arguments, **options)
-                finally:
-                    self.seconds[label] += time.perf_counter() - begun
-        else:
-
-            @functools.wraps(function)
-            def timed(*arguments, **options):
-                with self._timed(label):
-                    return function(*arguments, **options)
-
-        setattr(owner, name, timed)
-
-    @contextmanager
-    def _timed(self, label: str) -> Iterator[None]:
-        begun = time.perf_counter()
-        self._inside.append(0.0)
-        try:
-            yield
-        finally:
-            taken = time.perf_counter() - begun
-            self.seconds[label] += taken - self._inside.pop()
-            if self._inside:
-                self._inside[-1] += taken
-
-    def stop(self) -> dict[str, float]:
-        """Take the wrappers off; returns the seconds."""
-        for owner, name, function, own in reversed(self._undo):
-            setattr(owner, name, function) if own else delattr(owner, name)
-        return dict(self.seconds)
-
 
 _running: list[Stopwatch] = []
 
@@ -320,60 +283,3 @@ def _start_profile(actor, side: str) -> None:
 
 def _stop_profile(actor) -> dict[str, float]:
     return _running.pop().stop()
-
-
-def watch_trainer() -> Stopwatch:
-    """A stopwatch on the sending side, verl's and the plugin's."""
-    from verl.utils import fsdp_utils
-    from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
-
-    from hybrid_lora_plugin.sync import base_check, hybrid_weights, merge, wire
-    from hybrid_lora_plugin.verl_backend import rollout_adapter, transport
-
-    watch = Stopwatch()
-    watch.watch(hybrid_weights, "whole", "gather")
-    watch.watch(merge, "whole", "gather")
-    watch.watch(merge, "merge_weight", "merge")
-    watch.watch(torch.distributed.tensor.DTensor, "full_tensor", "gather")
-    watch.watch(fsdp_utils, "backup_base_model_weights", "verl: back up base weights")
-    watch.watch(fsdp_utils, "fsdp_merge_unmerge", "verl: merge in place")
-    watch.watch(fsdp_utils, "restore_base_model_weights", "verl: restore base weights")
-    watch.watch(wire, "digest_of", "digest")
-    watch.watch(base_check, "digest_of", "digest of the base")
-    watch.watch(torch.nn.Module, "state_dict", "state_dict")
-    watch.watch(torch.Tensor, "copy_", "copy into the buffer")
-    watch.watch(torch.Tensor, "to", "cast")
-    watch.watch(BucketedWeightSender, "_init_buffer", "make the buffer")
-    watch.watch(BucketedWeightSender, "_cleanup", "drop the buffer")
-    watch.watch(transport.LimitedSocket, "recv", "wait for the receiver")
-    watch.watch(rollout_adapter, "compare_entries", "compare the report")
-    watch.watch(rollout_adapter.HybridLoraServerAdapter, "_send", "(all of sending)")
-    return watch
-
-
-def watch_engine() -> Stopwatch:
-    """A stopwatch on the receiving side, verl's and the plugin's."""
-    from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
-    from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
-    from vllm.model_executor.model_loader import utils as loader
-
-    from hybrid_lora_plugin.sync import base_check, receiver_merge, wire
-    from hybrid_lora_plugin.sync.checkpoint_weights import CheckpointWeights
-    from hybrid_lora_plugin.verl_backend import rollout_model, rollout_server, rollout_worker, transport
-
-    watch = Stopwatch()
-    watch.watch(vLLMColocateWorkerExtension, "update_weights_from_ipc", "verl: receive")
-    watch.watch(rollout_worker.HybridLoraWorkerExtension, "receive_hybrid_weights", "receive, the rest")
-    watch.watch(transport.LimitedSocket, "recv", "wait for the trainer")
-    watch.watch(wire, "digest_of", "digest of what came")
-    watch.watch(base_check, "digest_of", "digest of the base")
-    watch.watch(rollout_model, "digest_of", "digest of live or loaded weights")
-    watch.watch(rollout_model.VllmRolloutModel, "verify", "read back, the rest")
-    watch.watch(rollout_model.VllmRolloutModel, "replace_adapter", "replace the adapter")
-    watch.watch(receiver_merge, "merge_weight", "merge")
-    watch.watch(CheckpointWeights, "__getitem__", "read the base")
-    watch.watch(vLLMColocateWorkerExtension, "_update_weights", "vLLM loads")
-    watch.watch(loader, "process_weights_after_loading", "process after loading")
-    watch.watch(vLLMHttpServer, "clear_kv_cache", "(reset the caches)")
-    watch.watch(rollout_server.HybridLoraHttpServer, "clear_kv_cache", "(reset the caches)")
-    return watch

@@ -6,6 +6,7 @@ What it draws is the trainer's stream, made by the plugin's own sender; a fault 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
@@ -13,16 +14,33 @@ from transformers import AutoModelForCausalLM
 from verl.checkpoint_engine import CheckpointEngineRegistry
 from verl.checkpoint_engine.base import CheckpointEngine
 
-from benchmarks.rollout.faults import Fault, with_fault
+from benchmarks.rollout.faults import Fault, Pair
 from hybrid_lora_plugin import load_allocation
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.sync.base_check import base_digests
 from hybrid_lora_plugin.sync.hybrid_weights import lora_modules, original_weights
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.receiver_merge import merged_digest
 from hybrid_lora_plugin.training.apply import apply_allocation, census, is_adapter
+from hybrid_lora_plugin.verl_backend import rollout_adapter
+from hybrid_lora_plugin.verl_backend.transport import LimitedSender
 from hybrid_lora_plugin.verl_backend.weight_source import WeightSource
 
 BACKEND = "hybrid_model"
+
+
+class FaultySender(LimitedSender):
+    """The plugin's transport with a fault in it, where the next sync is to have one there."""
+
+    #: set by the engine of this process for one sync
+    fault: Fault | None = None
+    before: list[Pair] = []
+
+    async def async_send_weights(self, weights):
+        fault, FaultySender.fault = FaultySender.fault, None
+        if fault is not None:
+            weights = fault.applied([(name, tensor.clone()) async for name, tensor in weights], FaultySender.before)
+        await super().async_send_weights(weights)
 
 
 @CheckpointEngineRegistry.register(BACKEND)
@@ -32,7 +50,7 @@ class HybridModelEngine(CheckpointEngine):
     Args:
         bucket_size: not used; there is no network.
         model: folder of the base model.
-        allocation: artifact for it; "" sends the plain model under verl's own names, as verl does.
+        allocation: artifact for it.
         rank, alpha: of the adapters.
         dtype: of the rollout engine.
         sync_check, sync_base: as in ``hybrid_lora``.
@@ -55,15 +73,20 @@ class HybridModelEngine(CheckpointEngine):
         plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.model = apply_allocation(plain, load_allocation(allocation), rank=rank, alpha=alpha)
         self.scaling = alpha / rank
-        hybrid = HybridLoraConfig(sync_check=sync_check, sync_base=sync_base)
-        settings = SimpleNamespace(lora={"rollout_dtype": dtype}, lora_rank=rank, lora_alpha=alpha)
-        self.source = WeightSource(hybrid, settings, "cpu")
-        self.mode = "merge"
-        self.fault: Fault | None = None
-        self._before: list[tuple[str, torch.Tensor]] = []
+        self._settings = SimpleNamespace(lora={"rollout_dtype": dtype}, lora_rank=rank, lora_alpha=alpha)
+        self._sync_base = sync_base
+        self.begin_run(sync_check)
+        self.configure("merge", None, False)
+        self._before: list[Pair] = []
+        rollout_adapter.LimitedSender = FaultySender
         self.update(0)
 
     # -- driven by the harness --------------------------------------------------------------------------------
+
+    def begin_run(self, sync_check: str) -> None:
+        """Send as another training run from here on, with that ``hybrid_lora.sync_check``."""
+        hybrid = HybridLoraConfig(sync_check=sync_check, sync_base=self._sync_base)
+        self._source = WeightSource(hybrid, self._settings, "cpu")
 
     @torch.no_grad()
     def update(self, seed: int) -> None:
@@ -78,6 +101,17 @@ class HybridModelEngine(CheckpointEngine):
         """What the next sync is: its mode, its fault, and whether it is kept to be the stale one of a later fault."""
         self.mode, self.fault, self._keep = mode, fault, keep
 
+    def struck(self) -> Fault | None:
+        """The fault of the last sync, which knows by now what it damaged."""
+        return self.fault
+
+    def unsent(self, mode: str) -> list[str]:
+        """Names of weights that a sync in ``mode`` leaves in the rollout engine as they are."""
+        names = {name for name, _ in original_weights(self.model, "cpu")}
+        if mode == "receiver_merge":
+            names -= {f"{module}.weight" for module in lora_modules(self.model)}
+        return sorted(names) if sync_mode(mode).partial else []
+
     @torch.no_grad()
     def log_probs(self, tokens: list[int]) -> list[float]:
         """The trainer's log-probability of every token but the first."""
@@ -88,24 +122,36 @@ class HybridModelEngine(CheckpointEngine):
     # -- verl's interface -------------------------------------------------------------------------------------
 
     async def receive_weights(self, global_steps: int | None = None):
-        mode = sync_mode(self.mode)
-        tensors = mode.outgoing(self.model, self.scaling, self.source.dtype, "cpu")
-        if self.fault is not None:
-            tensors = self.fault.at_the_source(tensors)
-        stream = self.source.stream(
-            mode.name,
-            tensors,
-            payload_bytes=mode.payload_bytes(census(self.model), self.source.dtype),
-            lora_modules=lora_modules(self.model),
-            base=(lambda: base_digests(original_weights(self.model, "cpu"))) if mode.partial else None,
-        )
+        """The stream of one sync, damaged as asked."""
         kept = []
-        for name, tensor in with_fault(stream, self.fault, self._before):
+        for name, tensor in self._stream():
             if self._keep:
                 kept.append((name, tensor.clone()))
             yield name, tensor
         if self._keep:
             self._before = kept
+
+    def _stream(self) -> Iterator[Pair]:
+        mode, fault, source = sync_mode(self.mode), self.fault, self._source
+        tensors = mode.outgoing(self.model, self.scaling, source.dtype, "cpu")
+        if fault is not None and fault.where == "source":
+            tensors = fault.applied(tensors, [])
+        stream = source.stream(
+            mode.name,
+            tensors,
+            payload_bytes=mode.payload_bytes(census(self.model), source.dtype),
+            lora_modules=lora_modules(self.model),
+            base=(lambda: base_digests(original_weights(self.model, "cpu"))) if mode.partial else None,
+            merged=self._merged_digest if mode.name == "receiver_merge" else None,
+        )
+        if fault is not None and fault.where == "network":
+            return fault.applied([(name, tensor.clone()) for name, tensor in stream], self._before)
+        if fault is not None and fault.where == "transport":
+            FaultySender.fault, FaultySender.before = fault, self._before
+        return iter(stream)
+
+    def _merged_digest(self, number: int) -> dict[str, str]:
+        return merged_digest(self.model, number, self.scaling, self._source.dtype, "cpu")
 
     async def send_weights(self, weights, global_steps=None):
         raise NotImplementedError
