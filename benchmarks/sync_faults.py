@@ -37,8 +37,8 @@ from benchmarks.rollout.harness import ROOT, RolloutHarness, SyncHangs, SyncRefu
 from recipes.demo.environment import cpu_environment
 
 PROMPT = list(range(5, 45))
-#: largest difference of a log-probability in fp32
-AGREES = 1e-4
+#: largest difference of a log-probability in fp32, of a model whose logits have grown over hundreds of large updates
+AGREES = 1e-3
 #: ``hybrid_lora.sync_timeout`` where a fault is that nothing happens, seconds
 SHORT_TIMEOUT = 3.0
 #: a process that died is noticed in fewer seconds, far below ``sync_timeout``

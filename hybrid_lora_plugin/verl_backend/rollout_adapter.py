@@ -33,6 +33,10 @@ from hybrid_lora_plugin.verl_backend import sync_record
 from hybrid_lora_plugin.verl_backend.transport import SYMPTOMS, LimitedSender
 
 
+#: seconds that workers have to tell what they saw of a sync that has failed
+GRACE = 10.0
+
+
 class PassingWeights:
     """A sync on its way through this process: counted and looked at, not kept.
 
@@ -195,7 +199,9 @@ class HybridLoraServerAdapter(ServerAdapter):
     async def _answers(self, done, failure: Exception | None, limit: float) -> Exception | None:
         """What the workers returned: their words say more than a closed connection does."""
         try:
-            results = await _within(asyncio.wrap_future(done), limit + 30, "the rollout engine's workers")
+            # After a failure only for what they have to say about it: vLLM answers nothing at all for a dead engine.
+            patience = limit + 30 if failure is None else GRACE
+            results = await _within(asyncio.wrap_future(done), patience, "the rollout engine's workers")
         except Exception as broken:
             return failure or WeightSyncError(f"the rollout engine failed: {_last_line(broken)}")
         errors = [result["error"] for result in results if "error" in result]
