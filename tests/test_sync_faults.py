@@ -13,7 +13,6 @@ from benchmarks.rollout import harness as processes  # noqa: E402
 from benchmarks.rollout.faults import KINDS, MODES, combinations, draw_fault, draw_faults  # noqa: E402
 from benchmarks.rollout.harness import RolloutHarness, start_side_by_side, stop_ray  # noqa: E402
 from benchmarks.sync_faults import (  # noqa: E402
-    AGREES,
     PROMPT,
     Outcome,
     digests,
@@ -92,7 +91,7 @@ def test_rollout_agrees_with_the_trainer_after_every_update(engines, mode):
     for step in range(4):
         replica.update(step)
         measured = replica.sync(mode)
-        assert replica.difference(PROMPT) < AGREES
+        assert replica.difference(PROMPT) < 1e-4
         assert measured["sync_digest_ok"] == 1 and measured["sync_seconds"] > 0
     assert replica.sync(mode)["sync_tensors_changed"] == 0, "nothing was trained"
 

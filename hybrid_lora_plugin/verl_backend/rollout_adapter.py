@@ -32,7 +32,6 @@ from hybrid_lora_plugin.sync.wire import (
 from hybrid_lora_plugin.verl_backend import sync_record
 from hybrid_lora_plugin.verl_backend.transport import SYMPTOMS, LimitedSender
 
-
 #: seconds that workers have to tell what they saw of a sync that has failed
 GRACE = 10.0
 
