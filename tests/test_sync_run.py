@@ -11,7 +11,6 @@ import pytest
 pytest.importorskip("verl", reason="verl is not installed")
 
 from allocations import make_allocation  # noqa: E402
-from faulty_stream import FAULTY_SYNC, VICTIM  # noqa: E402
 from verl_processes import ROOT, run  # noqa: E402
 
 from recipes.demo import base_model, task  # noqa: E402
@@ -19,6 +18,8 @@ from recipes.demo import base_model, task  # noqa: E402
 pytestmark = pytest.mark.verl
 
 PLUGIN = "hybrid_lora_plugin.verl_backend.engine_registration"
+#: what ``faulty_stream`` damages in the run's workers
+FAULTY_SYNC, VICTIM = 3, "model.layers.1.mlp.down_proj"
 #: verl 0.9.1: without colocated replicas its trainer logs with an argument that its logger does not take
 ENVIRONMENT = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "VERL_LOGGING_LEVEL": "WARN"}
 APART = [
@@ -65,6 +66,8 @@ def test_run_with_engines_apart_proves_its_syncs_and_ends_at_the_first_that_fail
         ],
         check=False,
         VERL_FILE_LOGGER_PATH=str(metrics),
+        FAULTY_SYNC=str(FAULTY_SYNC),
+        FAULTY_TENSOR=VICTIM,
         **ENVIRONMENT,
     )  # fmt: skip
     text = done.stdout
