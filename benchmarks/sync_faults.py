@@ -187,6 +187,7 @@ def _arranged(replica: RolloutHarness, fault: Fault) -> Iterator[None]:
     finally:
         if fault.kind == "receiver silent":
             os.kill(fault.process, signal.SIGCONT)
+            replica.in_engine(processes.process_ids)  # answered when it has given up that sync
             # Its socket tries to deliver the acknowledgement for two seconds, to whoever listens at that path.
             time.sleep(2.5)
         if KINDS[fault.kind].slow:

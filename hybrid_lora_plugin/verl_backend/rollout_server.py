@@ -158,8 +158,10 @@ class HybridLoraHttpServer(vLLMHttpServer):
         await self._compare_probe(resumed=True)
 
     async def generate(self, *args, **kwargs):
-        if self.lora_as_adapter and not self._synced:
-            # verl looks for the adapter before a request may have to wait, and would run it without one.
+        # Where requests have to wait, verl looks for the adapter before they do, and without one would run none. Where they
+        # need not wait, an engine that has stopped would never answer that question.
+        refused_now = self._unproven and not self._submission_paused
+        if refused_now or (self.lora_as_adapter and not self._synced):
             raise WeightSyncError(f"the rollout engine generates nothing: {self._unproven}")
         return await super().generate(*args, **kwargs)
 
