@@ -21,7 +21,8 @@ class FactorReceiver(SyncReceiver):
 
     def __init__(self, header: SyncHeader, rollout: RolloutModel):
         super().__init__(header, rollout)
-        self._waiting = set(header.lora_modules)
+        self._modules = frozenset(header.lora_modules)
+        self._waiting = set(self._modules)
         self._first: dict[str, tuple[str, torch.Tensor]] = {}
 
     def take(self, weights: list[tuple[str, torch.Tensor]]) -> None:
@@ -29,12 +30,17 @@ class FactorReceiver(SyncReceiver):
         for name, tensor in weights:
             factor = split_factor(name)
             if factor is None:
-                self.check_type(name, tensor)
+                self._check_plain(name, tensor)
                 plain.append((name, tensor))
             else:
                 self._take_factor(name, *factor, tensor)
         if plain:
             self.rollout.load(plain)
+
+    def _check_plain(self, name: str, tensor: torch.Tensor) -> None:
+        self.check_type(name, tensor)
+        if name.removesuffix(".weight") in self._modules:
+            raise WeightSyncError(f"{name}: sent as a weight, and the module has an adapter: one would undo the other")
 
     def _take_factor(self, name: str, module: str, kind: str, tensor: torch.Tensor) -> None:
         self._check_shape(name, module, kind, tensor)
@@ -50,7 +56,7 @@ class FactorReceiver(SyncReceiver):
         self.take_pair(module, *((earlier, tensor) if kind == "B" else (tensor, earlier)))
 
     def _check_shape(self, name: str, module: str, kind: str, tensor: torch.Tensor) -> None:
-        if module not in self.header.lora_modules:
+        if module not in self._modules:
             raise WeightSyncError(f"{name}: {module} has no adapter in this run")
         out_features, in_features = self.rollout.checkpoint.shape(f"{module}.weight")
         rank = self.header.lora_rank

@@ -10,12 +10,15 @@ tensors on purpose; they are for faults.
 from __future__ import annotations
 
 import functools
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 import torch
 import xxhash
 
+#: bytes up to which a tensor is hashed at once: handing it to another thread would take longer
+_SMALL = 1 << 20
 #: 32-bit words that are summed at once, with one factor each; larger tensors reuse the factors under another multiplier
 _WORDS = 1 << 20
 _MASK = (1 << 64) - 1
@@ -40,9 +43,10 @@ def digest_of(tensor: torch.Tensor) -> str:
 def digest_soon(tensor: torch.Tensor) -> Callable[[], str]:
     """Begin ``digest_of`` and return a function that waits for it.
 
-    On the host another thread hashes, without Python's lock, while this one goes on; the bytes must stay until then.
+    On the host other threads hash a large tensor, without Python's lock, while this one goes on; the bytes must stay until
+    then.
     """
-    if tensor.device.type == "cpu":
+    if tensor.device.type == "cpu" and tensor.nbytes > _SMALL:
         return _hasher().submit(_digest_and_drop, [tensor]).result
     digest = digest_of(tensor)
     return lambda: digest
@@ -58,7 +62,8 @@ def _digest_and_drop(box: list[torch.Tensor]) -> str:
 
 @functools.cache
 def _hasher() -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(max_workers=1, thread_name_prefix="hybrid-lora-digest")
+    threads = min(4, len(os.sched_getaffinity(0)))
+    return ThreadPoolExecutor(max_workers=threads, thread_name_prefix="hybrid-lora-digest")
 
 
 def keyed_sum(data: torch.Tensor) -> str:

@@ -14,9 +14,10 @@ from hybrid_lora_plugin.allocation.report import Census
 from hybrid_lora_plugin.sync.adapter import FactorReceiver
 from hybrid_lora_plugin.sync.digest import digest_of
 from hybrid_lora_plugin.sync.errors import WeightSyncError
-from hybrid_lora_plugin.sync.hybrid_weights import factors_of, is_wrapped, plain_state, trained_weights, whole
+from hybrid_lora_plugin.sync.hybrid_weights import factors_of, is_wrapped, trained_weights, whole
 from hybrid_lora_plugin.sync.modes import RolloutModel, SyncMode
 from hybrid_lora_plugin.sync.wire import SyncHeader
+from hybrid_lora_plugin.training.apply import plain_name
 from hybrid_lora_plugin.training.merge import merge_weight
 
 #: bytes of merged weights that are loaded at once: one call of the engine's loader costs more than a small matrix
@@ -69,11 +70,13 @@ def merged_digest(model: torch.nn.Module, number: int, scaling: float, dtype: to
 
     With shards this gathers, so every rank must call it.
     """
-    state = model.state_dict()
-    wrapped = [(plain, name, tensor) for plain, (name, tensor) in plain_state(model, state).items() if is_wrapped(name)]
-    plain, name, tensor = wrapped[number % len(wrapped)]
-    merged = merge_weight(whole(tensor, device), *factors_of(state, name, device), scaling, dtype)
-    return {plain: digest_of(merged)}
+    wrapped = [name for name, _ in model.named_parameters(remove_duplicate=False) if is_wrapped(name)]
+    name = wrapped[number % len(wrapped)]
+    layer = name.removesuffix(".base_layer.weight")
+    # Of this layer only: the whole model's takes as long as sending the factors.
+    state = model.get_submodule(layer).state_dict(prefix=f"{layer}.")
+    merged = merge_weight(whole(state[name], device), *factors_of(state, name, device), scaling, dtype)
+    return {plain_name(name): digest_of(merged)}
 
 
 class ReceiverMergeSync(SyncMode):

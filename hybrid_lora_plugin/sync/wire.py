@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
 from typing import Any
 
@@ -248,6 +248,7 @@ class ReceivedWeights:
             )
         self.header = header
         self.entries: dict[str, Entry | None] = {}
+        self._read_back: set[str] = set()
         self._manifest: dict[str, Any] | None = None
         self._sent: list[Entry] = []
 
@@ -265,8 +266,11 @@ class ReceivedWeights:
         self.entries[name] = pending()
         return self.entries[name]
 
-    def take_soon(self, name: str, tensor: torch.Tensor) -> Callable[[], Entry] | None:
+    def take_soon(self, name: str, tensor: torch.Tensor, read_back: bool = False) -> Callable[[], Entry] | None:
         """As ``take``, with the digest computed meanwhile; to be settled.
+
+        Args:
+            read_back: these very bytes will be hashed where they are used, so not here: ``prove`` is told.
 
         Raises:
             WeightSyncError: it came twice, or after the manifest.
@@ -279,10 +283,12 @@ class ReceivedWeights:
         if name in self.entries:
             raise WeightSyncError(f"{name}: received twice in one sync")
         self.entries[name] = None  # its place in the order
-        return Entry.soon(name, tensor, self.header.digests)
+        if read_back:
+            self._read_back.add(name)
+        return Entry.soon(name, tensor, self.header.digests and not read_back)
 
     def finish(self, step: int | None = None) -> list[Entry]:
-        """Compare everything received with the manifest.
+        """Compare everything received with the manifest; digests of what is read back only in ``prove``.
 
         Args:
             step: verl's global step that was announced beside the stream.
@@ -306,8 +312,27 @@ class ReceivedWeights:
             )
         if None not in (step, manifest["step"]) and manifest["step"] != step:
             raise WeightSyncError(f"the weights are of step {manifest['step']}, wanted step {step}: they are stale")
-        compare_entries(self._sent, list(self.entries.values()), "sent", "received")
+        sent = [replace(entry, digest="") if entry.name in self._read_back else entry for entry in self._sent]
+        compare_entries(sent, list(self.entries.values()), "sent", "received")
         return list(self.entries.values())
+
+    def prove(self, read_back: dict[str, str]) -> list[Entry]:
+        """Compare all digests with the manifest.
+
+        Args:
+            read_back: digest by name of every tensor that was taken to be read back, from where it is used.
+
+        Returns:
+            What was received, in order.
+
+        Raises:
+            WeightSyncError: naming the first tensor that differs, or was not read back.
+        """
+        for name in self._read_back:
+            self.entries[name] = replace(self.entries[name], digest=read_back.get(name, ""))
+        entries = list(self.entries.values())
+        compare_entries(self._sent, entries, "sent", "in the rollout engine's model")
+        return entries
 
 
 def compare_entries(wanted: list[Entry], seen: list[Entry], sent: str, received: str) -> None:

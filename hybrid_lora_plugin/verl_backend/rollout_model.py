@@ -20,7 +20,8 @@ from vllm.model_executor.layers import linear
 from hybrid_lora_plugin.sync.checkpoint_weights import CheckpointWeights, checkpoint_folder
 from hybrid_lora_plugin.sync.digest import digest_of, digest_soon
 from hybrid_lora_plugin.sync.errors import WeightSyncError
-from hybrid_lora_plugin.sync.wire import Entry, SyncHeader
+from hybrid_lora_plugin.sync.modes import split_factor
+from hybrid_lora_plugin.sync.wire import SyncHeader
 
 #: elements of a weight that stand for it where reading all of it at every step would cost more than the sync
 SAMPLES = 256
@@ -98,10 +99,6 @@ def find_live_weight(model: torch.nn.Module, modules: dict[str, torch.nn.Module]
     return LiveWeight(value, tuple(value.shape), None, 0)
 
 
-def _digest_in(entry: Callable[[], Entry]) -> Callable[[], str]:
-    return lambda: entry().digest
-
-
 def _value_width(layer) -> int:
     return getattr(layer, "v_head_size", layer.head_size)
 
@@ -116,10 +113,11 @@ class VllmRolloutModel:
     def __init__(self, worker):
         self._worker = worker
         self._storage = "memory_map"
+        #: digest that a loaded weight must have when it is read back
         self._expected: dict[str, Callable[[], str]] = {}
+        #: weights whose digest the manifest says: they were loaded as they arrived
+        self._as_arrived: set[str] = set()
         self._adapter: tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], SyncHeader] | None = None
-        #: digests of the tensors of one bucket as they arrived: none has to be computed twice
-        self.arrived: dict[str, Callable[[], Entry]] = {}
         self._live: dict[str, LiveWeight] = {}
         self._modules: dict[str, torch.nn.Module] = {}
         #: samples of the weights that no sync sends, from when they were proven
@@ -153,10 +151,10 @@ class VllmRolloutModel:
 
     def begin(self, header: SyncHeader) -> None:
         """Forget what an earlier sync expected, and where weights were: a sleep may have moved them."""
-        self._live, self.arrived = {}, {}
+        self._live = {}
         self._storage = header.base_storage
         self._digests = header.digests
-        self._expected, self._adapter = {}, None
+        self._expected, self._as_arrived, self._adapter = {}, set(), None
 
     def live(self, name: str) -> LiveWeight:
         """Where the plain weight ``name`` lies, found once and found again when vLLM replaced its parameter."""
@@ -189,16 +187,28 @@ class VllmRolloutModel:
             return  # not to be read back, so its layout need not be known
         if tuple(tensor.shape) != live.shape:
             raise WeightSyncError(f"{name}: received with shape {tuple(tensor.shape)}, wanted {live.shape}")
-        if not self._digests:
-            return
-        whole_part = tensor.shape == live.view.shape and tensor.dtype == live.view.dtype
-        arrived = self.arrived.get(name) if whole_part else None
-        # Waited for when everything of this bucket has been loaded.
-        self._expected[name] = _digest_in(arrived) if arrived else digest_soon(live.part_of(tensor).to(live.view.dtype))
+        if self._digests and name not in self._as_arrived:
+            # Waited for when everything of this bucket has been loaded.
+            self._expected[name] = digest_soon(live.part_of(tensor).to(live.view.dtype))
+
+    def will_read_back(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether ``verify`` will hash the very bytes of an arriving tensor, so that nobody has to hash them before.
+
+        Not with tensor parallelism, where this worker keeps a part, nor for factors.
+        """
+        if not self._digests or split_factor(name) is not None:
+            return False
+        try:
+            view = self.live(name).view
+        except WeightSyncError:
+            return False  # said when it is loaded
+        whole = (tensor.shape, tensor.dtype, tensor.device.type) == (view.shape, view.dtype, view.device.type)
+        if whole:
+            self._as_arrived.add(name)
+        return whole
 
     def settle(self) -> None:
         """Wait for every digest begun: the tensors that were loaded may go now."""
-        self.arrived = {}
         for digest in self._expected.values():
             digest()
 
@@ -261,14 +271,19 @@ class VllmRolloutModel:
 
     # -- proof ------------------------------------------------------------------------------------------------
 
-    def verify(self) -> None:
+    def verify(self) -> dict[str, str]:
         """Read back everything this sync loaded, and samples of what it relies on.
+
+        Returns:
+            Digest by name of each weight that ``will_read_back`` promised, as it is in the model.
 
         Raises:
             WeightSyncError: naming the first weight whose live values are not those that arrived.
         """
+        reading = {name: digest_soon(self.live(name).view) for name in (*self._as_arrived, *self._expected)}
+        found = {name: digest() for name, digest in reading.items()}
         for name, digest in self._expected.items():
-            if digest_of(self.live(name).view) != digest():
+            if found[name] != digest():
                 raise WeightSyncError(f"{name}: arrived whole, but the rollout engine's model holds other values")
         for name, sample in self._kept.items():
             if not torch.equal(self.live(name).sample(), sample):
@@ -280,6 +295,7 @@ class VllmRolloutModel:
             self._verify_adapter(*self._adapter)
             # Nothing reads the factors again: vLLM has its own.
             self._adapter = None
+        return {name: found[name] for name in self._as_arrived}
 
     def base_proven_for(self, run: str) -> bool:
         """Whether the weights that this run's syncs leave alone have been compared with the checkpoint."""

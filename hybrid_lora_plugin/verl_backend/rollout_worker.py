@@ -63,14 +63,13 @@ class Reception:
         for name, tensor in weights:
             if name == HEADER:
                 raise WeightSyncError("a second sync begins in the middle of this one")
-            pending = self._received.take_soon(name, tensor)
+            pending = self._received.take_soon(name, tensor, read_back=self._rollout.will_read_back(name, tensor))
             if pending is not None:
-                usable.append((name, tensor))
-                self._rollout.arrived[name] = pending
+                usable.append((name, tensor, pending))
         if usable:
-            self._receiver.take(usable)
+            self._receiver.take([(name, tensor) for name, tensor, _ in usable])
         # The buffer is written again when this returns: nobody may still be reading it.
-        for name, pending in self._rollout.arrived.items():
+        for name, _, pending in usable:
             self._received.settle(name, pending)
         self._rollout.settle()
 
@@ -96,7 +95,7 @@ class Reception:
         if header.base and not self._rollout.base_proven_for(header.run):
             self._prove_base(header)
         if header.digests:
-            self._rollout.verify()
+            entries = self._received.prove(self._rollout.verify())
         return {
             "run": header.run,
             "number": header.number,
