@@ -327,7 +327,7 @@ def test_receivers_copy_what_they_keep(hybrid, tiny_qwen2, mode):
 @each_dtype
 def test_every_sync_proves_another_modules_merge_to_be_the_trainers(hybrid, tiny_qwen2, dtype):
     modules = lora_modules(hybrid)
-    mine = [merged_digest(hybrid, number, SCALING, dtype, "cpu") for number in range(len(modules))]
+    mine = [merged_digest(hybrid, module, SCALING, dtype, "cpu") for module in modules]
     assert [list(digest) for digest in mine] == [[f"{module}.weight"] for module in modules]
     pairs = list(tensors_of(hybrid, "receiver_merge", dtype).items())
     for merged in mine:
@@ -339,7 +339,7 @@ def test_every_sync_proves_another_modules_merge_to_be_the_trainers(hybrid, tiny
 def test_a_receiver_that_merges_to_other_bits_is_caught(hybrid, tiny_qwen2, monkeypatch):
     """As an engine would whose matrix product is not the trainer's."""
     pairs = list(tensors_of(hybrid, "receiver_merge").items())
-    merged = merged_digest(hybrid, 3, SCALING, torch.float32, "cpu")
+    merged = merged_digest(hybrid, lora_modules(hybrid)[3], SCALING, torch.float32, "cpu")
 
     def rounded(base, lora_a, lora_b, scaling, dtype):
         return merge_weight(base, lora_a.bfloat16(), lora_b.bfloat16(), scaling, dtype)

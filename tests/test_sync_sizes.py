@@ -36,7 +36,9 @@ def real_stream(paper, name):
     """The same sync with a model that has weights, digests and all."""
     plain = AutoModelForCausalLM.from_config(paper.config, dtype=torch.float32)
     model, mode = apply_allocation(plain, paper.allocation, rank=4, alpha=8), sync_mode(name)
-    merged = merged_digest(model, 1, 2.0, torch.bfloat16, "cpu") if name == "receiver_merge" else {}
+    merged = (
+        merged_digest(model, lora_modules(model)[1], 2.0, torch.bfloat16, "cpu") if name == "receiver_merge" else {}
+    )
     header = SyncHeader(
         run="0123456789ab", number=1, mode=name, dtype="bfloat16", digests=True, lora_rank=4, lora_alpha=8.0,
         lora_modules=lora_modules(model), base=base_digests(original_weights(model, "cpu")) if mode.partial else {},

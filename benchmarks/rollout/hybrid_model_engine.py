@@ -150,8 +150,8 @@ class HybridModelEngine(CheckpointEngine):
             FaultySender.fault, FaultySender.before = fault, self._before
         return iter(stream)
 
-    def _merged_digest(self, number: int) -> dict[str, str]:
-        return merged_digest(self.model, number, self.scaling, self._source.dtype, "cpu")
+    def _merged_digest(self, module: str) -> dict[str, str]:
+        return merged_digest(self.model, module, self.scaling, self._source.dtype, "cpu")
 
     async def send_weights(self, weights, global_steps=None):
         raise NotImplementedError

@@ -73,7 +73,7 @@ def watch_trainer() -> Stopwatch:
     from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
     from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 
-    from hybrid_lora_plugin.sync import base_check, hybrid_weights, merge, wire
+    from hybrid_lora_plugin.sync import base_check, digest, hybrid_weights, merge
     from hybrid_lora_plugin.verl_backend import rollout_adapter, transport
     from hybrid_lora_plugin.verl_backend.engine import HybridLoraEngine
 
@@ -85,7 +85,7 @@ def watch_trainer() -> Stopwatch:
     watch.watch(fsdp_utils, "backup_base_model_weights", "verl: back up base weights")
     watch.watch(fsdp_utils, "fsdp_merge_unmerge", "verl: merge in place")
     watch.watch(fsdp_utils, "restore_base_model_weights", "verl: restore base weights")
-    watch.watch(wire, "digest_of", "digest")
+    watch.watch(digest, "digest_of", "digest")
     watch.watch(base_check, "digest_of", "digest of the base")
     watch.watch(torch.nn.Module, "state_dict", "state_dict")
     watch.watch(torch.Tensor, "copy_", "copy into the buffer")
@@ -110,7 +110,7 @@ def watch_engine() -> Stopwatch:
     from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
     from vllm.model_executor.model_loader import utils as loader
 
-    from hybrid_lora_plugin.sync import base_check, receiver_merge, wire
+    from hybrid_lora_plugin.sync import base_check, digest, receiver_merge
     from hybrid_lora_plugin.sync.checkpoint_weights import CheckpointWeights
     from hybrid_lora_plugin.verl_backend import rollout_model, rollout_worker, transport
 
@@ -119,9 +119,10 @@ def watch_engine() -> Stopwatch:
     watch.watch(rollout_worker.HybridLoraWorkerExtension, "receive_hybrid_weights", "receive, the rest")
     watch.watch(zmq.Socket, "recv", "wait for the trainer")
     watch.watch(transport.LimitedSocket, "recv", "wait for the trainer")
-    watch.watch(wire, "digest_of", "digest of what came")
+    watch.watch(digest, "digest_of", "digest")
     watch.watch(base_check, "digest_of", "digest of the base")
-    watch.watch(rollout_model, "digest_of", "digest of live or loaded weights")
+    watch.watch(rollout_model.VllmRolloutModel, "_verify_adapter", "compare the adapter")
+    watch.watch(rollout_model.VllmRolloutModel, "begin", "look where weights are")
     watch.watch(rollout_model.VllmRolloutModel, "verify", "read back, the rest")
     watch.watch(rollout_model.VllmRolloutModel, "replace_adapter", "replace the adapter")
     watch.watch(receiver_merge, "merge_weight", "merge")

@@ -14,10 +14,10 @@ from hybrid_lora_plugin.allocation.report import Census
 from hybrid_lora_plugin.sync.adapter import FactorReceiver
 from hybrid_lora_plugin.sync.digest import digest_of
 from hybrid_lora_plugin.sync.errors import WeightSyncError
-from hybrid_lora_plugin.sync.hybrid_weights import factors_of, is_wrapped, trained_weights, whole
+from hybrid_lora_plugin.sync.hybrid_weights import factors_of, trained_weights, whole
 from hybrid_lora_plugin.sync.modes import RolloutModel, SyncMode
 from hybrid_lora_plugin.sync.wire import SyncHeader
-from hybrid_lora_plugin.training.apply import plain_name
+from hybrid_lora_plugin.training.apply import PEFT_PREFIX
 from hybrid_lora_plugin.training.merge import merge_weight
 
 #: bytes of merged weights that are loaded at once: one call of the engine's loader costs more than a small matrix
@@ -65,18 +65,17 @@ class ReceiverMergeReceiver(FactorReceiver):
 
 
 @torch.no_grad()
-def merged_digest(model: torch.nn.Module, number: int, scaling: float, dtype: torch.dtype, device) -> dict[str, str]:
-    """Digest of one LoRA module's merged weight by name; the modules take turns with the number of the sync.
+def merged_digest(model: torch.nn.Module, module: str, scaling: float, dtype: torch.dtype, device) -> dict[str, str]:
+    """Digest of the merged weight of ``module``, one with an adapter, by its plain name.
 
     With shards this gathers, so every rank must call it.
     """
-    wrapped = [name for name, _ in model.named_parameters(remove_duplicate=False) if is_wrapped(name)]
-    name = wrapped[number % len(wrapped)]
-    layer = name.removesuffix(".base_layer.weight")
+    layer = PEFT_PREFIX + module
+    name = f"{layer}.base_layer.weight"
     # Of this layer only: the whole model's takes as long as sending the factors.
     state = model.get_submodule(layer).state_dict(prefix=f"{layer}.")
     merged = merge_weight(whole(state[name], device), *factors_of(state, name, device), scaling, dtype)
-    return {plain_name(name): digest_of(merged)}
+    return {f"{module}.weight": digest_of(merged)}
 
 
 class ReceiverMergeSync(SyncMode):

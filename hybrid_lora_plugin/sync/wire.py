@@ -141,7 +141,17 @@ def read_header(name: str, tensor: torch.Tensor) -> SyncHeader:
 def read_manifest(tensor: torch.Tensor) -> tuple[dict[str, Any], list[Entry]]:
     """A manifest, as its JSON and as the entries it lists."""
     content = unpacked(tensor, "manifest")
-    return content, [Entry(name, tuple(shape), dtype, digest) for name, shape, dtype, digest in content["tensors"]]
+    return content, entries_of(content["tensors"])
+
+
+def rows_of(entries: Iterable[Entry]) -> list[list]:
+    """Entries as JSON holds them, one row each."""
+    return [[entry.name, list(entry.shape), entry.dtype, entry.digest] for entry in entries]
+
+
+def entries_of(rows: list[list]) -> list[Entry]:
+    """What ``rows_of`` made rows of."""
+    return [Entry(name, tuple(shape), dtype, digest) for name, shape, dtype, digest in rows]
 
 
 class OutgoingWeights:
@@ -203,7 +213,7 @@ class OutgoingWeights:
             "run": self.header.run,
             "number": self.header.number,
             "step": self.step,
-            "tensors": [[e.name, list(e.shape), e.dtype, e.digest] for e in self.entries],
+            "tensors": rows_of(self.entries),
         }
 
     @property
@@ -337,6 +347,8 @@ class ReceivedWeights:
 
 def compare_entries(wanted: list[Entry], seen: list[Entry], sent: str, received: str) -> None:
     """Raise WeightSyncError, naming the tensor, unless both lists are equal in content and order."""
+    if wanted == seen:
+        return
     by_name = {entry.name: entry for entry in seen}
     for entry in wanted:
         other = by_name.get(entry.name)

@@ -7,6 +7,7 @@ optimizer's groups, the reference policy, what the rollout engine receives, and 
 from __future__ import annotations
 
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine import FSDPEngineWithLMHead
 
 from hybrid_lora_plugin.allocation.artifact import ALLOCATION_FILE, load_allocation
+from hybrid_lora_plugin.allocation.report import Census
 from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig
 from hybrid_lora_plugin.sync.base_check import base_digests
 from hybrid_lora_plugin.sync.hybrid_weights import lora_modules, original_weights
@@ -127,6 +129,16 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             if isinstance(module, FSDPModule):
                 module.reshard()
 
+    # Neither changes in a run, and a walk over all parameters takes as long as sending the factors.
+
+    @cached_property
+    def _census(self) -> Census:
+        return census(self.module)
+
+    @cached_property
+    def _lora_modules(self) -> list[str]:
+        return lora_modules(self.module)
+
     # -- rollout ----------------------------------------------------------------------------------------------
 
     def get_per_tensor_param(self, layered_summon=False, base_sync_done=False, **kwargs):
@@ -141,11 +153,11 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         stream = source.stream(
             mode.name,
             mode.outgoing(self.module, self.scaling, source.dtype, device),
-            payload_bytes=mode.payload_bytes(census(self.module), source.dtype),
-            lora_modules=lora_modules(self.module),
+            payload_bytes=mode.payload_bytes(self._census, source.dtype),
+            lora_modules=self._lora_modules,
             base=(lambda: base_digests(original_weights(self.module, device))) if mode.partial else None,
             merged=(
-                (lambda number: merged_digest(self.module, number, self.scaling, source.dtype, device))
+                (lambda module: merged_digest(self.module, module, self.scaling, source.dtype, device))
                 if mode.name == "receiver_merge"
                 else None
             ),

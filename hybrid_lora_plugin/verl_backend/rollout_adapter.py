@@ -26,6 +26,7 @@ from hybrid_lora_plugin.sync.wire import (
     SyncHeader,
     bucket_mebibytes,
     compare_entries,
+    entries_of,
     read_header,
     read_manifest,
 )
@@ -220,8 +221,7 @@ class HybridLoraServerAdapter(ServerAdapter):
                 raise WeightSyncError(
                     f"the rollout engine reports {what} {report.get(what)}, wanted {wanted}: it is stale"
                 )
-        loaded = [Entry(t["name"], tuple(t["shape"]), t["dtype"], t["digest"]) for t in report["tensors"]]
-        compare_entries(passing.manifest, loaded, "sent", "loaded")
+        compare_entries(passing.manifest, entries_of(report["tensors"]), "sent", "loaded")
 
     async def _agree(self, error: str, passing: PassingWeights, step: int | None, limit: float) -> None:
         """Raise on every rank if any rank has an error: none goes on with an engine that another could not prove.

@@ -47,27 +47,42 @@ class LiveWeight:
         return whole.narrow(self.dimension, self.offset, self.view.shape[self.dimension])
 
     def sample(self) -> torch.Tensor:
-        """[≤ SAMPLES] elements spread evenly over this worker's part."""
+        """[≤ SAMPLES] elements spread evenly over this worker's part, sharing its storage."""
         flat = self.view.reshape(-1)
-        return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES].clone()
+        return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
 
 
-def find_live_weight(model: torch.nn.Module, modules: dict[str, torch.nn.Module], name: str) -> LiveWeight:
+class PackedModules:
+    """Which of vLLM's modules holds a plain module, and at which place: it packs q, k, v and gate, up into one each."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._owner = {
+            part: (owner, index)
+            for owner, parts in model.packed_modules_mapping.items()
+            for index, part in enumerate(parts)
+        }
+
+    def find(self, module: str) -> tuple[str, int]:
+        """(name of vLLM's module, place in it)."""
+        parent, _, last = module.rpartition(".")
+        owner, index = self._owner.get(last, (last, 0))
+        return (f"{parent}.{owner}" if parent else owner), index
+
+
+def find_live_weight(modules: dict[str, torch.nn.Module], packed: PackedModules, name: str) -> LiveWeight:
     """The live part of the plain weight ``name``.
 
     Args:
-        model: vLLM's model.
-        modules: its modules by name.
+        modules: those of vLLM's model by name.
+        packed: of the same model.
         name: plain Hugging Face name of a weight or bias.
 
     Raises:
         WeightSyncError: vLLM's model has no such weight in a layout known here.
     """
     prefix, _, leaf = name.rpartition(".")
-    parent, _, last = prefix.rpartition(".")
-    packed = {part: (owner, i) for owner, parts in model.packed_modules_mapping.items() for i, part in enumerate(parts)}
-    owner, index = packed.get(last, (last, 0))
-    layer = modules.get(f"{parent}.{owner}" if parent else owner)
+    owner, index = packed.find(prefix)
+    layer = modules.get(owner)
     layer = getattr(layer, "base_layer", layer)
     parameter = getattr(layer, leaf, None)
     if not isinstance(parameter, torch.Tensor):
@@ -119,7 +134,8 @@ class VllmRolloutModel:
         self._as_arrived: set[str] = set()
         self._adapter: tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], SyncHeader] | None = None
         self._live: dict[str, LiveWeight] = {}
-        self._modules: dict[str, torch.nn.Module] = {}
+        #: of all parameters when ``_live`` was begun
+        self._seen: list[int] = []
         #: samples of the weights that no sync sends, from when they were proven
         self._kept: dict[str, torch.Tensor] = {}
         self._kept_for = ""
@@ -150,19 +166,27 @@ class VllmRolloutModel:
         return [name for name in names if not (tied and name == "lm_head.weight")]
 
     def begin(self, header: SyncHeader) -> None:
-        """Forget what an earlier sync expected, and where weights were: a sleep may have moved them."""
-        self._live = {}
+        """Forget what an earlier sync expected, and where weights were if a sleep has moved them."""
+        addresses = self._addresses()
+        if addresses != self._seen:
+            self._live, self._seen = {}, addresses
         self._storage = header.base_storage
         self._digests = header.digests
         self._expected, self._as_arrived, self._adapter = {}, set(), None
 
     def live(self, name: str) -> LiveWeight:
         """Where the plain weight ``name`` lies, found once and found again when vLLM replaced its parameter."""
-        if not self._live:
-            self._modules = dict(self.model.named_modules())
         if name not in self._live:
-            self._live[name] = find_live_weight(self.model, self._modules, name)
+            self._live[name] = find_live_weight(self._modules, self._packed, name)
         return self._live[name]
+
+    @cached_property
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        return dict(self.model.named_modules())
+
+    @cached_property
+    def _packed(self) -> PackedModules:
+        return PackedModules(self.model)
 
     # -- loading ----------------------------------------------------------------------------------------------
 
@@ -216,17 +240,17 @@ class VllmRolloutModel:
         """Let vLLM do what it does after loading, as verl does after every full sync."""
         from vllm.model_executor.model_loader.utils import process_weights_after_loading
 
-        before = self._addresses()
         for model, config in self._worker._iter_all_models_with_config():
             process_weights_after_loading(model, config, self.device)
-        if self._addresses() != before:
+        addresses = self._addresses()
+        if addresses != self._seen:
             if not self._worker.model_config.enforce_eager:
                 raise WeightSyncError(
                     "vLLM replaced parameters after loading, and captured graphs still read the old ones; give "
                     "actor_rollout_ref.rollout.enforce_eager=true"
                 )
             # Look where weights are now.
-            self._live = {}
+            self._live, self._seen = {}, addresses
 
     def _addresses(self) -> list[int]:
         return [parameter.data_ptr() for parameter in self.model.parameters()]
@@ -315,7 +339,7 @@ class VllmRolloutModel:
                     f"{name}: the rollout engine holds other values than its checkpoint {self.checkpoint.folder}; give "
                     "actor_rollout_ref.rollout.load_format=safetensors"
                 )
-            self._kept[name] = live.sample()
+            self._kept[name] = live.sample().clone()
         self._kept_for = run
 
     def _verify_adapter(self, factors, header: SyncHeader) -> None:
@@ -323,16 +347,10 @@ class VllmRolloutModel:
         if VLLM_LORA_INT_ID not in manager.lora_index_to_id:
             raise WeightSyncError("the adapter arrived, but the rollout engine has not activated it")
         slot = manager.lora_index_to_id.index(VLLM_LORA_INT_ID)
-        packed = {
-            part: (owner, i)
-            for owner, parts in self.model.packed_modules_mapping.items()
-            for i, part in enumerate(parts)
-        }
         filled = set()
         for module, (lora_a, lora_b) in factors.items():
-            parent, _, last = module.rpartition(".")
-            owner, index = packed.get(last, (last, 0))
-            layer = manager.modules.get(f"{parent}.{owner}")
+            owner, index = self._packed.find(module)
+            layer = manager.modules.get(owner)
             if layer is None:
                 raise WeightSyncError(f"{module}: the rollout engine has no adapter slot for it")
             live_a, live_b = layer.lora_a_stacked[index][slot, 0], layer.lora_b_stacked[index][slot, 0]
@@ -345,7 +363,7 @@ class VllmRolloutModel:
             )
             if not same:
                 raise WeightSyncError(f"{module}: the rollout engine's adapter holds other factors than arrived")
-            filled.add((f"{parent}.{owner}", index))
+            filled.add((owner, index))
         for name, layer in manager.modules.items():
             for index, live_b in enumerate(getattr(layer, "lora_b_stacked", ())):
                 if (name, index) not in filled and live_b[slot].any():

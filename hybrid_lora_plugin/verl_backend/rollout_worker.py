@@ -9,7 +9,6 @@ one worker would leave vLLM's other answers in its queue.
 from __future__ import annotations
 
 import time
-from dataclasses import asdict
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 from hybrid_lora_plugin.sync.base_check import check_base
 from hybrid_lora_plugin.sync.errors import WeightSyncError
 from hybrid_lora_plugin.sync.modes import SyncReceiver, sync_mode
-from hybrid_lora_plugin.sync.wire import HEADER, ReceivedWeights, SyncHeader, read_header
+from hybrid_lora_plugin.sync.wire import HEADER, ReceivedWeights, SyncHeader, read_header, rows_of
 from hybrid_lora_plugin.verl_backend.rollout_model import VllmRolloutModel
 from hybrid_lora_plugin.verl_backend.transport import LimitedReceiver
 
@@ -82,7 +81,7 @@ class Reception:
         """Everything came: finish loading and prove it.
 
         Returns:
-            The report: run, number, step, and name, shape, dtype and digest of every tensor loaded.
+            The report: run, number, step, and a row of name, shape, dtype and digest for every tensor loaded.
         """
         if self._received is None:
             raise WeightSyncError("the sync is empty")
@@ -100,7 +99,7 @@ class Reception:
             "run": header.run,
             "number": header.number,
             "step": self._step,
-            "tensors": [asdict(entry) for entry in entries],
+            "tensors": rows_of(entries),
         }
 
     def _check_complete(self, header: SyncHeader) -> None:

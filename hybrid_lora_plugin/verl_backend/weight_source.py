@@ -43,7 +43,7 @@ class WeightSource:
         lora_modules: list[str] | None = None,
         base: Callable[[], dict[str, str]] | None = None,
         probe: dict[str, Any] | None = None,
-        merged: Callable[[int], dict[str, str]] | None = None,
+        merged: Callable[[str], dict[str, str]] | None = None,
     ) -> OutgoingWeights:
         """The next sync.
 
@@ -54,7 +54,8 @@ class WeightSource:
             lora_modules: modules with an adapter.
             base: computes the digests of the weights that stay away; called once in a run, on every rank.
             probe: a fixed prompt to compare.
-            merged: from the number of the sync, digests of weights that the receiver merges; called on every rank.
+            merged: from a module with an adapter, the digest of its merged weight, where the receiver merges; the modules
+                take turns, one in each sync. Called on every rank.
         """
         self._run = self._run or _drawn_run()
         self._number += 1
@@ -63,6 +64,9 @@ class WeightSource:
             self._base = base()
         if self._last is not None:
             self._before = self._last.digests
+        proof = {}
+        if merged is not None and digests:
+            proof = merged(lora_modules[self._number % len(lora_modules)])
         header = SyncHeader(
             run=self._run,
             number=self._number,
@@ -76,7 +80,7 @@ class WeightSource:
             payload_bytes=payload_bytes,
             base_storage=self._hybrid.sync_base,
             probe=probe or {},
-            merged=merged(self._number) if merged is not None and digests else {},
+            merged=proof,
         )
         self._last = OutgoingWeights(header, tensors, self._device, self._before, on_end=sync_record.keep)
         return self._last
