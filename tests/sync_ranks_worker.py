@@ -33,7 +33,7 @@ def tensors(scenario: str, rank: int):
 
 def receive(handle: str, scenario: str, rank: int) -> dict:
     """What a worker of the engine does, as far as the sender can see it."""
-    from hybrid_lora_plugin.sync.wire import HEADER, ReceivedWeights, read_header
+    from hybrid_lora_plugin.sync.wire import HEADER, ReceivedWeights, read_header, rows_of
     from hybrid_lora_plugin.verl_backend.transport import LimitedReceiver
 
     if scenario == "engine dies at once":
@@ -52,9 +52,8 @@ def receive(handle: str, scenario: str, rank: int) -> dict:
                 break
             state[0].take(name, tensor)
         if is_last and "error" not in result:
-            entries = [vars(entry) | {"shape": list(entry.shape)} for entry in state[0].finish()]
-            header = state[0].header
-            result.update(run=header.run, number=header.number, step=3, tensors=entries)
+            rows, header = rows_of(state[0].finish()), state[0].header
+            result.update(run=header.run, number=header.number, step=3, tensors=rows)
         if is_last or "error" in result:
             receiver.answer(result)
 
