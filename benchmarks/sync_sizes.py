@@ -32,11 +32,11 @@ from hybrid_lora_plugin.candidates import architecture_of, find_candidates_from_
 from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig, ControlConfig
 from hybrid_lora_plugin.sync import hybrid_weights
 from hybrid_lora_plugin.sync import merge as sync_merge
-from hybrid_lora_plugin.sync.hybrid_weights import lora_modules, original_weights
+from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader, bucket_mebibytes, packed
 from hybrid_lora_plugin.training import merge as training_merge
-from hybrid_lora_plugin.training.apply import apply_allocation, census
+from hybrid_lora_plugin.training.apply import apply_allocation, parts_of
 
 #: Hugging Face's config.json of Qwen/Qwen2.5-*-Instruct, what decides shapes
 SHAPES = {
@@ -177,7 +177,7 @@ class PaperModel:
 
     @cached_property
     def census(self):
-        return census(self.model)
+        return parts_of(self.model).census
 
     def _plain_state(self) -> dict[str, torch.Tensor]:
         with torch.device("meta"):
@@ -205,10 +205,10 @@ class PaperModel:
             if mode.partial:
                 base = {weight: "xxh3:" + "0" * 32 for weight, _ in original_weights(model, "meta")}
             # receiver_merge says of one module what its merge must come to; the second one's turn is in the first sync.
-            merged = {f"{lora_modules(model)[1]}.weight": digest} if name == "receiver_merge" else {}
+            merged = {f"{parts_of(model).lora_modules[1]}.weight": digest} if name == "receiver_merge" else {}
             header = SyncHeader(
                 run="0" * 12, number=1, mode=name, dtype=str(ROLLOUT_DTYPE).removeprefix("torch."), digests=True,
-                lora_rank=self.rank, lora_alpha=2.0 * self.rank, lora_modules=lora_modules(model), base=base, merged=merged,
+                lora_rank=self.rank, lora_alpha=2.0 * self.rank, lora_modules=parts_of(model).lora_modules, base=base, merged=merged,
                 payload_bytes=mode.payload_bytes(self.census, ROLLOUT_DTYPE),
             )  # fmt: skip
 

@@ -211,6 +211,7 @@ _NORMALISE_HELP = (
     "What is divided out of the score: `none` is the paper, `sqrt_dims` the module's shape, `delta_norm` the norm of its "
     "probe update, `type_zscore` the mean and spread of its type."
 )
+FROZEN_DTYPES = ("auto", "float32", "bfloat16")
 SYNC_MODES = ("merge", "adapter", "receiver_merge")
 NORMALISATIONS = ("none", "sqrt_dims", "delta_norm", "type_zscore")
 
@@ -270,6 +271,12 @@ class HybridLoraConfig:
         unit="per step",
     )
     lora: AdapterConfig = documented(AdapterConfig, "LoRA adapters.", source="paper §4.3")
+    frozen_dtype: str = documented(
+        "auto",
+        "Type that frozen weights are held in: `auto` is the checkpoint's own where that has two bytes, which loses nothing, else float32; what trains is always float32.",
+        source="own choice: frozen weights are only read",
+        choices=FROZEN_DTYPES,
+    )
     sync: str = documented(
         "merge",
         "How trained weights reach the rollout engine: `merge` sends every weight, merged; `adapter` sends the full modules and LoRA factors for the engine's own adapter; `receiver_merge` sends full modules and fp32 factors, which the engine merges into its checkpoint's weights.",

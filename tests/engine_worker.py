@@ -15,19 +15,20 @@ from pathlib import Path
 import torch
 from safetensors.torch import save_file
 
-PROMPTS = [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14], [15, 16], [17, 18, 19], [20, 21], [22, 23, 24]]
+#: of 16 rows, eight unless more are asked for
+PROMPTS = 2 * [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14], [15, 16], [17, 18, 19], [20, 21], [22, 23, 24]]
 
 
-def make_batch(micro_batch: int):
-    """Eight rows in verl's nested layout; log-probabilities to compare against and advantages are fixed by seed."""
+def make_batch(micro_batch: int, rows: int = 8):
+    """Rows in verl's nested layout; log-probabilities to compare against and advantages are fixed by seed."""
     from verl.utils import tensordict_utils as tu
 
     generator = torch.Generator().manual_seed(7)
-    responses = [torch.randint(5, 60, (3 + row % 4,), generator=generator) for row in range(len(PROMPTS))]
-    prompts = [torch.tensor(prompt) for prompt in PROMPTS]
+    responses = [torch.randint(5, 60, (3 + row % 4,), generator=generator) for row in range(rows)]
+    prompts = [torch.tensor(prompt) for prompt in PROMPTS[:rows]]
     whole = [torch.cat(pair) for pair in zip(prompts, responses, strict=True)]
     nested = partial(torch.nested.as_nested_tensor, layout=torch.jagged)
-    advantages = torch.randn(len(PROMPTS), generator=generator)
+    advantages = torch.randn(rows, generator=generator)
     old = [-4.0 + 0.3 * torch.randn(len(row), generator=generator) for row in responses]
     tensors = {
         "prompts": nested(prompts),
@@ -45,7 +46,7 @@ def make_batch(micro_batch: int):
         micro_batch_size_per_gpu=micro_batch,
         use_remove_padding=False,
         use_fused_kernels=False,
-        global_batch_size=len(PROMPTS),
+        global_batch_size=rows,
         calculate_entropy=False,
     )
     return tu.get_tensordict(tensors, non_tensor_dict=settings)
@@ -103,12 +104,13 @@ def build_engine(arguments: dict):
     )
     precision = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     engine_config = FSDPEngineConfig(
-        strategy="fsdp2",
+        strategy=arguments.get("strategy", "fsdp2"),
         model_dtype="fp32",
         mixed_precision=precision,
         use_torch_compile=False,
         forward_only=False,
         fsdp_size=-1,
+        **arguments.get("sharding", {}),
     )
     optimizer_config = FSDPOptimizerConfig(
         lr=1e-2, total_training_steps=10, lr_warmup_steps=0, weight_decay=0.0, lr_scheduler_type="constant"
@@ -116,7 +118,7 @@ def build_engine(arguments: dict):
     torch.manual_seed(0)
     engine = EngineRegistry.new(
         model_type="language_model",
-        backend="fsdp2",
+        backend=arguments.get("strategy", "fsdp2"),
         model_config=model_config,
         engine_config=engine_config,
         optimizer_config=optimizer_config,
@@ -155,7 +157,7 @@ def train(engine, batch, loss, steps: int, ranks: int) -> list[dict]:
         ours = {
             key: seen_values[0]
             for key, seen_values in output["metrics"].items()
-            if key.startswith(("lr_", "grad_norm_"))
+            if key.startswith(("lr_", "grad_norm_", "update_norm_"))
         }
         seen.append({"loss": value.item() / ranks, "grad_norm": grad_norm, **ours})
     return seen
@@ -166,7 +168,10 @@ def whole(parameter) -> torch.Tensor:
 
 
 def weights_of(engine) -> dict[str, torch.Tensor]:
-    return {name: whole(parameter) for name, parameter in engine.module.named_parameters()}
+    """All parameters, whole, by their names in the PEFT model; a tied weight once."""
+    tied = engine.model_config.hf_config.tie_word_embeddings
+    state = engine.module.state_dict()
+    return {name: whole(tensor) for name, tensor in state.items() if not (tied and name.endswith("lm_head.weight"))}
 
 
 def synced(engine) -> tuple[dict[str, torch.Tensor], dict | None, list[dict]]:
@@ -197,9 +202,10 @@ def refused_resumes(engine, checkpoint: str, other_allocation: str) -> dict[str,
     object.__setattr__(engine.model_config, "lora_alpha", 64)
     said["alpha"] = message()
     engine.model_config = own[1]
-    frozen = next(p for n, p in engine.module.named_parameters() if not p.requires_grad and "norm" in n)
+    frozen = [p for n, p in engine.module.named_parameters() if not p.requires_grad and (".layers.1." in n)]
     with torch.no_grad():
-        local = frozen.to_local() if hasattr(frozen, "to_local") else frozen
+        # The last one: under FSDP1 the layer's one flat parameter, under FSDP2 a norm.
+        local = frozen[-1].to_local() if hasattr(frozen[-1], "to_local") else frozen[-1]
         local.add_(1e-3)
     said["base model"] = message()
     said["nothing wrong"] = message()
@@ -225,7 +231,10 @@ def main(path: str) -> None:
     tensors = {"start": weights_of(engine)}
 
     if arguments.get("allocation"):
-        results["trainable"] = {n: str(p.dtype) for n, p in engine.module.named_parameters() if p.requires_grad}
+        from hybrid_lora_plugin.training.apply import parts_of
+
+        dtypes = {name: str(tensor.dtype) for name, tensor in engine.module.state_dict().items()}
+        results["trainable"] = {name: dtypes[name] for name in sorted(parts_of(engine.module).trained)}
         results["actor_before"] = gather_log_probs(engine, batch, ranks, reference=False)
     results["steps"] = train(engine, batch, loss, arguments.get("steps", 3), ranks)
     tensors["trained"] = weights_of(engine)

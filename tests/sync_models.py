@@ -19,10 +19,9 @@ from transformers import AutoModelForCausalLM
 from hybrid_lora_plugin import apply_allocation, load_allocation
 from hybrid_lora_plugin.allocation import Allocation
 from hybrid_lora_plugin.sync.checkpoint_weights import CheckpointWeights
-from hybrid_lora_plugin.sync.hybrid_weights import lora_modules
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, ReceivedWeights, SyncHeader, read_header
-from hybrid_lora_plugin.training.apply import census, plain_name, trainable_groups
+from hybrid_lora_plugin.training.apply import parts_of, plain_name, trainable_groups
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 40, 41, 2, 3], [90, 80, 70, 60, 50, 40, 30, 20, 10]])
 MODES = ["merge", "adapter", "receiver_merge"]
@@ -124,8 +123,8 @@ def header_for(model, mode, dtype=torch.float32, number=1, **changes):
         digests=True,
         lora_rank=RANK,
         lora_alpha=float(ALPHA),
-        lora_modules=lora_modules(model),
-        payload_bytes=sync_mode(mode).payload_bytes(census(model), dtype),
+        lora_modules=list(parts_of(model).lora_modules),
+        payload_bytes=sync_mode(mode).payload_bytes(parts_of(model).census, dtype),
     )
     return SyncHeader(**(fields | changes))
 
@@ -136,7 +135,7 @@ def full_names(model):
 
 
 def factor_names(model):
-    return [f"{module}.lora_{kind}.weight" for module in lora_modules(model) for kind in "AB"]
+    return [f"{module}.lora_{kind}.weight" for module in parts_of(model).lora_modules for kind in "AB"]
 
 
 def pair_of(layer):
@@ -145,7 +144,7 @@ def pair_of(layer):
 
 
 def layers_of(model):
-    return {module: model.get_submodule(f"base_model.model.{module}") for module in lora_modules(model)}
+    return {module: model.get_submodule(f"base_model.model.{module}") for module in parts_of(model).lora_modules}
 
 
 # -- the rollout engine's side --------------------------------------------------------------------------------------

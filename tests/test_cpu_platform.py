@@ -47,6 +47,16 @@ def test_verl_still_builds_the_backend_string_that_torch_rejects():
         original("cpu:gloo,cpu:gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
 
 
+def test_verl_still_asks_fsdp1_to_broadcast_states_and_torch_refuses_it_on_the_host():
+    from torch.distributed.fsdp import _init_utils
+
+    assert "sync_module_states=True" in (VERL / "workers/engine/fsdp/transformer_impl.py").read_text()
+    check = _init_utils._check_module_states_for_sync_module_states
+    with pytest.raises(ValueError, match="sync_module_states"):
+        inspect.unwrap(check)([torch.zeros(1)])
+    assert check([torch.zeros(1)]) is None
+
+
 def test_patched_process_group_accepts_it():
     torch.distributed.init_process_group("cpu:gloo,cpu:gloo", rank=0, world_size=1, store=torch.distributed.HashStore())
     try:

@@ -18,7 +18,8 @@ from hybrid_lora_plugin import apply_allocation
 from hybrid_lora_plugin.sync.base_check import base_digests, check_base, value_digest
 from hybrid_lora_plugin.sync.checkpoint_weights import STORAGE, CheckpointWeights
 from hybrid_lora_plugin.sync.errors import WeightSyncError
-from hybrid_lora_plugin.sync.hybrid_weights import lora_modules, original_weights
+from hybrid_lora_plugin.sync.hybrid_weights import original_weights
+from hybrid_lora_plugin.training.apply import parts_of
 
 # -- the checkpoint beside the engine -------------------------------------------------------------------------------
 
@@ -176,9 +177,9 @@ def nudge(tensors, name):
 
 @pytest.mark.parametrize("which", ["the base of an adapter", "a bias of it", "a norm", "the embedding"])
 def test_a_differing_base_weight_is_named(hybrid, tiny_qwen2, tmp_path, which):
-    biased = next(m for m in lora_modules(hybrid) if m.endswith(("q_proj", "k_proj", "v_proj")))
+    biased = next(m for m in parts_of(hybrid).lora_modules if m.endswith(("q_proj", "k_proj", "v_proj")))
     name = {
-        "the base of an adapter": f"{lora_modules(hybrid)[-1]}.weight",
+        "the base of an adapter": f"{parts_of(hybrid).lora_modules[-1]}.weight",
         "a bias of it": f"{biased}.bias",
         "a norm": "model.layers.1.input_layernorm.weight",
         "the embedding": "model.embed_tokens.weight",
@@ -197,7 +198,7 @@ def test_a_differing_full_weight_is_no_matter(hybrid, tiny_qwen2, tmp_path):
 
 
 def test_a_missing_base_weight_is_named(hybrid, tiny_qwen2, tmp_path):
-    name = f"{lora_modules(hybrid)[2]}.weight"
+    name = f"{parts_of(hybrid).lora_modules[2]}.weight"
     wanted = base_digests(original_weights(hybrid, "cpu"))
     other = other_checkpoint(tiny_qwen2, tmp_path / "other", lambda tensors: tensors.pop(name))
     with pytest.raises(WeightSyncError, match=f"{name}: .*{other.folder}, has not"):

@@ -43,11 +43,11 @@ from transformers import AutoModelForCausalLM
 from hybrid_lora_plugin import apply_allocation, load_allocation
 from hybrid_lora_plugin.sync.checkpoint_weights import STORAGE
 from hybrid_lora_plugin.sync.errors import WeightSyncError
-from hybrid_lora_plugin.sync.hybrid_weights import lora_modules, original_weights
+from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.sync.modes import split_factor, sync_mode
 from hybrid_lora_plugin.sync.receiver_merge import merged_digest
 from hybrid_lora_plugin.sync.wire import HEADER, MANIFEST, OutgoingWeights
-from hybrid_lora_plugin.training.apply import plain_name, trainable_groups
+from hybrid_lora_plugin.training.apply import parts_of, plain_name, trainable_groups
 from hybrid_lora_plugin.training.merge import merge_weight
 
 # -- equal models ---------------------------------------------------------------------------------------------------
@@ -103,7 +103,7 @@ def test_a_whole_sync_leaves_the_trainer_and_the_checkpoint_bit_unchanged(hybrid
 
 def test_partial_modes_leave_everything_else_in_the_rollout_alone(hybrid, tiny_qwen2):
     original = load_file(tiny_qwen2 / "model.safetensors")
-    merged = {f"{module}.weight" for module in lora_modules(hybrid)}
+    merged = {f"{module}.weight" for module in parts_of(hybrid).lora_modules}
     for mode, touched in (("adapter", set()), ("receiver_merge", merged)):
         rollout = HuggingFaceRollout(tiny_qwen2)
         sync(hybrid, rollout, mode)
@@ -272,7 +272,7 @@ def test_exactly_the_right_names_travel_each_once_and_in_its_type(mode, dtype, c
     full = [name for name in everything if name.rpartition(".")[0] in allocation.full_names]
     factors = [f"{module}.lora_{kind}.weight" for module in allocation.lora_names for kind in "AB"]
     assert set(names) == (set(everything) if mode == "merge" else {*full, *factors})
-    assert set(lora_modules(hybrid)) == set(allocation.lora_names)
+    assert set(parts_of(hybrid).lora_modules) == set(allocation.lora_names)
     assert ("lm_head.weight" in names) == (mode == "merge" and not tied)
 
     for name, tensor in outgoing(hybrid, mode, dtype):
@@ -326,7 +326,7 @@ def test_receivers_copy_what_they_keep(hybrid, tiny_qwen2, mode):
 
 @each_dtype
 def test_every_sync_proves_another_modules_merge_to_be_the_trainers(hybrid, tiny_qwen2, dtype):
-    modules = lora_modules(hybrid)
+    modules = parts_of(hybrid).lora_modules
     mine = [merged_digest(hybrid, module, SCALING, dtype, "cpu") for module in modules]
     assert [list(digest) for digest in mine] == [[f"{module}.weight"] for module in modules]
     pairs = list(tensors_of(hybrid, "receiver_merge", dtype).items())
@@ -339,13 +339,13 @@ def test_every_sync_proves_another_modules_merge_to_be_the_trainers(hybrid, tiny
 def test_a_receiver_that_merges_to_other_bits_is_caught(hybrid, tiny_qwen2, monkeypatch):
     """As an engine would whose matrix product is not the trainer's."""
     pairs = list(tensors_of(hybrid, "receiver_merge").items())
-    merged = merged_digest(hybrid, lora_modules(hybrid)[3], SCALING, torch.float32, "cpu")
+    merged = merged_digest(hybrid, parts_of(hybrid).lora_modules[3], SCALING, torch.float32, "cpu")
 
     def rounded(base, lora_a, lora_b, scaling, dtype):
         return merge_weight(base, lora_a.bfloat16(), lora_b.bfloat16(), scaling, dtype)
 
     monkeypatch.setattr("hybrid_lora_plugin.sync.receiver_merge.merge_weight", rounded)
-    with pytest.raises(WeightSyncError, match=f"{lora_modules(hybrid)[3]}.weight: merged here to other bits"):
+    with pytest.raises(WeightSyncError, match=f"{parts_of(hybrid).lora_modules[3]}.weight: merged here to other bits"):
         take_all(receiver_for(hybrid, HuggingFaceRollout(tiny_qwen2), "receiver_merge", merged=merged), pairs)
 
 

@@ -18,7 +18,7 @@ from sync_models import (
 )
 
 from hybrid_lora_plugin.sync.errors import WeightSyncError
-from hybrid_lora_plugin.sync.hybrid_weights import lora_modules
+from hybrid_lora_plugin.training.apply import parts_of
 
 
 @pytest.fixture
@@ -41,7 +41,7 @@ def faulty(hybrid, tiny_qwen2):
 @pytest.mark.parametrize("kinds", ["A", "B", "AB"])
 @pytest.mark.parametrize("index", [0, -1])
 def test_missing_factors_are_named(hybrid, faulty, mode, kinds, index):
-    missing = [f"{lora_modules(hybrid)[index]}.lora_{kind}.weight" for kind in kinds]
+    missing = [f"{parts_of(hybrid).lora_modules[index]}.lora_{kind}.weight" for kind in kinds]
     error = faulty(mode, lambda pairs: without(pairs, *missing))
     assert missing[0] in error and "missing" in error
 
@@ -56,7 +56,7 @@ def test_a_sync_of_full_modules_only_lacks_every_factor(hybrid, faulty, mode):
 @pytest.mark.parametrize("kind", "AB")
 @pytest.mark.parametrize("when", ["at once", "at the end"])
 def test_a_factor_received_twice_is_named(hybrid, faulty, mode, kind, when):
-    twice = f"{lora_modules(hybrid)[1]}.lora_{kind}.weight"
+    twice = f"{parts_of(hybrid).lora_modules[1]}.lora_{kind}.weight"
 
     def change(pairs):
         names = [name for name, _ in pairs]
@@ -69,7 +69,7 @@ def test_a_factor_received_twice_is_named(hybrid, faulty, mode, kind, when):
 
 @each_partial_mode
 def test_a_pair_received_twice_is_named(hybrid, faulty, mode):
-    twice = [f"{lora_modules(hybrid)[1]}.lora_{kind}.weight" for kind in "AB"]
+    twice = [f"{parts_of(hybrid).lora_modules[1]}.lora_{kind}.weight" for kind in "AB"]
     error = faulty(mode, lambda pairs: pairs + [pair for pair in pairs if pair[0] in twice])
     assert any(name in error for name in twice) and "twice" in error
 
@@ -87,7 +87,7 @@ def test_a_factor_of_a_module_without_adapter_is_named(cases, faulty, mode, wher
 @pytest.mark.parametrize("when", ["first", "last"])
 def test_a_weight_beside_its_adapter_is_named(hybrid, faulty, mode, when):
     # Whichever is loaded last would undo the other.
-    name = f"{lora_modules(hybrid)[0]}.weight"
+    name = f"{parts_of(hybrid).lora_modules[0]}.weight"
     sent = [(name, torch.ones(32, 32))]
     error = faulty(mode, lambda pairs: sent + pairs if when == "first" else pairs + sent)
     assert name in error and "has an adapter" in error
@@ -97,7 +97,7 @@ def test_a_weight_beside_its_adapter_is_named(hybrid, faulty, mode, when):
 @pytest.mark.parametrize("kind", "AB")
 @pytest.mark.parametrize("rank", [RANK - 1, RANK + 1, 2 * RANK])
 def test_a_factor_of_another_rank_is_named(hybrid, faulty, mode, kind, rank):
-    name = f"{lora_modules(hybrid)[0]}.lora_{kind}.weight"
+    name = f"{parts_of(hybrid).lora_modules[0]}.lora_{kind}.weight"
 
     def resized(tensor):
         shape = (rank, tensor.shape[1]) if kind == "A" else (tensor.shape[0], rank)
@@ -113,7 +113,7 @@ def test_an_adapter_of_another_rank_altogether_is_named(hybrid, tiny_qwen2, mode
     # Trainer and header disagree, every factor is consistent with every other.
     rollout = HuggingFaceRollout(tiny_qwen2)
     pairs = tensors_of(hybrid, mode).items()
-    first = f"{lora_modules(hybrid)[0]}.lora_{kind}.weight"
+    first = f"{parts_of(hybrid).lora_modules[0]}.lora_{kind}.weight"
     ordered = sorted(pairs, key=lambda pair: pair[0] != first)
     with pytest.raises(WeightSyncError, match=f"{first}.*another rank"):
         take_all(receiver_for(hybrid, rollout, mode, lora_rank=2 * RANK), ordered)
@@ -125,14 +125,14 @@ def test_an_adapter_of_another_rank_altogether_is_named(hybrid, tiny_qwen2, mode
 @pytest.mark.parametrize("axis", [0, 1])
 def test_a_shard_of_a_factor_is_named(hybrid, faulty, mode, kind, axis):
     # A worker of two would have taken its own half for the whole.
-    name = f"{lora_modules(hybrid)[-1]}.lora_{kind}.weight"
+    name = f"{parts_of(hybrid).lora_modules[-1]}.lora_{kind}.weight"
     error = faulty(mode, lambda pairs: [(n, t.chunk(2, axis)[0] if n == name else t) for n, t in pairs])
     assert name in error and "shard" in error
 
 
 @each_partial_mode
 def test_a_transposed_factor_is_named(hybrid, faulty, mode):
-    name = f"{lora_modules(hybrid)[0]}.lora_A.weight"
+    name = f"{parts_of(hybrid).lora_modules[0]}.lora_A.weight"
     assert name in faulty(mode, lambda pairs: [(n, t.t() if n == name else t) for n, t in pairs])
 
 
@@ -141,7 +141,7 @@ def test_an_incomplete_sync_keeps_the_adapter_that_was_there(hybrid, tiny_qwen2,
     rollout = HuggingFaceRollout(tiny_qwen2)
     sync(hybrid, rollout, mode)
     adapters = rollout.adapters
-    missing = f"{lora_modules(hybrid)[-1]}.lora_B.weight"
+    missing = f"{parts_of(hybrid).lora_modules[-1]}.lora_B.weight"
     pairs = without(list(tensors_of(hybrid, mode).items()), missing)
     with pytest.raises(WeightSyncError, match=missing):
         take_all(receiver_for(hybrid, rollout, mode, number=2), pairs)

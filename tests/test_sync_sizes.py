@@ -12,11 +12,11 @@ from transformers import AutoModelForCausalLM
 from benchmarks import sync_sizes
 from benchmarks.sync_sizes import BEGIN, END, MODES, LiveBytes, PaperModel, table, written_into
 from hybrid_lora_plugin.sync.base_check import base_digests
-from hybrid_lora_plugin.sync.hybrid_weights import lora_modules, original_weights
+from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.receiver_merge import merged_digest
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader
-from hybrid_lora_plugin.training.apply import apply_allocation, census
+from hybrid_lora_plugin.training.apply import apply_allocation, parts_of
 
 PAGE = Path(__file__).parents[1] / "docs/sync-cost.md"
 HOST_DIGEST = "xxh3:" + "0" * 32
@@ -37,12 +37,14 @@ def real_stream(paper, name):
     plain = AutoModelForCausalLM.from_config(paper.config, dtype=torch.float32)
     model, mode = apply_allocation(plain, paper.allocation, rank=4, alpha=8), sync_mode(name)
     merged = (
-        merged_digest(model, lora_modules(model)[1], 2.0, torch.bfloat16, "cpu") if name == "receiver_merge" else {}
+        merged_digest(model, parts_of(model).lora_modules[1], 2.0, torch.bfloat16, "cpu")
+        if name == "receiver_merge"
+        else {}
     )
     header = SyncHeader(
         run="0123456789ab", number=1, mode=name, dtype="bfloat16", digests=True, lora_rank=4, lora_alpha=8.0,
-        lora_modules=lora_modules(model), base=base_digests(original_weights(model, "cpu")) if mode.partial else {},
-        payload_bytes=mode.payload_bytes(census(model), torch.bfloat16), merged=merged,
+        lora_modules=list(parts_of(model).lora_modules), base=base_digests(original_weights(model, "cpu")) if mode.partial else {},
+        payload_bytes=mode.payload_bytes(parts_of(model).census, torch.bfloat16), merged=merged,
     )  # fmt: skip
     stream = OutgoingWeights(header, mode.outgoing(model, 2.0, torch.bfloat16, "cpu"))
     return stream, [(name, tensor.nbytes) for name, tensor in stream]

@@ -3,17 +3,22 @@
 from __future__ import annotations
 
 import json
+from collections import Counter
 
 import pytest
 import torch
 from allocations import make_allocation
+from safetensors.torch import load_file, save_file
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from hybrid_lora_plugin import apply_allocation, load_allocation
 from hybrid_lora_plugin.config import ConfigurationError
-from hybrid_lora_plugin.training.apply import census, plain_name, trainable_groups
+from hybrid_lora_plugin.training.apply import parts_of, plain_name, trainable_groups
 from hybrid_lora_plugin.training.export import export_checkpoint
+from hybrid_lora_plugin.training.memory import least_bytes, rank_bytes
 from hybrid_lora_plugin.training.merge import merge_weight
+from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot
 from hybrid_lora_plugin.training.trainables import TrainablesDescription, load_trainables, save_trainables
 
@@ -72,8 +77,67 @@ def test_frozen_weights_are_bit_equal_after_training(hybrid):
     assert all(torch.equal(p, frozen[n]) for n, p in hybrid.named_parameters() if n in frozen)
 
 
+def test_no_weight_gradient_is_computed_for_what_is_frozen(hybrid, tiny_qwen2):
+    """A weight gradient is a product of the weight's own shape; there is one for each trained matrix and no other."""
+    products = Counter()
+
+    class Products(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            result = function(*arguments, **(options or {}))
+            if function in (torch.ops.aten.mm.default, torch.ops.aten.bmm.default, torch.ops.aten.addmm.default):
+                products[tuple(result.shape)] += 1
+            return result
+
+    loss = hybrid(input_ids=IDS, labels=IDS).loss
+    with Products():
+        loss.backward()
+    matrices = [p for p in hybrid.parameters() if p.dim() == 2]
+    computed = Counter({shape: products[shape] for shape in {tuple(p.shape) for p in matrices} if products[shape]})
+    assert computed == Counter(tuple(p.shape) for p in matrices if p.requires_grad)
+    assert all(p.grad is None for p in hybrid.parameters() if not p.requires_grad)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_trains_is_fp32_and_starts_alike_whatever_the_base_is_held_in(tiny_qwen2, allocation, dtype):
+    torch.manual_seed(3)
+    held = apply_allocation(AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=dtype), allocation, rank=4, alpha=8)
+    torch.manual_seed(3)
+    plain = apply_allocation(AutoModelForCausalLM.from_pretrained(tiny_qwen2), allocation, rank=4, alpha=8)
+    assert {p.dtype for p in held.parameters() if p.requires_grad} == {torch.float32}
+    assert {p.dtype for p in held.parameters() if not p.requires_grad} == {dtype}
+    wanted = dict(trainable_groups(plain)["lora"])
+    assert all(torch.equal(p, wanted[name]) for name, p in trainable_groups(held)["lora"])
+
+
+@pytest.mark.parametrize("stored, wanted", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")])
+def test_frozen_weights_keep_the_checkpoints_type(tiny_qwen2, tmp_path, stored, wanted):
+    AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=getattr(torch, stored)).save_pretrained(tmp_path / "model")
+    assert frozen_dtype("auto", tmp_path / "model") == getattr(torch, wanted)
+    assert frozen_dtype("bfloat16", tmp_path / "model") == torch.bfloat16
+    assert frozen_dtype("float32", tmp_path / "model") == torch.float32
+
+
+def test_frozen_weights_of_mixed_or_unknown_types_are_fp32(tiny_qwen2, tmp_path):
+    tensors = load_file(tiny_qwen2 / "model.safetensors")
+    first = next(iter(tensors))
+    (tmp_path / "mixed").mkdir()
+    save_file(tensors | {first: tensors[first].bfloat16()}, tmp_path / "mixed" / "model.safetensors")
+    assert frozen_dtype("auto", tmp_path / "mixed") == frozen_dtype("auto", tmp_path) == torch.float32
+
+
+def test_bytes_of_one_rank_are_counted_from_its_parameters(hybrid):
+    counted, snapshot = parts_of(hybrid).census, BaseSnapshot(trainable_groups(hybrid)["full"])
+    said, trains = rank_bytes(hybrid, snapshot), counted.full + counted.lora
+    # The tiny model is fp32, and so is what is frozen; its values are no bfloat16 numbers.
+    assert (said.frozen, said.trained, said.moments) == (4 * counted.frozen, 4 * trains, 8 * trains)
+    assert said.reference == snapshot.bytes == 4 * counted.full
+    floor = least_bytes(counted, 2)
+    assert floor.total == pytest.approx((2 * counted.frozen + 16 * trains + 2 * counted.full) / 2)
+    assert str(said).startswith(f"{said.total / 1e6:,.1f} MB on each rank: frozen")
+
+
 def test_census_counts_every_parameter_once(hybrid, tiny_qwen2, allocation):
-    counted = census(hybrid)
+    counted = parts_of(hybrid).census
     plain = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_qwen2).parameters())
     assert counted.full == allocation.budget.used
     assert counted.frozen + counted.full == plain and counted.total == plain + counted.lora

@@ -123,7 +123,11 @@ REFUSED = {
     "rank 0": (["hybrid_lora.lora.rank=0"], ["hybrid_lora.lora.rank", "0", "at least 1"]),
     "rank -3 for verl": (["actor_rollout_ref.model.lora_rank=-3"], ["actor_rollout_ref.model.lora_rank", "-3"]),
     "learning rate 0": (["hybrid_lora.full_lr=0"], ["hybrid_lora.full_lr"]),
-    "FSDP1": (["actor_rollout_ref.actor.strategy=fsdp"], ["actor_rollout_ref.actor.strategy", "'fsdp'", "fsdp2"]),
+    "strategy": (
+        ["actor_rollout_ref.actor.strategy=veomni"],
+        ["actor_rollout_ref.actor.strategy", "'veomni'", "fsdp2 or fsdp"],
+    ),
+    "frozen type": (["hybrid_lora.frozen_dtype=int8"], ["hybrid_lora.frozen_dtype", "'int8'", "auto"]),
     "sync mode": (["hybrid_lora.sync=telepathy"], ["hybrid_lora.sync", "'telepathy'", "merge, adapter, receiver_merge"]),
     "sync check": (["hybrid_lora.sync_check=maybe"], ["hybrid_lora.sync_check", "'maybe'", "digest"]),
     "sync timeout": (["hybrid_lora.sync_timeout=0"], ["hybrid_lora.sync_timeout", "above 0"]),
@@ -242,7 +246,7 @@ def test_installed_verl_is_supported():
 
 
 @pytest.mark.verl
-@pytest.mark.parametrize("case", ["missing artifact", "FSDP1"])
+@pytest.mark.parametrize("case", ["missing artifact", "strategy"])
 def test_main_ppo_stops_with_one_line_and_writes_nothing(case, accepted, tmp_path):
     mistake, words = REFUSED[case]
     done = run([*MAIN_PPO, *accepted, *mistake, f"hydra.run.dir={tmp_path / 'run'}"], check=False)

@@ -241,9 +241,9 @@ def last_metrics(actor) -> dict[str, float]:
 
 def counts(actor) -> dict[str, int]:
     """Parameters of the model in training: frozen, full, lora."""
-    from hybrid_lora_plugin.training.apply import census
+    from hybrid_lora_plugin.training.apply import parts_of
 
-    counted = census(_worker(actor).actor.engine.module)
+    counted = parts_of(_worker(actor).actor.engine.module).census
     return {"frozen": counted.frozen, "full": counted.full, "lora": counted.lora}
 
 

@@ -18,10 +18,10 @@ from benchmarks.rollout.faults import Fault, Pair
 from hybrid_lora_plugin import load_allocation
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.sync.base_check import base_digests
-from hybrid_lora_plugin.sync.hybrid_weights import lora_modules, original_weights
+from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.receiver_merge import merged_digest
-from hybrid_lora_plugin.training.apply import apply_allocation, census, is_adapter
+from hybrid_lora_plugin.training.apply import apply_allocation, is_adapter, parts_of
 from hybrid_lora_plugin.verl_backend import rollout_adapter
 from hybrid_lora_plugin.verl_backend.transport import LimitedSender
 from hybrid_lora_plugin.verl_backend.weight_source import WeightSource
@@ -109,7 +109,7 @@ class HybridModelEngine(CheckpointEngine):
         """Names of weights that a sync in ``mode`` leaves in the rollout engine as they are."""
         names = {name for name, _ in original_weights(self.model, "cpu")}
         if mode == "receiver_merge":
-            names -= {f"{module}.weight" for module in lora_modules(self.model)}
+            names -= {f"{module}.weight" for module in parts_of(self.model).lora_modules}
         return sorted(names) if sync_mode(mode).partial else []
 
     @torch.no_grad()
@@ -139,8 +139,8 @@ class HybridModelEngine(CheckpointEngine):
         stream = source.stream(
             mode.name,
             tensors,
-            payload_bytes=mode.payload_bytes(census(self.model), source.dtype),
-            lora_modules=lora_modules(self.model),
+            payload_bytes=mode.payload_bytes(parts_of(self.model).census, source.dtype),
+            lora_modules=list(parts_of(self.model).lora_modules),
             base=(lambda: base_digests(original_weights(self.model, "cpu"))) if mode.partial else None,
             merged=self._merged_digest if mode.name == "receiver_merge" else None,
         )

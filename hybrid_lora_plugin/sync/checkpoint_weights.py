@@ -83,6 +83,10 @@ class CheckpointWeights:
         """Shape of the whole tensor ``name``, from the file's header; KeyError where there is none."""
         return tuple(self._file(name).get_slice(name).get_shape())
 
+    def dtypes(self) -> set[str]:
+        """Types of all tensors as safetensors names them, e.g. {"BF16"}, from the files' headers."""
+        return {self._file(name).get_slice(name).get_dtype() for name in self}
+
     def read(self, name: str) -> torch.Tensor:
         """The whole tensor ``name``, which is looked at once and not kept. KeyError where there is none."""
         return self._file(name).get_tensor(name)

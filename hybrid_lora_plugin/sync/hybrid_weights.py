@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 import torch
+from torch.distributed.fsdp import FullyShardedDataParallel
 from torch.distributed.tensor import DTensor
 
-from hybrid_lora_plugin.training.apply import ADAPTER, is_adapter, plain_name
+from hybrid_lora_plugin.training.apply import ADAPTER, is_adapter, parts_of, plain_name
 
 
 def whole(tensor: torch.Tensor, device) -> torch.Tensor:
@@ -32,6 +33,16 @@ def plain_state(
         for name, tensor in state.items()
         if not is_adapter(name) and not (tied and plain_name(name) == "lm_head.weight")
     }
+
+
+def layer_state(model: torch.nn.Module, layer: str) -> dict[str, torch.Tensor]:
+    """The part of ``state_dict()`` of the module ``layer``, named as in ``model``; of one layer only where that is possible.
+
+    The whole model's takes as long as sending the factors, but FSDP1 gives no other.
+    """
+    if isinstance(model, FullyShardedDataParallel):
+        return {name: tensor for name, tensor in model.state_dict().items() if name.startswith(f"{layer}.")}
+    return model.get_submodule(layer).state_dict(prefix=f"{layer}.")
 
 
 def is_wrapped(name: str) -> bool:
@@ -65,7 +76,7 @@ def trained_weights(
         (``MODULE.lora_B.weight``, ``[d_out, r]``) for the others, which come first.
     """
     state = model.state_dict()
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = parts_of(model).trained
     plain_weights = plain_state(model, state)
     # The wider type first: in a bucket without gaps everything then begins at a multiple of its element size.
     for plain, (name, _) in plain_weights.items():
@@ -77,15 +88,9 @@ def trained_weights(
             yield plain, whole(tensor, device).to(dtype)
 
 
-def lora_modules(model: torch.nn.Module) -> list[str]:
-    """Plain names of the modules with an adapter, in model order."""
-    names = (name for name, _ in model.named_parameters(remove_duplicate=False))
-    return [plain_name(name).removesuffix(".weight") for name in names if is_wrapped(name)]
-
-
 def original_weights(model: torch.nn.Module, device) -> Iterator[tuple[str, torch.Tensor]]:
     """Every weight that training leaves alone, the bases of LoRA layers among them: (plain name, tensor)."""
-    trained = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
+    trained = parts_of(model).trained
     for plain, (name, tensor) in plain_state(model).items():
         if name not in trained:
             yield plain, whole(tensor, device)

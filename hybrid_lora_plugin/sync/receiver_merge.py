@@ -14,7 +14,7 @@ from hybrid_lora_plugin.allocation.report import Census
 from hybrid_lora_plugin.sync.adapter import FactorReceiver
 from hybrid_lora_plugin.sync.digest import digest_of
 from hybrid_lora_plugin.sync.errors import WeightSyncError
-from hybrid_lora_plugin.sync.hybrid_weights import factors_of, trained_weights, whole
+from hybrid_lora_plugin.sync.hybrid_weights import factors_of, layer_state, trained_weights, whole
 from hybrid_lora_plugin.sync.modes import RolloutModel, SyncMode
 from hybrid_lora_plugin.sync.wire import SyncHeader
 from hybrid_lora_plugin.training.apply import PEFT_PREFIX
@@ -72,8 +72,7 @@ def merged_digest(model: torch.nn.Module, module: str, scaling: float, dtype: to
     """
     layer = PEFT_PREFIX + module
     name = f"{layer}.base_layer.weight"
-    # Of this layer only: the whole model's takes as long as sending the factors.
-    state = model.get_submodule(layer).state_dict(prefix=f"{layer}.")
+    state = layer_state(model, layer)
     merged = merge_weight(whole(state[name], device), *factors_of(state, name, device), scaling, dtype)
     return {f"{module}.weight": digest_of(merged)}
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
@@ -12,12 +14,34 @@ from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.config import ConfigurationError
 
 ADAPTER = "default"
+#: attribute of a hybrid model that holds its ``HybridParts``; FSDP's wrappers pass attributes through
+_PARTS = "hybrid_lora_parts"
 PEFT_PREFIX = "base_model.model."
 
 
+@dataclass(frozen=True)
+class HybridParts:
+    """What is what in a hybrid model, from before it was sharded: FSDP1 hides names and sizes of parameters.
+
+    Attributes:
+        trained: names in ``state_dict()`` of everything that trains.
+        lora_modules: plain names of the modules with an adapter, in model order.
+        census: the count of all parameters, tied weights once.
+    """
+
+    trained: frozenset[str]
+    lora_modules: tuple[str, ...]
+    census: Census
+
+
+def parts_of(model: torch.nn.Module) -> HybridParts:
+    """The record that ``apply_allocation`` left on the model, also when FSDP has wrapped it since."""
+    return getattr(model, _PARTS)
+
+
 def plain_name(name: str) -> str:
-    """Name of a parameter or module in the plain Hugging Face model, without PEFT's additions."""
-    return name.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+    """Name of a parameter or module in the plain Hugging Face model, without PEFT's and FSDP1's additions."""
+    return name.replace("_fsdp_wrapped_module.", "").removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
 
 
 def apply_allocation(
@@ -31,7 +55,8 @@ def apply_allocation(
         rank, alpha, dropout: of the adapters; PEFT scales them by alpha / rank.
 
     Returns:
-        The PEFT model. Weights and biases of full modules and all LoRA factors require a gradient, nothing else.
+        The PEFT model. Weights and biases of full modules and all LoRA factors require a gradient, nothing else, and are in
+        float32 whatever the model's type.
 
     Raises:
         ConfigurationError: the model is wrapped already, is not the one the allocation is for, or PEFT did not
@@ -67,8 +92,25 @@ def apply_allocation(
     for name, module in peft_model.named_modules():
         if plain_name(name) in full:
             for parameter in module.parameters(recurse=False):
+                parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
+        elif isinstance(module, LoraLayer):
+            for factor in (module.lora_A[ADAPTER].weight, module.lora_B[ADAPTER].weight):
+                factor.data = factor.data.float()
+            # PEFT has rounded A's values to the type of its base weight.
+            module.reset_lora_parameters(ADAPTER, init_lora_weights=True)
+    setattr(peft_model, _PARTS, _parts(peft_model))
     return peft_model
+
+
+def _parts(model: PeftModel) -> HybridParts:
+    groups = trainable_groups(model)
+    full, lora = (sum(parameter.numel() for _, parameter in groups[kind]) for kind in ("full", "lora"))
+    return HybridParts(
+        trained=frozenset(name for group in groups.values() for name, _ in group),
+        lora_modules=tuple(plain_name(name) for name, module in model.named_modules() if isinstance(module, LoraLayer)),
+        census=Census(sum(p.numel() for p in model.parameters()) - full - lora, full=full, lora=lora),
+    )
 
 
 def is_adapter(name: str) -> bool:
@@ -83,10 +125,3 @@ def trainable_groups(model: torch.nn.Module) -> dict[str, list[tuple[str, torch.
         if parameter.requires_grad:
             groups["lora" if is_adapter(name) else "full"].append((name, parameter))
     return groups
-
-
-def census(model: torch.nn.Module) -> Census:
-    """Count the parameters of a hybrid model, tied weights once; with FSDP2 the sizes are global ones."""
-    groups = trainable_groups(model)
-    full, lora = (sum(p.numel() for _, p in groups[kind]) for kind in ("full", "lora"))
-    return Census(frozen=sum(p.numel() for p in model.parameters()) - full - lora, full=full, lora=lora)

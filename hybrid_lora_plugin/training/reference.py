@@ -40,6 +40,10 @@ class BaseSnapshot:
         """Bytes this rank keeps for the snapshot."""
         return sum(v.numel() * v.element_size() for v in self.values.values())
 
+    def to(self, device) -> None:
+        """Keep the snapshot there from now on; where the parameters are does not matter."""
+        self.values = {name: values.to(device, non_blocking=True) for name, values in self.values.items()}
+
     @contextmanager
     def swapped_in(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> Iterator[None]:
         """The original values inside the ``with``, the trained ones again after it, also when the body raises.

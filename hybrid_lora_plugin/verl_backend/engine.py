@@ -6,25 +6,27 @@ optimizer's groups, the reference policy, what the rollout engine receives, and 
 
 from __future__ import annotations
 
+import copy
 from contextlib import contextmanager
-from functools import cached_property
 from pathlib import Path
 
 import torch
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor
 from verl.utils.device import get_device_id
+from verl.utils.fsdp_utils import fsdp_version, load_fsdp_model_to_gpu, offload_fsdp_model_to_cpu
 from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine import FSDPEngineWithLMHead
 
 from hybrid_lora_plugin.allocation.artifact import ALLOCATION_FILE, load_allocation
-from hybrid_lora_plugin.allocation.report import Census
 from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig
 from hybrid_lora_plugin.sync.base_check import base_digests
-from hybrid_lora_plugin.sync.hybrid_weights import lora_modules, original_weights
+from hybrid_lora_plugin.sync.hybrid_weights import original_weights, whole
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.receiver_merge import merged_digest
-from hybrid_lora_plugin.training.apply import apply_allocation, census, plain_name, trainable_groups
+from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, plain_name, trainable_groups
+from hybrid_lora_plugin.training.memory import rank_bytes
+from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot, local_tensor
 from hybrid_lora_plugin.training.trainables import FOLDER, TrainablesDescription, require_same_setting, save_trainables
 from hybrid_lora_plugin.verl_backend import requirements
@@ -38,6 +40,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
 
     hybrid: HybridLoraConfig
     _weight_source: WeightSource | None = None
+    _base_snapshot: BaseSnapshot | None = None
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         self.hybrid = requirements.check_engine(model_config, engine_config, checkpoint_config)
@@ -61,6 +64,16 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
 
     # -- building ---------------------------------------------------------------------------------------------
 
+    def _build_module(self):
+        # verl holds a whole model in one type; only what trains needs fp32, and is made so with its adapters.
+        given, dtype = self.engine_config, frozen_dtype(self.hybrid.frozen_dtype, self.model_config.local_path)
+        self.engine_config = copy.copy(given)
+        object.__setattr__(self.engine_config, "model_dtype", str(dtype).removeprefix("torch."))
+        try:
+            return super()._build_module()
+        finally:
+            self.engine_config = given
+
     def _build_lora_module(self, module):
         # As in verl: the embedding output needs a gradient for checkpointed layers below the first adapter.
         module.enable_input_require_grads()
@@ -79,7 +92,8 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         # Here the weights are the checkpoint's and no step has been taken, also when a run resumes later.
         self._base_snapshot = BaseSnapshot(trainable_groups(module)["full"])
         if self.rank == 0:
-            print(f"hybrid_lora: {census(module)}; {len(self.allocation.full_names)} modules fully tuned")
+            print(f"hybrid_lora: {parts_of(module).census}; {len(self.allocation.full_names)} modules fully tuned")
+            print(f"hybrid_lora: {rank_bytes(module, self._base_snapshot)}")
         return module
 
     def _build_optimizer(self, module):
@@ -100,18 +114,41 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
         outputs = super().train_batch(data, loss_function)
         if self.is_mp_src_rank_with_outputs():
-            for kind, norm in self._gradient_norms.items():
-                # Lists, like the per-micro-batch metrics: verl chains them over ranks and mini-batches.
-                outputs["metrics"][f"grad_norm_{kind}"] = [norm]
-                outputs["metrics"][f"lr_{kind}"] = [rates[kind]]
+            # Lists, like the per-micro-batch metrics: verl chains them over ranks and mini-batches.
+            for name, value in (self._norms | {f"lr_{kind}": rate for kind, rate in rates.items()}).items():
+                outputs["metrics"][name] = [value]
         return outputs
 
     def optimizer_step(self):
         # Before verl clips: one norm over both groups decides the clipping, these two say where it comes from.
-        self._gradient_norms = {group["name"]: _gradient_norm(group["params"]) for group in self.optimizer.param_groups}
-        return super().optimizer_step()
+        groups = {group["name"]: group["params"] for group in self.optimizer.param_groups}
+        self._norms = {f"grad_norm_{kind}": self._norm([p.grad for p in params]) for kind, params in groups.items()}
+        before = {kind: [p.detach().clone() for p in params] for kind, params in groups.items()}
+        norm = super().optimizer_step()
+        for kind, params in groups.items():
+            moved = [old.sub_(after.detach()) for after, old in zip(params, before[kind], strict=True)]
+            self._norms[f"update_norm_{kind}"] = self._norm(moved)
+        return norm
+
+    def _norm(self, tensors: list[torch.Tensor | None]) -> float:
+        """L2 norm of all these sharded tensors together, over all ranks; None counts as zero."""
+        present = [tensor for tensor in tensors if tensor is not None]
+        norm = torch.nn.utils.get_total_norm(present) if present else torch.zeros(())
+        if isinstance(norm, DTensor):
+            norm = norm.full_tensor()
+        elif fsdp_version(self.module) == 1 and self.module.sharding_strategy != ShardingStrategy.NO_SHARD:
+            # FSDP1's parameters are plain tensors, each rank's part.
+            norm = norm.to(get_device_id()) ** 2
+            torch.distributed.all_reduce(norm, group=self.module.process_group)
+            norm = norm.sqrt()
+        return norm.item()
 
     # -- reference policy -------------------------------------------------------------------------------------
+
+    def to(self, device, model=True, optimizer=True, grad=True):
+        super().to(device, model, optimizer, grad)
+        if model and self._base_snapshot is not None:
+            self._base_snapshot.to(device)
 
     @contextmanager
     def disable_adapter(self):
@@ -128,16 +165,11 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-
-    # Neither changes in a run, and a walk over all parameters takes as long as sending the factors.
-
-    @cached_property
-    def _census(self) -> Census:
-        return census(self.module)
-
-    @cached_property
-    def _lora_modules(self) -> list[str]:
-        return lora_modules(self.module)
+            elif (
+                isinstance(module, FullyShardedDataParallel) and module._handle and module._handle.uses_sharded_strategy
+            ):
+                # As verl does with the root after an evaluation.
+                module._handle.reshard(True)
 
     # -- rollout ----------------------------------------------------------------------------------------------
 
@@ -149,12 +181,12 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         mode, device = sync_mode(self.hybrid.sync), get_device_id()
         if self._weight_source is None:
             self._weight_source = WeightSource(self.hybrid, self.model_config, device)
-        source = self._weight_source
+        source, parts = self._weight_source, parts_of(self.module)
         stream = source.stream(
             mode.name,
-            mode.outgoing(self.module, self.scaling, source.dtype, device),
-            payload_bytes=mode.payload_bytes(self._census, source.dtype),
-            lora_modules=self._lora_modules,
+            self._resident(mode.outgoing(self.module, self.scaling, source.dtype, device)),
+            payload_bytes=mode.payload_bytes(parts.census, source.dtype),
+            lora_modules=list(parts.lora_modules),
             base=(lambda: base_digests(original_weights(self.module, device))) if mode.partial else None,
             merged=(
                 (lambda module: merged_digest(self.module, module, self.scaling, source.dtype, device))
@@ -166,18 +198,26 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         # verl asks only whether there is one; what the engine needs of it travels in the stream.
         return stream, {"r": self.model_config.lora_rank} if mode.engine_adapter else None
 
+    def _resident(self, tensors):
+        """The same stream, with the model on the device while it is drawn: FSDP1 gathers nothing from the host."""
+        moves = self._is_offload_param and fsdp_version(self.module) == 1
+        if moves:
+            load_fsdp_model_to_gpu(self.module)
+        try:
+            yield from tensors
+        finally:
+            if moves:
+                offload_fsdp_model_to_cpu(self.module)
+
     # -- checkpoints ------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None, **kwargs):
         super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
         tensors = {}
-        for group in trainable_groups(self.module).values():
-            for name, parameter in group:
-                whole = parameter.detach()
-                if isinstance(whole, DTensor):
-                    whole = whole.to(get_device_id()).full_tensor()
-                if self.rank == 0:
-                    tensors[plain_name(name).replace(".default.", ".")] = whole.float().cpu().contiguous()
+        for name, tensor in self._resident(self._trained_state()):
+            gathered = whole(tensor, get_device_id())
+            if self.rank == 0:
+                tensors[plain_name(name).replace(".default.", ".")] = gathered.float().cpu().contiguous()
         if self.rank == 0:
             description = TrainablesDescription(
                 base_model=str(self.model_config.path),
@@ -187,6 +227,12 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             )
             save_trainables(local_path, tensors, description, self._allocation_json)
         torch.distributed.barrier()
+
+    def _trained_state(self):
+        trained = parts_of(self.module).trained
+        for name, tensor in self.module.state_dict().items():
+            if name in trained:
+                yield name, tensor
 
     def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=True, **kwargs):
         kept = Path(local_path or "") / FOLDER
@@ -209,12 +255,3 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         return {
             n: (s.sum(dtype=torch.float64).item(), s.abs().sum(dtype=torch.float64).item()) for n, s in shards.items()
         }
-
-
-def _gradient_norm(parameters) -> float:
-    """L2 norm of the gradients of ``parameters``, over all ranks."""
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    if not gradients:
-        return 0.0
-    norm = torch.nn.utils.get_total_norm(gradients)
-    return (norm.full_tensor() if isinstance(norm, DTensor) else norm).item()

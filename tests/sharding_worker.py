@@ -1,0 +1,69 @@
+"""Runs under torchrun: the engine through a few steps under one setting of sharding after the other.
+
+Writes to ``OUT/results.json`` what each setting gave (rank 0), and its first and last weights beside it.
+"""
+
+from __future__ import annotations
+
+import gc
+import json
+import sys
+from pathlib import Path
+
+import torch
+from engine_worker import build_engine, gather_log_probs, make_batch, policy_loss, share_of, train, weights_of
+from safetensors.torch import save_file
+
+ROWS, STEPS = 16, 3
+
+
+def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[dict, dict[str, dict]]:
+    """Steps, reference log-probabilities, bytes and units of one engine; its weights before and after."""
+    from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
+
+    from hybrid_lora_plugin.training.memory import rank_bytes
+    from hybrid_lora_plugin.training.reference import local_tensor
+
+    engine = build_engine(arguments | setting)
+    micro_batch = ROWS // ranks // setting["accumulation"]
+    batch = share_of(make_batch(micro_batch, ROWS), rank, ranks)
+    start = weights_of(engine)
+    result = {"steps": train(engine, batch, policy_loss("hybrid_gspo"), STEPS, ranks)}
+    result["reference"] = gather_log_probs(engine, batch, ranks, reference=True)
+    said = rank_bytes(engine.module, engine._base_snapshot)
+    states = [value for state in engine.optimizer.state.values() for value in state.values()]
+    result["bytes"] = vars(said) | {"total": said.total}
+    result["moments"] = sum(local_tensor(value).nbytes for value in states if value.dim())
+    result["states"] = len(engine.optimizer.state)
+    result["groups"] = [group["name"] for group in engine.optimizer.param_groups]
+    result["trained_dtypes"] = sorted({str(p.dtype) for p in engine.module.parameters() if p.requires_grad})
+    result["frozen_dtypes"] = sorted({str(p.dtype) for p in engine.module.parameters() if not p.requires_grad})
+    layers = len(engine.model_config.hf_config.layer_types)
+    units = [n for n, m in engine.module.named_modules() if isinstance(m, FSDPModule | FullyShardedDataParallel)]
+    result["units_per_layer"] = sum(".layers." in name for name in units) / layers
+    return result, {"start": start, "end": weights_of(engine)}
+
+
+def main(path: str) -> None:
+    import verl  # noqa: F401  loads the plugin as in any verl process
+    from verl.utils.distributed import initialize_global_process_group
+
+    arguments = json.loads(Path(path).read_text())
+    _, rank, ranks = initialize_global_process_group()
+    torch.set_num_threads(1)
+    out, results = Path(arguments["out"]), {}
+    for name, setting in arguments["settings"].items():
+        results[name], weights = run_setting(arguments, setting, rank, ranks)
+        gc.collect()
+        if rank == 0:
+            for when, tensors in weights.items():
+                save_file(
+                    {key: value.contiguous() for key, value in tensors.items()}, out / f"{name}-{when}.safetensors"
+                )
+    if rank == 0:
+        (out / "results.json").write_text(json.dumps(results))
+    torch.distributed.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -1,0 +1,191 @@
+"""The engine under every sharding that verl offers, against the same training in one process without any."""
+
+from __future__ import annotations
+
+import math
+from itertools import product
+
+import pytest
+import torch
+
+pytest.importorskip("verl", reason="verl is not installed")
+
+from allocations import make_allocation  # noqa: E402
+from engine_worker import make_batch  # noqa: E402
+from sharding_worker import ROWS, STEPS  # noqa: E402
+from tiny_models import make_tiny_qwen2  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
+from verl_processes import run_engine  # noqa: E402
+
+from hybrid_lora_plugin import apply_allocation, load_allocation  # noqa: E402
+from hybrid_lora_plugin.training.apply import parts_of, plain_name, trainable_groups  # noqa: E402
+from hybrid_lora_plugin.training.memory import least_bytes  # noqa: E402
+from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402
+
+pytestmark = pytest.mark.verl
+
+RANKS = (1, 2, 4)
+SETTINGS = {
+    f"{strategy}{'-offload' * offload}-{accumulation}": {
+        "strategy": strategy,
+        "sharding": {"param_offload": offload, "optimizer_offload": offload},
+        "accumulation": accumulation,
+    }
+    for strategy, offload, accumulation in product(("fsdp2", "fsdp"), (False, True), (1, 4))
+}
+
+
+@pytest.fixture(scope="module")
+def setting(tmp_path_factory):
+    """A checkpoint in bfloat16 with biases and a tied head, and an allocation for it."""
+    folder = tmp_path_factory.mktemp("sharding")
+    model = make_tiny_qwen2(folder / "fp32", layers=3)
+    half = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
+    half.save_pretrained(folder / "model")
+    for file in model.glob("*token*"):
+        (folder / "model" / file.name).write_bytes(file.read_bytes())
+    for file in model.glob("chat_template*"):
+        (folder / "model" / file.name).write_bytes(file.read_bytes())
+    return folder, folder / "model", make_allocation(folder / "model", folder / "allocation")
+
+
+@pytest.fixture(scope="module")
+def runs(setting):
+    folder, model, allocation = setting
+    return {
+        ranks: run_engine(
+            folder / f"ranks-{ranks}",
+            ranks,
+            worker="tests/sharding_worker.py",
+            model=model,
+            allocation=allocation,
+            settings=SETTINGS,
+        )
+        for ranks in RANKS
+    }
+
+
+@pytest.fixture(scope="module", params=list(product(RANKS, SETTINGS)), ids=lambda value: f"{value[0]}-{value[1]}")
+def run(request, runs):
+    ranks, name = request.param
+    return {"ranks": ranks, "start": runs[ranks][f"{name}-start"], "end": runs[ranks][f"{name}-end"]} | runs[ranks][
+        name
+    ]
+
+
+def log_probs(model, ids, response):
+    values = model(ids[None]).logits[0, -len(response) - 1 : -1].float().log_softmax(-1)
+    return values.gather(1, response[:, None])[:, 0]
+
+
+@pytest.fixture(scope="module")
+def expected(setting, runs):
+    """The same steps in plain PyTorch: one process, fp32, no FSDP, no verl."""
+    _, folder, allocation = setting
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    model = apply_allocation(model, load_allocation(allocation), rank=4, alpha=8)
+    start = runs[1]["fsdp2-1-start"]
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            parameter.copy_(start[name])
+    groups = trainable_groups(model)
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for _, p in groups["lora"]], "lr": 1e-2},
+            {"params": [p for _, p in groups["full"]], "lr": 1e-3},
+        ],
+        betas=(0.9, 0.999),
+        weight_decay=0.0,
+    )
+    batch, steps = make_batch(1, ROWS), []
+    rows = [batch[name].unbind() for name in ("input_ids", "responses", "old_log_probs", "advantages")]
+    for _ in range(STEPS):
+        losses = []
+        for ids, response, old, advantage in zip(*rows, strict=True):
+            row = (log_probs(model, ids, response)[None], old[None], advantage[None], torch.ones(1, len(response)))
+            losses.append(gspo_sequence_losses(*row, 0.2, 0.2)[0])
+        loss = torch.stack(losses).mean()
+        optimizer.zero_grad()
+        loss.backward()
+        trained = [p for group in optimizer.param_groups for p in group["params"]]
+        before = [p.detach().clone() for p in trained]
+        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        optimizer.step()
+        moved = [p.detach() - old for p, old in zip(trained, before, strict=True)]
+        steps.append(
+            {"loss": loss.item(), "grad_norm": norm.item(), "moved": torch.nn.utils.get_total_norm(moved).item()}
+        )
+    with torch.no_grad():
+        base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+        reference = [log_probs(base, ids, response) for ids, response in zip(rows[0], rows[1], strict=True)]
+    return {
+        "steps": steps,
+        "weights": dict(model.named_parameters()),
+        "reference": reference,
+        "census": parts_of(model).census,
+    }
+
+
+def test_losses_are_those_of_one_process_without_sharding(run, expected):
+    assert len(run["steps"]) == STEPS
+    for step, wanted in zip(run["steps"], expected["steps"], strict=True):
+        assert step["loss"] == pytest.approx(wanted["loss"], abs=1e-5)
+        assert step["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
+
+
+def test_norms_by_kind_are_those_of_the_whole(run, expected):
+    for step, wanted in zip(run["steps"], expected["steps"], strict=True):
+        assert math.hypot(step["grad_norm_lora"], step["grad_norm_full"]) == pytest.approx(step["grad_norm"], rel=1e-5)
+        assert math.hypot(step["update_norm_lora"], step["update_norm_full"]) == pytest.approx(
+            wanted["moved"], rel=1e-3
+        )
+
+
+def test_trained_weights_are_those_of_one_process(run, expected):
+    assert set(run["end"]) == set(expected["weights"])
+    for name, wanted in expected["weights"].items():
+        # Adam's first steps are signs: an element whose gradient is nearly nothing may go either way.
+        apart, way = (run["end"][name] - wanted.detach()).norm(), (wanted.detach() - run["start"][name]).norm()
+        assert apart <= 1e-2 * way, name
+
+
+def test_all_settings_start_from_the_same_weights(run, runs):
+    start = runs[1]["fsdp2-1-start"]
+    assert all(torch.equal(tensor, start[name]) for name, tensor in run["start"].items())
+
+
+def test_frozen_weights_are_the_checkpoints_bit_for_bit_after_training(run, setting):
+    base = AutoModelForCausalLM.from_pretrained(setting[1], dtype=torch.bfloat16).state_dict()
+    allocation = load_allocation(setting[2])
+    frozen = 0
+    for name, tensor in run["end"].items():
+        if ".lora_" in name or plain_name(name).rpartition(".")[0] in allocation.full_names:
+            continue
+        frozen += 1
+        assert torch.equal(tensor, base[plain_name(name)].float()), name
+    assert frozen > len(allocation.lora_names)
+
+
+def test_reference_is_the_base_model(run, expected):
+    for row, wanted in zip(run["reference"], expected["reference"], strict=True):
+        torch.testing.assert_close(torch.tensor(row), wanted, rtol=0, atol=1e-5)
+
+
+def test_what_trains_is_fp32_and_what_is_frozen_keeps_the_checkpoints_type(run):
+    assert run["trained_dtypes"] == ["torch.float32"] and run["frozen_dtypes"] == ["torch.bfloat16"]
+
+
+def test_only_what_trains_has_optimizer_state(run, expected):
+    assert run["moments"] == run["bytes"]["moments"] == 2 * run["bytes"]["trained"]
+    assert run["groups"] == ["lora", "full"]
+
+
+def test_bytes_of_a_rank_are_near_the_floor(run, expected):
+    floor = least_bytes(expected["census"], run["ranks"])
+    # Padding: tensors of 32 rows cut in four, and FSDP1's flat parameters.
+    assert floor.total <= run["bytes"]["total"] * 1.001
+    assert run["bytes"]["total"] <= 1.05 * floor.total
+
+
+def test_a_decoder_layer_is_one_unit_under_fsdp2(run):
+    assert run["units_per_layer"] >= 1
