@@ -23,7 +23,7 @@ FIND_LINKS = $(or $(PIP_FIND_LINKS),$(shell $(BIN)/pip config get global.find-li
 TORCH_SOURCE = $(if $(strip $(FIND_LINKS)),$(addprefix --find-links ,$(FIND_LINKS)),--torch-backend cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast demo probe-smollm2 bench bench-probe bench-sync docs lint lock clean
+.PHONY: help install test test-fast demo probe-smollm2 bench bench-probe bench-sync bench-training docs lint lock clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r name text; do printf '  make %-15s %s\n' "$$name" "$$text"; done
@@ -52,7 +52,7 @@ demo: install ## the whole line on two CPU cores: probe, verl GSPO run, proof, e
 probe-smollm2: install ## the allocation of a real pretrained model (SmolLM2-135M, 210 modules)
 	$(BIN)/python -m recipes.probe_smollm2 --output $(SMOLLM2_DIR)
 
-bench: bench-probe bench-sync ## both benchmarks, one after the other
+bench: bench-probe bench-sync bench-training ## all benchmarks, one after the other
 
 bench-probe: install ## what the probe costs, against its floor: about ten minutes
 	$(BIN)/python -m benchmarks.probe_cost
@@ -60,6 +60,9 @@ bench-probe: install ## what the probe costs, against its floor: about ten minut
 bench-sync: install ## what a weight sync costs in each mode, beside verl's own: about twenty minutes and 20 GB
 	$(BIN)/python -m benchmarks.sync_sizes
 	$(BIN)/python -m benchmarks.sync_cost
+
+bench-training: install ## memory and time of training on 1, 2 and 4 ranks, beside verl's own and PEFT: about ten minutes
+	$(BIN)/python -m benchmarks.training_cost
 
 docs: install ## write docs/configuration.md from the dataclasses
 	$(BIN)/python -m hybrid_lora_plugin.cli.reference docs/configuration.md

@@ -1,0 +1,1 @@
+"""Engines side by side in one process group, and what they hold and take."""

@@ -1,0 +1,275 @@
+"""What training costs on each rank: bytes, collectives and time, beside full fine-tuning, verl's LoRA and PEFT.
+
+    python -m benchmarks.training_cost [--ranks 1,2,4] [--layers 12] [--hidden 576] [--rows 2] [--tokens 128] [--rounds 9]
+                                       [--output outputs/bench] [--write docs/training-cost.md]
+
+verl's own engine in each variant, all alive in one process group and on the same batches; they take turns, so a ratio is
+one of two updates seconds apart. Bytes are counted from the tensors that a rank holds in an update. On a machine with
+GPUs the same command uses them, in bf16, and also shows the peak that the allocator saw. Nothing here is a test.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import time
+from importlib.metadata import version
+from pathlib import Path
+
+import torch
+
+from benchmarks.sync_cost import make_model, quartiles
+from benchmarks.sync_sizes import written_into
+from benchmarks.training.engines import VARIANTS
+from recipes.demo.environment import cpu_environment
+
+ROOT = Path(__file__).parents[1]
+BEGIN, END = "<!-- measured by benchmarks/training_cost.py -->", "<!-- end of the measured part -->"
+
+
+# -- on one rank -----------------------------------------------------------------------------------------------------
+
+
+def measure(shape: argparse.Namespace) -> None:
+    """Build every variant, measure, and leave the figures in ``ranks-N.json`` (rank 0)."""
+    import verl  # noqa: F401  loads the plugin as in any verl process
+    from verl.utils.distributed import initialize_global_process_group
+
+    from benchmarks.training import engines as e
+    from hybrid_lora_plugin.training.apply import parts_of
+
+    _, rank, ranks = initialize_global_process_group()
+    cuda = torch.cuda.is_available()
+    if not cuda:
+        torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
+    precision = "bf16" if cuda else "fp32"
+    folder = shape.output / "training-cost"
+    model, allocation = str(folder / "model"), str(folder / "allocation")
+    batch, loss = e.make_batch(shape.rows, shape.tokens, shape.vocabulary, rank, ranks), e.policy_loss()
+    built, starts = {}, {}
+    for variant in VARIANTS:
+        begun = time.perf_counter()
+        built[variant] = e.build_engine(variant, model, allocation, precision=precision)
+        starts[variant] = time.perf_counter() - begun
+    result = {"ranks": ranks, "starts": starts, "bytes": {}, "collectives": {}, "units": {}, "seconds": {}, "peak": {}}
+    result["parameters"] = vars(parts_of(built["hybrid"].module).census)
+    for variant in VARIANTS:
+        e.update(built[variant], batch, loss)  # lazy parts, and the optimizer's state
+        with e.counted_collectives() as counts:
+            if cuda:
+                torch.cuda.reset_peak_memory_stats()
+                before = torch.cuda.memory_allocated()
+            e.update(built[variant], batch, loss)
+            if cuda:
+                result["peak"][variant] = torch.cuda.max_memory_allocated() - before
+        result["collectives"][variant] = dict(counts)
+        result["units"][variant] = e.units_per_layer(built[variant])
+    for variant, engine in built.items():
+        result["bytes"][variant] = e.held_bytes(engine, batch, loss)
+
+    cases = {variant: lambda v=variant: e.update(built[v], batch, loss) for variant in VARIANTS}
+    cases["plain forward"] = lambda: e.log_probs(built["full"], batch, reference=False)
+    cases["hybrid reference"] = lambda: e.log_probs(built["hybrid"], batch, reference=True)
+    cases["lora reference"] = lambda: e.log_probs(built["lora"], batch, reference=True)
+    seconds = {case: [] for case in cases}
+    order = list(cases)
+    for round_ in range(shape.rounds + 1):
+        turn = (round_ * 2) % len(order)
+        for case in (*order[turn:], *order[:turn])[:: -1 if round_ % 2 else 1]:
+            torch.distributed.barrier()
+            begun = time.perf_counter()
+            cases[case]()
+            if cuda:
+                torch.cuda.synchronize()
+            torch.distributed.barrier()
+            if round_:  # the first one warms up
+                seconds[case].append(time.perf_counter() - begun)
+    result["seconds"] = seconds
+    if rank == 0:
+        (folder / f"ranks-{ranks}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    torch.distributed.destroy_process_group()
+
+
+# -- report ----------------------------------------------------------------------------------------------------------
+
+
+def floor_of(parameters: dict[str, int], ranks: int) -> float:
+    """The floor of docs/memory.md in bytes on each rank."""
+    from hybrid_lora_plugin.allocation.report import Census
+    from hybrid_lora_plugin.training.memory import least_bytes
+
+    return least_bytes(Census(**parameters), ranks).total
+
+
+def total_of(held: dict[str, dict[str, int]], variant: str) -> int:
+    """Bytes of a variant on one rank, with its reference policy: beside full fine-tuning, verl's second model in fp32.
+
+    That one cannot be built without an accelerator, since verl keeps it in page-locked memory of the host.
+    """
+    beside = held["full"]["parameters"] if variant == "full" else 0
+    return sum(held[variant].values()) + beside
+
+
+def bytes_table(results: list[dict]) -> list[str]:
+    lines = [
+        "| ranks | variant | parameters | gradients | optimizer | reference | together, MB | ÷ floor | ÷ full fine-tuning |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
+    ]
+    for result in results:
+        held, floor = result["bytes"], floor_of(result["parameters"], result["ranks"])
+        for variant, label in VARIANTS.items():
+            parts = dict(held[variant])
+            if variant == "full":
+                parts["reference"] = parts["parameters"]
+            total = total_of(held, variant)
+            over = f"{total / floor:.3f}" if variant == "hybrid" else ""
+            lines.append(
+                f"| {result['ranks']} | {label} | {' | '.join(f'{part / 1e6:.1f}' for part in parts.values())} | "
+                f"{total / 1e6:.1f} | {over} | {total / total_of(held, 'full'):.3f} |"
+            )
+    return lines
+
+
+def ratio(seconds: dict[str, list[float]], case: str, base: str) -> str:
+    """Quartiles of the ratios of two cases, round by round."""
+    return quartiles([a / b for a, b in zip(seconds[case], seconds[base], strict=True)])
+
+
+def time_table(results: list[dict]) -> list[str]:
+    lines = [
+        "| ranks | actor update | seconds (quartiles) | ÷ verl's LoRA | ÷ full fine-tuning | FSDP units a layer | collectives |",
+        "| ---: | --- | ---: | ---: | ---: | ---: | --- |",
+    ]
+    for result in results:
+        seconds = result["seconds"]
+        for variant, label in VARIANTS.items():
+            counts = ", ".join(f"{number} {kind}" for kind, number in sorted(result["collectives"][variant].items()))
+            lines.append(
+                f"| {result['ranks']} | {label} | {quartiles(seconds[variant])} | {ratio(seconds, variant, 'lora')} | "
+                f"{ratio(seconds, variant, 'full')} | {result['units'][variant]:g} | {counts} |"
+            )
+    lines += [
+        "",
+        "| ranks | log-probabilities of | seconds (quartiles) | ÷ a plain forward |",
+        "| ---: | --- | ---: | ---: |",
+    ]
+    labels = {
+        "plain forward": "a plain model",
+        "hybrid reference": "Hybrid-LoRA's reference",
+        "lora reference": "verl LoRA's reference",
+    }
+    for result in results:
+        for case, label in labels.items():
+            lines.append(
+                f"| {result['ranks']} | {label} | {quartiles(result['seconds'][case])} | "
+                f"{ratio(result['seconds'], case, 'plain forward')} |"
+            )
+    return lines
+
+
+def peak_table(results: list[dict]) -> list[str]:
+    lines = ["| ranks | variant | peak of an update over what is held, MB |", "| ---: | --- | ---: |"]
+    for result in results:
+        for variant, peak in result["peak"].items():
+            lines.append(f"| {result['ranks']} | {VARIANTS[variant]} | {peak / 1e6:.0f} |")
+    return lines
+
+
+def start_table(results: list[dict]) -> list[str]:
+    lines = ["| ranks | " + " | ".join(VARIANTS.values()) + " |", "| ---: |" + " ---: |" * len(VARIANTS)]
+    for result in results:
+        cells = " | ".join(f"{result['starts'][variant]:.2f}" for variant in VARIANTS)
+        lines.append(f"| {result['ranks']} | {cells} |")
+    return ["Seconds to build an engine (once each, the first one pays for imports):", "", *lines]
+
+
+def report(result: dict) -> str:
+    """The figures as Markdown."""
+    shape, versions = result["shape"], result["versions"]
+    counted = result["ranks"][0]["parameters"]
+    head = (
+        f"{result['machine']}, {', '.join(f'{name} {text}' for name, text in versions.items())}. A random Qwen2 of "
+        f"{shape['layers']} layers of width {shape['hidden']} and {shape['vocabulary']:,} tokens, its checkpoint in bf16, LoRA "
+        f"rank 16, FSDP2, {shape['rows']} rows of {shape['tokens']} tokens on each rank, {shape['rounds']} rounds. "
+        f"{counted['frozen']:,} parameters frozen, {counted['full']:,} fully tuned, {counted['lora']:,} of adapters. Ratios are "
+        "medians (quartiles) of the ratios within a round."
+    )
+    results = result["ranks"]
+    tables = [bytes_table(results), time_table(results), start_table(results)]
+    if any(one["peak"] for one in results):
+        tables.append(peak_table(results))
+    return "\n\n".join([head, *("\n".join(table) for table in tables)])
+
+
+def machine() -> str:
+    """The device that was measured."""
+    if torch.cuda.is_available():
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}, bf16"
+    return f"{os.cpu_count()} CPU cores, gloo, fp32 computation"
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure and print; returns 0, or the status of a failed run."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_cost", description=__doc__.splitlines()[0])
+    for name, default, text in (
+        ("layers", 12, "of the model"),
+        ("hidden", 576, "width, a multiple of 192"),
+        ("vocabulary", 49152, "rows of the embedding"),
+        ("rows", 2, "of each rank, one micro-batch"),
+        ("tokens", 128, "of each row"),
+        ("rounds", 9, "of updates"),
+    ):
+        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
+    parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks, one run each (default: 1,2,4)")
+    parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder (default: outputs/bench)")
+    parser.add_argument("--write", type=Path, help="put the tables between the markers of this page")
+    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
+    shape = parser.parse_args(arguments)
+    shape.output = shape.output.resolve()
+    if shape.inside:
+        measure(shape)
+        return 0
+    folder = shape.output / "training-cost"
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    make_model(folder, shape)
+    environment = dict(os.environ) if torch.cuda.is_available() else cpu_environment()
+    results = []
+    for ranks in shape.ranks.split(","):
+        print(
+            f"{ranks} ranks: building {len(VARIANTS)} engines, then {shape.rounds} rounds",
+            file=sys.stderr,
+            flush=True,
+        )
+        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
+        command += ["benchmarks.training_cost", *(sys.argv[1:] if arguments is None else arguments), "--inside"]
+        with (folder / f"ranks-{ranks}.log").open("w") as log:
+            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+        if done.returncode:
+            print(f"training_cost: {ranks} ranks: exit status {done.returncode}; see {log.name}", file=sys.stderr)
+            return done.returncode
+        results.append(json.loads((folder / f"ranks-{ranks}.json").read_text(encoding="utf-8")))
+    result = {
+        "machine": machine(),
+        "versions": {name: version(name) for name in ("verl", "torch", "transformers", "peft")}
+        | {"python": platform.python_version()},
+        "shape": {name: value for name, value in vars(shape).items() if isinstance(value, int)},
+        "ranks": results,
+    }
+    text = report(result)
+    (shape.output / "training_cost.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    (shape.output / "training_cost.md").write_text(text + "\n", encoding="utf-8")
+    if shape.write:
+        page = shape.write.read_text(encoding="utf-8")
+        shape.write.write_text(written_into(page, text, BEGIN, END), encoding="utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
