@@ -58,12 +58,14 @@ class Sizes:
         census: frozen, full and adapter parameters.
         embedding: of ``frozen``, the parameters of the embedding and of the head, where that has its own.
         head: parameters of the product that gives the logits.
+        lora_everywhere: adapter parameters were there an adapter on every candidate.
         layers: decoder layers.
     """
 
     census: Census
     embedding: int
     head: int
+    lora_everywhere: int
     layers: int
 
     @property
@@ -81,46 +83,41 @@ def sizes_of(name: str, shape: dict, *, rank: int, ratio: float, seed: int) -> S
     """Counts of the model of a shape under a drawn allocation."""
     config = Qwen2Config(**shape)
     head = config.vocab_size * config.hidden_size
-    census = PaperModel(name, config, rank=rank, ratio=ratio, seed=seed).census
-    return Sizes(census, head if config.tie_word_embeddings else 2 * head, head, config.num_hidden_layers)
+    model = PaperModel(name, config, rank=rank, ratio=ratio, seed=seed)
+    everywhere = sum(rank * (module.in_features + module.out_features) for module in model.allocation.modules)
+    embedding = head if config.tie_word_embeddings else 2 * head
+    return Sizes(model.census, embedding, head, everywhere, config.num_hidden_layers)
 
 
 def state_bytes(sizes: Sizes, gpus: int) -> dict[str, float]:
-    """Bytes on each GPU between steps: ours, verl's LoRA with its fp32 base, and full fine-tuning with a reference.
+    """Bytes on each GPU between steps: ours, verl's LoRA with its fp32 base, and full fine-tuning.
 
-    Full fine-tuning holds weight, gradient and two moments in fp32, and verl's reference policy in fp32 beside it.
-    verl's LoRA on all linear modules has about as many adapter parameters as here were there no full module.
+    Full fine-tuning holds weight, gradient and two moments in fp32; verl's second model, its reference policy, lies in
+    the memory of the host.
     """
-    count = sizes.census
-    everywhere = count.lora / (1 - count.full / sizes.plain)
     return {
-        "hybrid": least_bytes(count, gpus).total,
-        "lora": (4 * sizes.plain + 16 * everywhere) / gpus,
-        "full": (16 + 4) * sizes.plain / gpus,
+        "hybrid": least_bytes(sizes.census, gpus).total,
+        "lora": (4 * sizes.plain + 16 * sizes.lora_everywhere) / gpus,
+        "full": 16 * sizes.plain / gpus,
     }
 
 
 def passing_bytes(sizes: Sizes) -> float:
-    """What comes on top for a while, activations left out: the root and two layers gathered in bf16.
-
-    And, where a mini-batch has several micro-batches, the gradients that verl keeps whole in fp32 until the last one.
-    """
-    count = sizes.census
-    return 2 * (sizes.embedding + 2 * sizes.layer) + 4 * (count.full + count.lora)
+    """What comes on top for a while, activations left out: the head and two layers gathered in bf16."""
+    return 2 * (sizes.head + 2 * sizes.layer)
 
 
 def flops_per_token(sizes: Sizes, checkpointing: bool = True) -> dict[str, float]:
     """Floating-point operations of an actor update for each token, attention's products of two activations left out.
 
     Forward and activation gradients take 2 for each parameter, weight gradients 2 for each that trains. Recomputing
-    activations adds a forward pass. The embedding is a look-up, the head a product.
+    activations adds a forward pass of the decoder layers. The embedding is a look-up, the head a product.
     """
-    count = sizes.census
-    products = sizes.plain - sizes.embedding + sizes.head
-    passes = 3 if checkpointing else 2
+    count, inside = sizes.census, sizes.plain - sizes.embedding
+    again = int(checkpointing)
     return {
-        "hybrid": 2 * passes * (products + count.lora) + 2 * (count.full + count.lora),
-        "full": 2 * (passes + 1) * products,
+        "hybrid": 2 * ((2 + again) * (inside + count.lora) + 2 * sizes.head + count.full + count.lora),
+        "full": 2 * ((3 + again) * inside + 3 * sizes.head),
     }
 
 
@@ -138,7 +135,7 @@ def seconds_per_step(sizes: Sizes, tokens: int, gpus: int, micro_batches: int, m
 def tables(models: dict[str, Sizes], machine: Machine, tokens: int, micro_tokens: int) -> str:
     """Everything as Markdown."""
     lines = [
-        "| model | frozen | fully tuned F | adapters A | gathered and gradients, GB | FLOPs a token ÷ full fine-tuning |",
+        "| model | frozen | fully tuned F | adapters A | gathered, GB | FLOPs a token ÷ full fine-tuning |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, sizes in models.items():
@@ -149,7 +146,7 @@ def tables(models: dict[str, Sizes], machine: Machine, tokens: int, micro_tokens
         )
     heads = " | ".join(str(gpus) for gpus in GPUS)
     lines += ["", f"| GB on each of … GPUs | {heads} |", "| --- |" + " ---: |" * len(GPUS)]
-    labels = {"hybrid": "Hybrid-LoRA", "lora": "verl's LoRA, fp32 base", "full": "full fine-tuning and reference"}
+    labels = {"hybrid": "Hybrid-LoRA", "lora": "verl's LoRA, fp32 base", "full": "full fine-tuning"}
     for name, sizes in models.items():
         for variant, label in labels.items():
             cells = " | ".join(f"{state_bytes(sizes, gpus)[variant] / 1e9:.2f}" for gpus in GPUS)

@@ -211,7 +211,7 @@ _NORMALISE_HELP = (
     "What is divided out of the score: `none` is the paper, `sqrt_dims` the module's shape, `delta_norm` the norm of its "
     "probe update, `type_zscore` the mean and spread of its type."
 )
-FROZEN_DTYPES = ("auto", "float32", "bfloat16")
+FROZEN_DTYPES = ("auto", "float32")
 SYNC_MODES = ("merge", "adapter", "receiver_merge")
 NORMALISATIONS = ("none", "sqrt_dims", "delta_norm", "type_zscore")
 

@@ -109,8 +109,7 @@ def build_engine(arguments: dict):
         mixed_precision=precision,
         use_torch_compile=False,
         forward_only=False,
-        fsdp_size=-1,
-        **arguments.get("sharding", {}),
+        **({"fsdp_size": -1} | arguments.get("sharding", {})),
     )
     optimizer_config = FSDPOptimizerConfig(
         lr=1e-2, total_training_steps=10, lr_warmup_steps=0, weight_decay=0.0, lr_scheduler_type="constant"

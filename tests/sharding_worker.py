@@ -28,11 +28,20 @@ def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[
     micro_batch = ROWS // ranks // setting["accumulation"]
     batch = share_of(make_batch(micro_batch, ROWS), rank, ranks)
     start = weights_of(engine)
-    result = {"steps": train(engine, batch, policy_loss("hybrid_gspo"), STEPS, ranks)}
+    result = {"buffers": {n: b.tolist() for n, b in engine.module.named_buffers() if n.endswith("inv_freq")}}
+    result["buffer_dtypes"] = sorted({str(buffer.dtype) for buffer in engine.module.buffers()})
+    parameters, gradients = list(engine.module.parameters()), []
+
+    def look(*_) -> None:
+        gradients.append(sum(local_tensor(p.grad).nbytes for p in parameters if p.grad is not None))
+
+    engine.optimizer.register_step_pre_hook(look)
+    result |= {"steps": train(engine, batch, policy_loss("hybrid_gspo"), STEPS, ranks)}
     result["reference"] = gather_log_probs(engine, batch, ranks, reference=True)
     said = rank_bytes(engine.module, engine._base_snapshot)
     states = [value for state in engine.optimizer.state.values() for value in state.values()]
     result["bytes"] = vars(said) | {"total": said.total}
+    result["gradients"] = sorted(set(gradients))
     result["moments"] = sum(local_tensor(value).nbytes for value in states if value.dim())
     result["states"] = len(engine.optimizer.state)
     result["groups"] = [group["name"] for group in engine.optimizer.param_groups]
@@ -41,7 +50,14 @@ def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[
     layers = len(engine.model_config.hf_config.layer_types)
     units = [n for n, m in engine.module.named_modules() if isinstance(m, FSDPModule | FullyShardedDataParallel)]
     result["units_per_layer"] = sum(".layers." in name for name in units) / layers
-    return result, {"start": start, "end": weights_of(engine)}
+    end, synced = weights_of(engine), {}
+    for mode in ("merge", "receiver_merge"):
+        engine.hybrid.sync = mode
+        stream, _ = engine.get_per_tensor_param()
+        synced[f"synced-{mode}"] = {n: t.clone() for n, t in stream if not n.startswith("hybrid_lora.sync.")}
+    if "checkpoint" in setting:
+        engine.save_checkpoint(str(Path(arguments["out"]) / setting["checkpoint"]), global_step=STEPS)
+    return result, {"start": start, "end": end} | synced
 
 
 def main(path: str) -> None:

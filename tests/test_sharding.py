@@ -18,13 +18,18 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from verl_processes import run_engine  # noqa: E402
 
 from hybrid_lora_plugin import apply_allocation, load_allocation  # noqa: E402
+from hybrid_lora_plugin.config import ConfigurationError  # noqa: E402
 from hybrid_lora_plugin.training.apply import parts_of, plain_name, trainable_groups  # noqa: E402
+from hybrid_lora_plugin.training.export import export_checkpoint  # noqa: E402
 from hybrid_lora_plugin.training.memory import least_bytes  # noqa: E402
+from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
 from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402
+from hybrid_lora_plugin.verl_backend.requirements import check_sharding  # noqa: E402
 
 pytestmark = pytest.mark.verl
 
 RANKS = (1, 2, 4)
+FREQUENCIES = "model.rotary_emb.inv_freq"
 SETTINGS = {
     f"{strategy}{'-offload' * offload}-{accumulation}": {
         "strategy": strategy,
@@ -33,6 +38,25 @@ SETTINGS = {
     }
     for strategy, offload, accumulation in product(("fsdp2", "fsdp"), (False, True), (1, 4))
 }
+SAVED = ("fsdp2-1", "fsdp-1")
+for name in SAVED:
+    SETTINGS[name]["checkpoint"] = f"checkpoint-{name}"
+#: where weights stay gathered between forward and backward, every micro-batch reduces gradients, and groups of two ranks
+#: hold a copy each
+OTHERS = {
+    f"{strategy}-other": {
+        "strategy": strategy,
+        "sharding": {
+            "reshard_after_forward": False,
+            "use_no_sync_for_gradient_accumulation": False,
+            "forward_prefetch": True,
+            "fsdp_size": 2,
+        },
+        "accumulation": 4,
+    }
+    for strategy in ("fsdp2", "fsdp")
+}
+CASES = [(ranks, name) for ranks in RANKS for name in SETTINGS] + [(4, name) for name in OTHERS]
 
 
 @pytest.fixture(scope="module")
@@ -59,18 +83,18 @@ def runs(setting):
             worker="tests/sharding_worker.py",
             model=model,
             allocation=allocation,
-            settings=SETTINGS,
+            settings=SETTINGS | (OTHERS if ranks == 4 else {}),
         )
         for ranks in RANKS
     }
 
 
-@pytest.fixture(scope="module", params=list(product(RANKS, SETTINGS)), ids=lambda value: f"{value[0]}-{value[1]}")
+@pytest.fixture(scope="module", params=CASES, ids=lambda value: f"{value[0]}-{value[1]}")
 def run(request, runs):
     ranks, name = request.param
-    return {"ranks": ranks, "start": runs[ranks][f"{name}-start"], "end": runs[ranks][f"{name}-end"]} | runs[ranks][
-        name
-    ]
+    ours = runs[ranks]
+    tensors = {kind: ours[f"{name}-{kind}"] for kind in ("start", "end", "synced-merge", "synced-receiver_merge")}
+    return {"name": name, "shares": 2 if name in OTHERS else ranks} | tensors | ours[name]
 
 
 def log_probs(model, ids, response):
@@ -177,15 +201,56 @@ def test_what_trains_is_fp32_and_what_is_frozen_keeps_the_checkpoints_type(run):
 
 def test_only_what_trains_has_optimizer_state(run, expected):
     assert run["moments"] == run["bytes"]["moments"] == 2 * run["bytes"]["trained"]
+    assert run["gradients"] == [run["bytes"]["gradients"]]
     assert run["groups"] == ["lora", "full"]
 
 
 def test_bytes_of_a_rank_are_near_the_floor(run, expected):
-    floor = least_bytes(expected["census"], run["ranks"])
+    floor = least_bytes(expected["census"], run["shares"])
     # Padding: tensors of 32 rows cut in four, and FSDP1's flat parameters.
     assert floor.total <= run["bytes"]["total"] * 1.001
     assert run["bytes"]["total"] <= 1.05 * floor.total
 
 
 def test_a_decoder_layer_is_one_unit_under_fsdp2(run):
-    assert run["units_per_layer"] >= 1
+    assert run["units_per_layer"] == 1 if run["name"].startswith("fsdp2") else run["units_per_layer"] > 1
+
+
+def test_frequencies_of_rope_are_those_of_a_model_in_fp32(run, setting):
+    wanted = AutoModelForCausalLM.from_pretrained(setting[1], dtype=torch.float32).get_buffer(FREQUENCIES)
+    assert run["buffers"] and run["buffer_dtypes"] == ["torch.float32"]
+    assert all(torch.equal(torch.tensor(buffer), wanted) for buffer in run["buffers"].values())
+
+
+def test_rollout_gets_what_was_trained(run, setting):
+    allocation = load_allocation(setting[2])
+    base = AutoModelForCausalLM.from_pretrained(setting[1], dtype=torch.bfloat16).state_dict()
+    merged, partial, end = run["synced-merge"], run["synced-receiver_merge"], run["end"]
+    assert set(merged) == set(base) - {"lm_head.weight"}
+    for name, tensor in merged.items():
+        module = name.rpartition(".")[0]
+        if module in allocation.lora_names and name.endswith(".weight"):
+            factors = [end[f"base_model.model.{module}.lora_{kind}.default.weight"] for kind in "AB"]
+            assert torch.equal(tensor, merge_weight(base[name], *factors, 2.0, torch.float32)), name
+            for kind, factor in zip("AB", factors, strict=True):
+                assert torch.equal(partial[f"{module}.lora_{kind}.weight"], factor), name
+        elif module in allocation.full_names:
+            trained = end[f"base_model.model.{name}"]
+            assert torch.equal(tensor, trained) and torch.equal(partial[name], trained), name
+        else:
+            assert torch.equal(tensor, base[name].float()) and name not in partial, name
+
+
+@pytest.mark.parametrize("ranks, name", list(product(RANKS, SAVED)))
+def test_exported_checkpoint_is_what_the_rollout_gets_rounded_once(runs, tmp_path, ranks, name):
+    ours = runs[ranks]
+    folder = export_checkpoint(ours["folder"] / SETTINGS[name]["checkpoint"], tmp_path / "out")
+    exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
+    for weight, tensor in ours[f"{name}-synced-merge"].items():
+        assert torch.equal(exported[weight], tensor.bfloat16()), weight
+
+
+def test_two_ranks_in_groups_of_one_are_refused_under_fsdp1():
+    check_sharding("fsdp2", 1, 2), check_sharding("fsdp", 1, 1), check_sharding("fsdp", -1, 2)
+    with pytest.raises(ConfigurationError, match="fsdp_size: 1 with strategy=fsdp on 2 ranks"):
+        check_sharding("fsdp", 1, 2)

@@ -127,6 +127,14 @@ REFUSED = {
         ["actor_rollout_ref.actor.strategy=veomni"],
         ["actor_rollout_ref.actor.strategy", "'veomni'", "fsdp2 or fsdp"],
     ),
+    "FSDP1 in groups of one": (
+        [
+            "actor_rollout_ref.actor.strategy=fsdp",
+            "actor_rollout_ref.actor.fsdp_config.fsdp_size=1",
+            "trainer.n_gpus_per_node=2",
+        ],
+        ["actor_rollout_ref.actor.fsdp_config.fsdp_size", "1", "fsdp2"],
+    ),
     "frozen type": (["hybrid_lora.frozen_dtype=int8"], ["hybrid_lora.frozen_dtype", "'int8'", "auto"]),
     "sync mode": (["hybrid_lora.sync=telepathy"], ["hybrid_lora.sync", "'telepathy'", "merge, adapter, receiver_merge"]),
     "sync check": (["hybrid_lora.sync_check=maybe"], ["hybrid_lora.sync_check", "'maybe'", "digest"]),

@@ -78,6 +78,8 @@ def trained_weights(
     state = model.state_dict()
     trained = parts_of(model).trained
     plain_weights = plain_state(model, state)
+    if missing := trained - state.keys():
+        raise KeyError(f"{min(missing)}: trained, but not in the model's state")
     # The wider type first: in a bucket without gaps everything then begins at a multiple of its element size.
     for plain, (name, _) in plain_weights.items():
         if is_wrapped(name):

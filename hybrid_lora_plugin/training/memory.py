@@ -50,7 +50,7 @@ def rank_bytes(model: torch.nn.Module, snapshot: BaseSnapshot | None = None) -> 
 
 
 def least_bytes(census: Census, ranks: int) -> TrainingBytes:
-    """The floor for a bf16 checkpoint: ``(2·N_frozen + 16·(F + A) + 2·F) / R`` for R ranks (docs/memory.md)."""
+    """The floor for a bf16 checkpoint: ``(2·N_frozen + 16·(F + A) + 2·F) / R`` for R ranks (docs/training-cost.md)."""
     trains = census.full + census.lora
     parts = (2 * census.frozen, 4 * trains, 4 * trains, 8 * trains, 2 * census.full)
     return TrainingBytes(*(part / ranks for part in parts))

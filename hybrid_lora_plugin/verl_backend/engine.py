@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
 from torch.distributed.tensor import DTensor
-from verl.utils.device import get_device_id
+from verl.utils.device import get_device_id, get_torch_device
 from verl.utils.fsdp_utils import fsdp_version, load_fsdp_model_to_gpu, offload_fsdp_model_to_cpu
 from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine import FSDPEngineWithLMHead
@@ -26,7 +26,7 @@ from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.receiver_merge import merged_digest
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, plain_name, trainable_groups
 from hybrid_lora_plugin.training.memory import rank_bytes
-from hybrid_lora_plugin.training.precision import frozen_dtype
+from hybrid_lora_plugin.training.precision import frozen_dtype, only_parameters_cast
 from hybrid_lora_plugin.training.reference import BaseSnapshot, local_tensor
 from hybrid_lora_plugin.training.trainables import FOLDER, TrainablesDescription, require_same_setting, save_trainables
 from hybrid_lora_plugin.verl_backend import requirements
@@ -44,6 +44,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         self.hybrid = requirements.check_engine(model_config, engine_config, checkpoint_config)
+        requirements.check_sharding(engine_config.strategy, engine_config.fsdp_size, torch.distributed.get_world_size())
         if self.hybrid.allocation:
             self.allocation = load_allocation(self.hybrid.allocation)
             # Kept as text: a checkpoint records what this run trains under, whatever becomes of the file meanwhile.
@@ -66,11 +67,17 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
 
     def _build_module(self):
         # verl holds a whole model in one type; only what trains needs fp32, and is made so with its adapters.
-        given, dtype = self.engine_config, frozen_dtype(self.hybrid.frozen_dtype, self.model_config.local_path)
+        given = self.engine_config
+        # Rank 0's: a machine without the checkpoint's files could not tell.
+        dtype = [frozen_dtype(self.hybrid.frozen_dtype, self.model_config.local_path)]
+        torch.distributed.broadcast_object_list(dtype)
         self.engine_config = copy.copy(given)
-        object.__setattr__(self.engine_config, "model_dtype", str(dtype).removeprefix("torch."))
+        object.__setattr__(self.engine_config, "model_dtype", str(dtype[0]).removeprefix("torch."))
+        if self.rank == 0:
+            print(f"hybrid_lora: frozen weights in {dtype[0]}".replace("torch.", ""))
         try:
-            return super()._build_module()
+            with only_parameters_cast():
+                return super()._build_module()
         finally:
             self.engine_config = given
 
@@ -90,6 +97,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         if self.engine_config.forward_only:
             return module
         # Here the weights are the checkpoint's and no step has been taken, also when a run resumes later.
+        get_torch_device().synchronize()
         self._base_snapshot = BaseSnapshot(trainable_groups(module)["full"])
         if self.rank == 0:
             print(f"hybrid_lora: {parts_of(module).census}; {len(self.allocation.full_names)} modules fully tuned")
@@ -184,37 +192,46 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         source, parts = self._weight_source, parts_of(self.module)
         stream = source.stream(
             mode.name,
-            self._resident(mode.outgoing(self.module, self.scaling, source.dtype, device)),
+            self._while_resident(mode.outgoing(self.module, self.scaling, source.dtype, device)),
             payload_bytes=mode.payload_bytes(parts.census, source.dtype),
             lora_modules=list(parts.lora_modules),
-            base=(lambda: base_digests(original_weights(self.module, device))) if mode.partial else None,
-            merged=(
-                (lambda module: merged_digest(self.module, module, self.scaling, source.dtype, device))
-                if mode.name == "receiver_merge"
-                else None
-            ),
+            base=(lambda: base_digests(self._while_resident(original_weights(self.module, device))))
+            if mode.partial
+            else None,
+            merged=(lambda module: self._merged_digest(module, source.dtype))
+            if mode.name == "receiver_merge"
+            else None,
             probe=fixed_prompt(self, self.hybrid, source.dtype) if self.hybrid.sync_check == "probe" else None,
         )
         # verl asks only whether there is one; what the engine needs of it travels in the stream.
         return stream, {"r": self.model_config.lora_rank} if mode.engine_adapter else None
 
-    def _resident(self, tensors):
-        """The same stream, with the model on the device while it is drawn: FSDP1 gathers nothing from the host."""
+    def _merged_digest(self, module: str, dtype: torch.dtype) -> dict[str, str]:
+        with self._resident():
+            return merged_digest(self.module, module, self.scaling, dtype, get_device_id())
+
+    @contextmanager
+    def _resident(self):
+        """The model on the device: FSDP1 gathers nothing from the host."""
         moves = self._is_offload_param and fsdp_version(self.module) == 1
         if moves:
             load_fsdp_model_to_gpu(self.module)
         try:
-            yield from tensors
+            yield
         finally:
             if moves:
                 offload_fsdp_model_to_cpu(self.module)
+
+    def _while_resident(self, tensors):
+        with self._resident():
+            yield from tensors
 
     # -- checkpoints ------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None, **kwargs):
         super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
         tensors = {}
-        for name, tensor in self._resident(self._trained_state()):
+        for name, tensor in self._while_resident(self._trained_state()):
             gathered = whole(tensor, get_device_id())
             if self.rank == 0:
                 tensors[plain_name(name).replace(".default.", ".")] = gathered.float().cpu().contiguous()
@@ -229,10 +246,10 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         torch.distributed.barrier()
 
     def _trained_state(self):
-        trained = parts_of(self.module).trained
-        for name, tensor in self.module.state_dict().items():
-            if name in trained:
-                yield name, tensor
+        state = self.module.state_dict()
+        # A KeyError rather than a checkpoint that lacks one.
+        for name in sorted(parts_of(self.module).trained):
+            yield name, state[name]
 
     def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=True, **kwargs):
         kept = Path(local_path or "") / FOLDER
@@ -251,6 +268,8 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
 
     def _frozen_sums(self) -> dict[str, tuple[float, float]]:
         """Sum and absolute sum of this rank's shard of each frozen weight: enough to tell one base from another."""
+        # verl offloads without waiting for the copies to end.
+        get_torch_device().synchronize()
         shards = {n: local_tensor(p).detach() for n, p in self.module.named_parameters() if not p.requires_grad}
         return {
             n: (s.sum(dtype=torch.float64).item(), s.abs().sum(dtype=torch.float64).item()) for n, s in shards.items()

@@ -187,6 +187,24 @@ def check(settings: Mapping[str, Any]) -> None:
             raise ConfigurationError(f"{name}: {settings[name]!r} does not work with hybrid_lora; give {wanted}")
 
 
+def check_sharding(strategy: str, fsdp_size: int, ranks: int) -> None:
+    """Refuse FSDP1 in groups of one rank: torch 2.13 reduces no gradient there, and every rank trains a model of its own.
+
+    Args:
+        strategy: fsdp or fsdp2.
+        fsdp_size: ranks that share one copy of the weights; below 1 all of them.
+        ranks: of the trainer.
+
+    Raises:
+        ConfigurationError: naming what works.
+    """
+    if strategy == "fsdp" and fsdp_size == 1 and ranks > 1:
+        raise ConfigurationError(
+            f"{ACTOR}fsdp_config.fsdp_size: 1 with strategy=fsdp on {ranks} ranks never reduces gradients; give "
+            f"{ACTOR}strategy=fsdp2, or an fsdp_size of -1 or at least 2"
+        )
+
+
 def check_run(config) -> None:
     """``check`` on a whole composed verl configuration (OmegaConf)."""
     settings = {}
@@ -195,6 +213,11 @@ def check_run(config) -> None:
         settings[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
     check(settings)
     check_sync(settings, OmegaConf.select(config, "hybrid_lora.sync"))
+    ranks = int(OmegaConf.select(config, "trainer.nnodes") or 1) * int(
+        OmegaConf.select(config, "trainer.n_gpus_per_node") or 1
+    )
+    fsdp_size = OmegaConf.select(config, ACTOR + "fsdp_config.fsdp_size", default=-1)
+    check_sharding(settings[ACTOR + "strategy"], int(fsdp_size), ranks)
 
 
 def check_engine(model_config, engine_config, checkpoint_config) -> HybridLoraConfig:
