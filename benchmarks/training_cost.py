@@ -99,7 +99,7 @@ def measure(shape: argparse.Namespace) -> None:
 
 
 def floor_of(parameters: dict[str, int], ranks: int) -> float:
-    """The floor of docs/memory.md in bytes on each rank."""
+    """The floor of docs/training-cost.md in bytes on each rank."""
     from hybrid_lora_plugin.allocation.report import Census
     from hybrid_lora_plugin.training.memory import least_bytes
 

@@ -42,7 +42,8 @@ class BaseSnapshot:
 
     def to(self, device) -> None:
         """Keep the snapshot there from now on; where the parameters are does not matter."""
-        self.values = {name: values.to(device, non_blocking=True) for name, values in self.values.items()}
+        # Waits for each copy: a host may not read one that is on its way, and these are the reference policy.
+        self.values = {name: values.to(device) for name, values in self.values.items()}
 
     @contextmanager
     def swapped_in(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> Iterator[None]:
