@@ -14,11 +14,12 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_lora_plugin import apply_allocation, load_allocation
 from hybrid_lora_plugin.config import ConfigurationError
+from hybrid_lora_plugin.sync.checkpoint_weights import stored_dtypes
 from hybrid_lora_plugin.training.apply import parts_of, plain_name, trainable_groups
 from hybrid_lora_plugin.training.export import export_checkpoint
 from hybrid_lora_plugin.training.memory import least_bytes, rank_bytes
 from hybrid_lora_plugin.training.merge import merge_weight
-from hybrid_lora_plugin.training.precision import frozen_dtype, only_parameters_cast
+from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot
 from hybrid_lora_plugin.training.trainables import TrainablesDescription, load_trainables, save_trainables
 
@@ -112,8 +113,8 @@ def test_what_trains_is_fp32_and_starts_alike_whatever_the_base_is_held_in(tiny_
 @pytest.mark.parametrize("stored, wanted", [("float32", "float32"), ("bfloat16", "bfloat16"), ("float16", "float16")])
 def test_frozen_weights_keep_the_checkpoints_type(tiny_qwen2, tmp_path, stored, wanted):
     AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=getattr(torch, stored)).save_pretrained(tmp_path / "model")
-    assert frozen_dtype("auto", tmp_path / "model") == getattr(torch, wanted)
-    assert frozen_dtype("float32", tmp_path / "model") == torch.float32
+    assert frozen_dtype("auto", stored_dtypes(str(tmp_path / "model"))) == getattr(torch, wanted)
+    assert frozen_dtype("float32", stored_dtypes(str(tmp_path / "model"))) == torch.float32
 
 
 def test_frozen_weights_of_mixed_or_unknown_types_are_fp32(tiny_qwen2, tmp_path):
@@ -121,20 +122,9 @@ def test_frozen_weights_of_mixed_or_unknown_types_are_fp32(tiny_qwen2, tmp_path)
     first = next(iter(tensors))
     (tmp_path / "mixed").mkdir()
     save_file(tensors | {first: tensors[first].bfloat16()}, tmp_path / "mixed" / "model.safetensors")
-    assert frozen_dtype("auto", tmp_path / "mixed") == frozen_dtype("auto", tmp_path) == torch.float32
-
-
-def test_casting_parameters_leaves_the_frequencies_of_rope(tiny_qwen2):
-    plain = AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=torch.float32)
-    frequencies = plain.model.rotary_emb.inv_freq.clone()
-    with only_parameters_cast():
-        held = AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=torch.bfloat16).to(torch.bfloat16)
-    assert {p.dtype for p in held.parameters()} == {torch.bfloat16}
-    assert torch.equal(held.model.rotary_emb.inv_freq, frequencies)
-    assert held.model.rotary_emb.inv_freq.dtype == torch.float32
-    # What it is there for, and gone outside.
-    rounded = plain.to(torch.bfloat16).model.rotary_emb.inv_freq
-    assert rounded.dtype == torch.bfloat16 and not torch.equal(rounded.float(), frequencies)
+    assert len(stored_dtypes(str(tmp_path / "mixed"))) == 2 and not stored_dtypes(str(tmp_path))
+    for folder in (tmp_path / "mixed", tmp_path, tmp_path / "nothing"):
+        assert frozen_dtype("auto", stored_dtypes(str(folder))) == torch.float32
 
 
 def test_bytes_of_one_rank_are_counted_from_its_parameters(hybrid):

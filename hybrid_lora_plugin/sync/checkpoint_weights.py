@@ -38,6 +38,18 @@ def checkpoint_folder(model: str, revision: str | None = None) -> Path:
         ) from error
 
 
+def stored_dtypes(model: str) -> set[str]:
+    """Types of a checkpoint's tensors as safetensors names them, e.g. {"BF16"}; empty without safetensors files.
+
+    Args:
+        model: as for `checkpoint_folder`.
+    """
+    try:
+        return CheckpointWeights(checkpoint_folder(model)).dtypes()
+    except WeightSyncError:
+        return set()
+
+
 class CheckpointWeights:
     """Tensors of a checkpoint by plain name.
 

@@ -21,16 +21,18 @@ from verl.workers.engine import FSDPEngineWithLMHead
 from hybrid_lora_plugin.allocation.artifact import ALLOCATION_FILE, load_allocation
 from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig
 from hybrid_lora_plugin.sync.base_check import base_digests
+from hybrid_lora_plugin.sync.checkpoint_weights import stored_dtypes
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights, whole
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.receiver_merge import merged_digest
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, plain_name, trainable_groups
 from hybrid_lora_plugin.training.memory import rank_bytes
-from hybrid_lora_plugin.training.precision import frozen_dtype, only_parameters_cast
+from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot, local_tensor
 from hybrid_lora_plugin.training.trainables import FOLDER, TrainablesDescription, require_same_setting, save_trainables
 from hybrid_lora_plugin.verl_backend import requirements
 from hybrid_lora_plugin.verl_backend.on_the_fly import probed_allocation
+from hybrid_lora_plugin.verl_backend.patches import only_parameters_cast
 from hybrid_lora_plugin.verl_backend.prompt_probe import fixed_prompt
 from hybrid_lora_plugin.verl_backend.weight_source import WeightSource
 
@@ -69,7 +71,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         # verl holds a whole model in one type; only what trains needs fp32, and is made so with its adapters.
         given = self.engine_config
         # Rank 0's: a machine without the checkpoint's files could not tell.
-        dtype = [frozen_dtype(self.hybrid.frozen_dtype, self.model_config.local_path)]
+        dtype = [frozen_dtype(self.hybrid.frozen_dtype, stored_dtypes(self.model_config.local_path))]
         torch.distributed.broadcast_object_list(dtype)
         self.engine_config = copy.copy(given)
         object.__setattr__(self.engine_config, "model_dtype", str(dtype[0]).removeprefix("torch."))

@@ -1,8 +1,9 @@
 """The patches of verl and torch.
 
 Each names the file that makes it necessary and the version it was written for; each has a contract test
-in ``tests/test_cpu_platform.py`` or ``tests/test_sync_verl.py`` that fails when the reason is gone or has changed. All but
-``log_sync_metrics`` are for runs without an accelerator and applied only with ``VERL_PLATFORM=cpu``.
+in ``tests/test_cpu_platform.py``, ``tests/test_training_verl.py`` or ``tests/test_sync_verl.py`` that fails when the reason is
+gone or has changed. All but ``log_sync_metrics`` and ``only_parameters_cast`` are for runs without an accelerator and applied
+only with ``VERL_PLATFORM=cpu``.
 """
 
 from __future__ import annotations
@@ -10,6 +11,9 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from unittest import mock
 
 import torch
 import torch.distributed
@@ -135,3 +139,31 @@ def log_sync_metrics() -> None:
 
     consume_sync_metrics.has_sync_record = True
     trainer.PPOTrainer._consume_sync_metrics = consume_sync_metrics
+
+
+@contextmanager
+def only_parameters_cast() -> Iterator[None]:
+    """verl 0.9.1 ``workers/engine/fsdp/transformer_impl.py:333``: casts the model it has loaded, buffers and all.
+
+    Inside, ``model.to(dtype)`` of a Hugging Face model casts its parameters and leaves its buffers as they are. RoPE's
+    frequencies are no weights: rounded to bfloat16 they turn a token a thousand positions away by another angle, in
+    trainer and reference alike and not in the rollout.
+    """
+    from transformers import PreTrainedModel
+
+    original = PreTrainedModel.to
+
+    def to(self, *arguments, **options):
+        floating = [
+            (module, name, buffer)
+            for module in self.modules()
+            for name, buffer in module._buffers.items()
+            if buffer is not None and buffer.is_floating_point()
+        ]
+        result = original(self, *arguments, **options)
+        for module, name, buffer in floating:
+            module._buffers[name] = buffer.to(module._buffers[name].device)
+        return result
+
+    with mock.patch.object(PreTrainedModel, "to", to):
+        yield
