@@ -1,11 +1,11 @@
 """What training costs on each rank: bytes, collectives and time, beside full fine-tuning, verl's LoRA and PEFT.
 
-    python -m benchmarks.training_cost [--ranks 1,2,4] [--layers 12] [--hidden 576] [--rows 2] [--tokens 128] [--rounds 9]
-                                       [--output outputs/bench] [--write docs/training-cost.md]
+    python -m benchmarks.training_cost [--ranks 1,2,4] [--precision bf16,fp32] [--layers 8] [--hidden 576] [--rows 2]
+                                       [--micro-batches 2] [--tokens 128] [--rounds 7] [--write docs/training-cost.md]
 
 verl's own engine in each variant, all alive in one process group and on the same batches; they take turns, so a ratio is
 one of two updates seconds apart. Bytes are counted from the tensors that a rank holds in an update. On a machine with
-GPUs the same command uses them, in bf16, and also shows the peak that the allocator saw. Nothing here is a test.
+GPUs the same command uses them, and also shows the peak that the allocator saw. Nothing here is a test.
 """
 
 from __future__ import annotations
@@ -19,6 +19,7 @@ import subprocess
 import sys
 import time
 from importlib.metadata import version
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -36,7 +37,7 @@ BEGIN, END = "<!-- measured by benchmarks/training_cost.py -->", "<!-- end of th
 
 
 def measure(shape: argparse.Namespace) -> None:
-    """Build every variant, measure, and leave the figures in ``ranks-N.json`` (rank 0)."""
+    """Build every variant, measure, and leave the figures in ``PRECISION-RANKS.json`` (rank 0)."""
     import verl  # noqa: F401  loads the plugin as in any verl process
     from verl.utils.distributed import initialize_global_process_group
 
@@ -47,16 +48,25 @@ def measure(shape: argparse.Namespace) -> None:
     cuda = torch.cuda.is_available()
     if not cuda:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    precision = "bf16" if cuda else "fp32"
     folder = shape.output / "training-cost"
     model, allocation = str(folder / "model"), str(folder / "allocation")
-    batch, loss = e.make_batch(shape.rows, shape.tokens, shape.vocabulary, rank, ranks), e.policy_loss()
+    batch = e.make_batch(shape.rows, shape.micro_batches, shape.tokens, shape.vocabulary, rank, ranks)
+    loss = e.policy_loss()
     built, starts = {}, {}
     for variant in VARIANTS:
         begun = time.perf_counter()
-        built[variant] = e.build_engine(variant, model, allocation, precision=precision)
+        built[variant] = e.build_engine(variant, model, allocation, precision=shape.precision)
         starts[variant] = time.perf_counter() - begun
-    result = {"ranks": ranks, "starts": starts, "bytes": {}, "collectives": {}, "units": {}, "seconds": {}, "peak": {}}
+    result = {
+        "ranks": ranks,
+        "precision": shape.precision,
+        "starts": starts,
+        "bytes": {},
+        "collectives": {},
+        "units": {},
+        "seconds": {},
+        "peak": {},
+    }
     result["parameters"] = vars(parts_of(built["hybrid"].module).census)
     for variant in VARIANTS:
         e.update(built[variant], batch, loss)  # lazy parts, and the optimizer's state
@@ -91,7 +101,7 @@ def measure(shape: argparse.Namespace) -> None:
                 seconds[case].append(time.perf_counter() - begun)
     result["seconds"] = seconds
     if rank == 0:
-        (folder / f"ranks-{ranks}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        (folder / f"{shape.precision}-{ranks}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     torch.distributed.destroy_process_group()
 
 
@@ -115,12 +125,19 @@ def total_of(held: dict[str, dict[str, int]], variant: str) -> int:
     return sum(held[variant].values()) + beside
 
 
+def case_of(result: dict) -> str:
+    """Ranks and type of a run, as the tables name it."""
+    return f"{result['ranks']}, {result['precision']}"
+
+
 def bytes_table(results: list[dict]) -> list[str]:
     lines = [
         "| ranks | variant | parameters | gradients | optimizer | reference | together, MB | ÷ floor | ÷ full fine-tuning |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for result in results:
+        if result["precision"] != results[0]["precision"]:
+            continue  # what is held does not depend on it
         held, floor = result["bytes"], floor_of(result["parameters"], result["ranks"])
         for variant, label in VARIANTS.items():
             parts = dict(held[variant])
@@ -142,7 +159,7 @@ def ratio(seconds: dict[str, list[float]], case: str, base: str) -> str:
 
 def time_table(results: list[dict]) -> list[str]:
     lines = [
-        "| ranks | actor update | seconds (quartiles) | ÷ verl's LoRA | ÷ full fine-tuning | FSDP units a layer | collectives |",
+        "| ranks, computing in | actor update | seconds (quartiles) | ÷ verl's LoRA | ÷ full fine-tuning | FSDP units a layer | collectives |",
         "| ---: | --- | ---: | ---: | ---: | ---: | --- |",
     ]
     for result in results:
@@ -150,12 +167,12 @@ def time_table(results: list[dict]) -> list[str]:
         for variant, label in VARIANTS.items():
             counts = ", ".join(f"{number} {kind}" for kind, number in sorted(result["collectives"][variant].items()))
             lines.append(
-                f"| {result['ranks']} | {label} | {quartiles(seconds[variant])} | {ratio(seconds, variant, 'lora')} | "
+                f"| {case_of(result)} | {label} | {quartiles(seconds[variant])} | {ratio(seconds, variant, 'lora')} | "
                 f"{ratio(seconds, variant, 'full')} | {result['units'][variant]:g} | {counts} |"
             )
     lines += [
         "",
-        "| ranks | log-probabilities of | seconds (quartiles) | ÷ a plain forward |",
+        "| ranks, computing in | log-probabilities of | seconds (quartiles) | ÷ a plain forward |",
         "| ---: | --- | ---: | ---: |",
     ]
     labels = {
@@ -166,25 +183,25 @@ def time_table(results: list[dict]) -> list[str]:
     for result in results:
         for case, label in labels.items():
             lines.append(
-                f"| {result['ranks']} | {label} | {quartiles(result['seconds'][case])} | "
+                f"| {case_of(result)} | {label} | {quartiles(result['seconds'][case])} | "
                 f"{ratio(result['seconds'], case, 'plain forward')} |"
             )
     return lines
 
 
 def peak_table(results: list[dict]) -> list[str]:
-    lines = ["| ranks | variant | peak of an update over what is held, MB |", "| ---: | --- | ---: |"]
+    lines = ["| ranks, computing in | variant | peak of an update over what is held, MB |", "| ---: | --- | ---: |"]
     for result in results:
         for variant, peak in result["peak"].items():
-            lines.append(f"| {result['ranks']} | {VARIANTS[variant]} | {peak / 1e6:.0f} |")
+            lines.append(f"| {case_of(result)} | {VARIANTS[variant]} | {peak / 1e6:.0f} |")
     return lines
 
 
 def start_table(results: list[dict]) -> list[str]:
-    lines = ["| ranks | " + " | ".join(VARIANTS.values()) + " |", "| ---: |" + " ---: |" * len(VARIANTS)]
+    lines = ["| ranks, computing in | " + " | ".join(VARIANTS.values()) + " |", "| ---: |" + " ---: |" * len(VARIANTS)]
     for result in results:
         cells = " | ".join(f"{result['starts'][variant]:.2f}" for variant in VARIANTS)
-        lines.append(f"| {result['ranks']} | {cells} |")
+        lines.append(f"| {case_of(result)} | {cells} |")
     return ["Seconds to build an engine (once each, the first one pays for imports):", "", *lines]
 
 
@@ -195,7 +212,8 @@ def report(result: dict) -> str:
     head = (
         f"{result['machine']}, {', '.join(f'{name} {text}' for name, text in versions.items())}. A random Qwen2 of "
         f"{shape['layers']} layers of width {shape['hidden']} and {shape['vocabulary']:,} tokens, its checkpoint in bf16, LoRA "
-        f"rank 16, FSDP2, {shape['rows']} rows of {shape['tokens']} tokens on each rank, {shape['rounds']} rounds. "
+        f"rank 16, FSDP2, {shape['micro_batches']} micro-batches of {shape['rows']} rows of {shape['tokens']} tokens on each rank, "
+        f"{shape['rounds']} rounds. "
         f"{counted['frozen']:,} parameters frozen, {counted['full']:,} fully tuned, {counted['lora']:,} of adapters. Ratios are "
         "medians (quartiles) of the ratios within a round."
     )
@@ -209,23 +227,25 @@ def report(result: dict) -> str:
 def machine() -> str:
     """The device that was measured."""
     if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}, bf16"
-    return f"{os.cpu_count()} CPU cores, gloo, fp32 computation"
+        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
+    return f"{os.cpu_count()} CPU cores, gloo"
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Measure and print; returns 0, or the status of a failed run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.training_cost", description=__doc__.splitlines()[0])
     for name, default, text in (
-        ("layers", 12, "of the model"),
+        ("layers", 8, "of the model"),
         ("hidden", 576, "width, a multiple of 192"),
-        ("vocabulary", 49152, "rows of the embedding"),
-        ("rows", 2, "of each rank, one micro-batch"),
+        ("vocabulary", 16384, "rows of the embedding"),
+        ("rows", 2, "of a micro-batch"),
+        ("micro-batches", 2, "of each rank in an update"),
         ("tokens", 128, "of each row"),
-        ("rounds", 9, "of updates"),
+        ("rounds", 7, "of updates"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
     parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks, one run each (default: 1,2,4)")
+    parser.add_argument("--precision", default="bf16,fp32", help="what is computed in (default: bf16,fp32)")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder (default: outputs/bench)")
     parser.add_argument("--write", type=Path, help="put the tables between the markers of this page")
     parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
@@ -240,20 +260,22 @@ def main(arguments: list[str] | None = None) -> int:
     make_model(folder, shape)
     environment = dict(os.environ) if torch.cuda.is_available() else cpu_environment()
     results = []
-    for ranks in shape.ranks.split(","):
+    for precision, ranks in product(shape.precision.split(","), shape.ranks.split(",")):
+        name = f"{precision}-{ranks}"
         print(
-            f"{ranks} ranks: building {len(VARIANTS)} engines, then {shape.rounds} rounds",
+            f"{ranks} ranks in {precision}: building {len(VARIANTS)} engines, then {shape.rounds} rounds",
             file=sys.stderr,
             flush=True,
         )
         command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-        command += ["benchmarks.training_cost", *(sys.argv[1:] if arguments is None else arguments), "--inside"]
-        with (folder / f"ranks-{ranks}.log").open("w") as log:
+        command += ["benchmarks.training_cost", *(sys.argv[1:] if arguments is None else arguments)]
+        command += ["--precision", precision, "--inside"]
+        with (folder / f"{name}.log").open("w") as log:
             done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
         if done.returncode:
-            print(f"training_cost: {ranks} ranks: exit status {done.returncode}; see {log.name}", file=sys.stderr)
+            print(f"training_cost: {name}: exit status {done.returncode}; see {log.name}", file=sys.stderr)
             return done.returncode
-        results.append(json.loads((folder / f"ranks-{ranks}.json").read_text(encoding="utf-8")))
+        results.append(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
     result = {
         "machine": machine(),
         "versions": {name: version(name) for name in ("verl", "torch", "transformers", "peft")}

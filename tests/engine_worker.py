@@ -12,6 +12,7 @@ import sys
 from functools import partial
 from pathlib import Path
 
+import host_flash_attention
 import torch
 from safetensors.torch import save_file
 
@@ -19,8 +20,11 @@ from safetensors.torch import save_file
 PROMPTS = 2 * [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14], [15, 16], [17, 18, 19], [20, 21], [22, 23, 24]]
 
 
-def make_batch(micro_batch: int, rows: int = 8):
-    """Rows in verl's nested layout; log-probabilities to compare against and advantages are fixed by seed."""
+def make_batch(micro_batch: int, rows: int = 8, **settings):
+    """Rows in verl's nested layout; log-probabilities to compare against and advantages are fixed by seed.
+
+    Settings are those that verl's worker sends along, e.g. ``use_remove_padding``.
+    """
     from verl.utils import tensordict_utils as tu
 
     generator = torch.Generator().manual_seed(7)
@@ -40,14 +44,17 @@ def make_batch(micro_batch: int, rows: int = 8):
         "old_log_probs": nested(old),
         "advantages": nested([torch.full((len(r),), float(a)) for r, a in zip(responses, advantages, strict=True)]),
     }
-    settings = dict(
-        temperature=1.0,
-        use_dynamic_bsz=False,
-        micro_batch_size_per_gpu=micro_batch,
-        use_remove_padding=False,
-        use_fused_kernels=False,
-        global_batch_size=rows,
-        calculate_entropy=False,
+    settings = (
+        dict(
+            temperature=1.0,
+            use_dynamic_bsz=False,
+            micro_batch_size_per_gpu=micro_batch,
+            use_remove_padding=False,
+            use_fused_kernels=False,
+            global_batch_size=rows,
+            calculate_entropy=False,
+        )
+        | settings
     )
     return tu.get_tensordict(tensors, non_tensor_dict=settings)
 
@@ -67,9 +74,11 @@ def gather_log_probs(engine, batch, ranks: int, reference: bool) -> list[list[fl
 
     with engine.eval_mode(), engine.disable_adapter() if reference else nullcontext():
         output = engine.infer_batch(batch, loss_function=None)
-    padded = no_padding_2_padding(output["model_output"]["log_probs"], batch)
-    lengths = batch["responses"].offsets().diff().tolist()
-    mine = [row[:length].tolist() for row, length in zip(padded, lengths, strict=True)]
+    mine = []
+    if engine.is_mp_src_rank_with_outputs():
+        padded = no_padding_2_padding(output["model_output"]["log_probs"], batch)
+        lengths = batch["responses"].offsets().diff().tolist()
+        mine = [row[:length].tolist() for row, length in zip(padded, lengths, strict=True)]
     everyone = [None] * ranks
     torch.distributed.all_gather_object(everyone, mine)
     return [row for part in everyone for row in part]
@@ -95,14 +104,17 @@ def build_engine(arguments: dict):
                 "hybrid": hybrid | {"lora": {"rank": 4, "alpha": 8}},
             },
         }
+    attention = arguments.get("attention", "sdpa")
+    if attention == host_flash_attention.NAME:
+        host_flash_attention.register()
     model_config = HFModelConfig(
         path=arguments["model"],
-        use_remove_padding=False,
         enable_gradient_checkpointing=arguments.get("gradient_checkpointing", False),
-        override_config={"attn_implementation": "sdpa"},
+        override_config={"attn_implementation": attention},
+        **({"use_remove_padding": False} | arguments.get("model_options", {})),
         **lora,
     )
-    precision = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
+    precision = {"param_dtype": arguments.get("param_dtype", "fp32"), "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
     engine_config = FSDPEngineConfig(
         strategy=arguments.get("strategy", "fsdp2"),
         model_dtype="fp32",
@@ -152,7 +164,7 @@ def train(engine, batch, loss, steps: int, ranks: int) -> list[dict]:
         engine.lr_scheduler_step()
         value = torch.tensor(sum(output["loss"]), dtype=torch.float64)
         torch.distributed.all_reduce(value)
-        grad_norm = output["metrics"].pop("grad_norm")
+        grad_norm = output["metrics"].pop("grad_norm", None)  # on the first rank of a sequence group only
         ours = {
             key: seen_values[0]
             for key, seen_values in output["metrics"].items()

@@ -21,12 +21,13 @@ def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[
     """Steps, reference log-probabilities, bytes and units of one engine; its weights before and after."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
+    from hybrid_lora_plugin.training.local_shards import local_tensor
     from hybrid_lora_plugin.training.memory import rank_bytes
-    from hybrid_lora_plugin.training.reference import local_tensor
 
     engine = build_engine(arguments | setting)
-    micro_batch = ROWS // ranks // setting["accumulation"]
-    batch = share_of(make_batch(micro_batch, ROWS), rank, ranks)
+    shares = engine.get_data_parallel_size()
+    micro_batch, options = ROWS // shares // setting["accumulation"], setting.get("model_options", {})
+    batch = share_of(make_batch(micro_batch, ROWS, **options), engine.get_data_parallel_rank(), shares)
     start = weights_of(engine)
     result = {"buffers": {n: b.tolist() for n, b in engine.module.named_buffers() if n.endswith("inv_freq")}}
     result["buffer_dtypes"] = sorted({str(buffer.dtype) for buffer in engine.module.buffers()})
@@ -55,6 +56,13 @@ def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[
         engine.hybrid.sync = mode
         stream, _ = engine.get_per_tensor_param()
         synced[f"synced-{mode}"] = {n: t.clone() for n, t in stream if not n.startswith("hybrid_lora.sync.")}
+    engine.hybrid.sync_check = "probe"
+    engine.engine_config.use_remove_padding = options.get("use_remove_padding", False)  # as verl's worker does
+    engine.engine_config.use_fused_kernels = options.get("use_fused_kernels", False)
+    stream, _ = engine.get_per_tensor_param()
+    result["probe"] = stream.header.probe
+    for _ in stream:
+        pass
     if "checkpoint" in setting:
         engine.save_checkpoint(str(Path(arguments["out"]) / setting["checkpoint"]), global_step=STEPS)
     return result, {"start": start, "end": end} | synced

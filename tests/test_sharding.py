@@ -10,6 +10,7 @@ import torch
 
 pytest.importorskip("verl", reason="verl is not installed")
 
+import host_flash_attention  # noqa: E402
 from allocations import make_allocation  # noqa: E402
 from engine_worker import make_batch  # noqa: E402
 from sharding_worker import ROWS, STEPS  # noqa: E402
@@ -56,7 +57,26 @@ OTHERS = {
     }
     for strategy in ("fsdp2", "fsdp")
 }
-CASES = [(ranks, name) for ranks in RANKS for name in SETTINGS] + [(4, name) for name in OTHERS]
+PACKED = {"use_remove_padding": True}
+#: verl's other options of a model; those that replace a method of its class for good come last
+OPTIONS = {
+    name: {"strategy": name.partition("-")[0], "accumulation": 2} | setting
+    for name, setting in {
+        "fsdp2-checkpointing": {"gradient_checkpointing": True},
+        "fsdp-checkpointing": {"gradient_checkpointing": True, "sharding": {"use_orig_params": True}},
+        "fsdp2-remove-padding": {"model_options": PACKED},
+        "fsdp2-ulysses": {
+            "model_options": PACKED,
+            "sharding": {"ulysses_sequence_parallel_size": 2},
+            "attention": host_flash_attention.NAME,
+        },
+        "fsdp2-fused": {
+            "model_options": PACKED | {"use_fused_kernels": True, "fused_kernel_options": {"impl_backend": "torch"}},
+        },
+    }.items()
+}
+CASES = [(ranks, name) for ranks in RANKS for name in SETTINGS]
+CASES += [(2, name) for name in OPTIONS] + [(4, name) for name in OTHERS]
 
 
 @pytest.fixture(scope="module")
@@ -66,16 +86,30 @@ def setting(tmp_path_factory):
     model = make_tiny_qwen2(folder / "fp32", layers=3)
     half = AutoModelForCausalLM.from_pretrained(model, dtype=torch.bfloat16)
     half.save_pretrained(folder / "model")
-    for file in model.glob("*token*"):
-        (folder / "model" / file.name).write_bytes(file.read_bytes())
-    for file in model.glob("chat_template*"):
-        (folder / "model" / file.name).write_bytes(file.read_bytes())
+    # The same model with a head of its own: its ranks but the first build it without memory.
+    half.lm_head.weight = torch.nn.Parameter(half.lm_head.weight.detach().clone())
+    half.config.tie_word_embeddings = False
+    half.save_pretrained(folder / "untied")
+    for file in (*model.glob("*token*"), *model.glob("chat_template*")):
+        for kind in ("model", "untied"):
+            (folder / kind / file.name).write_bytes(file.read_bytes())
     return folder, folder / "model", make_allocation(folder / "model", folder / "allocation")
 
 
 @pytest.fixture(scope="module")
 def runs(setting):
     folder, model, allocation = setting
+    plain = {"strategy": "fsdp2", "accumulation": 1}
+    own = {
+        1: {},
+        2: {
+            "untied": plain
+            | {"model": folder / "untied", "allocation": make_allocation(folder / "untied", folder / "own")},
+            "bf16": plain | {"param_dtype": "bf16"},
+        }
+        | OPTIONS,
+        4: OTHERS,
+    }
     return {
         ranks: run_engine(
             folder / f"ranks-{ranks}",
@@ -83,7 +117,7 @@ def runs(setting):
             worker="tests/sharding_worker.py",
             model=model,
             allocation=allocation,
-            settings=SETTINGS | (OTHERS if ranks == 4 else {}),
+            settings=SETTINGS | own[ranks],
         )
         for ranks in RANKS
     }
@@ -193,6 +227,33 @@ def test_frozen_weights_are_the_checkpoints_bit_for_bit_after_training(run, sett
 def test_reference_is_the_base_model(run, expected):
     for row, wanted in zip(run["reference"], expected["reference"], strict=True):
         torch.testing.assert_close(torch.tensor(row), wanted, rtol=0, atol=1e-5)
+
+
+def test_probe_of_a_sync_is_the_same_under_every_option(run, runs):
+    wanted = runs[1]["fsdp2-1"]["probe"]
+    assert run["probe"]["tokens"] == wanted["tokens"]
+    assert run["probe"]["log_probs"] == pytest.approx(wanted["log_probs"], abs=2e-3)
+
+
+def test_a_model_with_a_head_of_its_own_trains_alike(runs, setting, expected):
+    run, end = runs[2]["untied"], runs[2]["untied-end"]
+    assert [step["loss"] for step in run["steps"]] == pytest.approx([s["loss"] for s in expected["steps"]], abs=1e-5)
+    assert run["trained_dtypes"] == ["torch.float32"] and run["frozen_dtypes"] == ["torch.bfloat16"]
+    head, embedding = (end[f"base_model.model.{name}.weight"] for name in ("lm_head", "model.embed_tokens"))
+    assert torch.equal(head, embedding) and torch.equal(
+        head, expected["weights"]["base_model.model.model.embed_tokens.weight"]
+    )
+
+
+def test_computing_in_bf16_trains_in_fp32(runs, expected):
+    run, end = runs[2]["bf16"], runs[2]["bf16-end"]
+    for step, wanted in zip(run["steps"], expected["steps"], strict=True):
+        assert step["loss"] == pytest.approx(wanted["loss"], abs=2e-2)
+        assert step["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=0.1)
+        assert math.hypot(step["grad_norm_lora"], step["grad_norm_full"]) == pytest.approx(step["grad_norm"], rel=1e-5)
+    assert run["trained_dtypes"] == ["torch.float32"] and run["frozen_dtypes"] == ["torch.bfloat16"]
+    trained = [tensor for name, tensor in end.items() if expected["weights"][name].requires_grad]
+    assert not all(torch.equal(tensor, tensor.bfloat16().float()) for tensor in trained)
 
 
 def test_what_trains_is_fp32_and_what_is_frozen_keeps_the_checkpoints_type(run):

@@ -101,13 +101,14 @@ def _modules_to_save_engine(allocation: str):
     return ModulesToSaveEngine
 
 
-def make_batch(rows: int, tokens: int, vocabulary: int, rank: int, ranks: int):
-    """This rank's rows in verl's nested layout, one micro-batch: half of each row is the prompt."""
+def make_batch(rows: int, micro_batches: int, tokens: int, vocabulary: int, rank: int, ranks: int):
+    """This rank's micro-batches of rows in verl's nested layout: half of each row is the prompt."""
     from verl.utils import tensordict_utils as tu
 
     generator = torch.Generator().manual_seed(0)
     nested = partial(torch.nested.as_nested_tensor, layout=torch.jagged)
-    whole = torch.randint(4, vocabulary, (rows * ranks, tokens), generator=generator).unbind()
+    number = rows * micro_batches * ranks
+    whole = torch.randint(4, vocabulary, (number, tokens), generator=generator).unbind()
     half = tokens // 2
     ones = [torch.ones(tokens - half, dtype=torch.int64) for _ in whole]
     batch = tu.get_tensordict(
@@ -119,7 +120,7 @@ def make_batch(rows: int, tokens: int, vocabulary: int, rank: int, ranks: int):
             "response_mask": nested(ones),
             "loss_mask": nested(ones),
             "old_log_probs": nested([torch.full((tokens - half,), -10.0) for _ in whole]),
-            "advantages": nested([torch.full((tokens - half,), 1.0 - 2.0 * (i % 2)) for i in range(len(whole))]),
+            "advantages": nested([torch.full((tokens - half,), 1.0 - 2.0 * (i % 2)) for i in range(number)]),
         },
         non_tensor_dict=dict(
             temperature=1.0,
@@ -127,7 +128,7 @@ def make_batch(rows: int, tokens: int, vocabulary: int, rank: int, ranks: int):
             micro_batch_size_per_gpu=rows,
             use_remove_padding=False,
             use_fused_kernels=False,
-            global_batch_size=rows * ranks,
+            global_batch_size=number,
             calculate_entropy=False,
         ),
     )
@@ -169,7 +170,7 @@ def log_probs(engine, batch, reference: bool) -> None:
 
 def held_bytes(engine, batch, loss) -> dict[str, int]:
     """Bytes that this rank holds in an update, before its gradients go, counted from the tensors themselves."""
-    from hybrid_lora_plugin.training.reference import local_tensor
+    from hybrid_lora_plugin.training.local_shards import local_tensor
 
     parameters, gradients = list(engine.module.parameters()), []
 

@@ -7,7 +7,8 @@ from dataclasses import astuple, dataclass
 import torch
 
 from hybrid_lora_plugin.allocation.report import Census
-from hybrid_lora_plugin.training.reference import BaseSnapshot, local_tensor
+from hybrid_lora_plugin.training.local_shards import local_tensor
+from hybrid_lora_plugin.training.reference import BaseSnapshot
 
 
 @dataclass(frozen=True)

@@ -11,10 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-
-def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
-    """The part of a tensor that this rank holds: a DTensor's local shard, or the tensor itself; shares storage."""
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+from hybrid_lora_plugin.training.local_shards import local_tensor
 
 
 def _compact(values: torch.Tensor) -> torch.Tensor:

@@ -12,7 +12,6 @@ from pathlib import Path
 
 import torch
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
-from torch.distributed.tensor import DTensor
 from verl.utils.device import get_device_id, get_torch_device
 from verl.utils.fsdp_utils import fsdp_version, load_fsdp_model_to_gpu, offload_fsdp_model_to_cpu
 from verl.workers.config.optimizer import build_optimizer
@@ -26,9 +25,10 @@ from hybrid_lora_plugin.sync.hybrid_weights import original_weights, whole
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.receiver_merge import merged_digest
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, plain_name, trainable_groups
+from hybrid_lora_plugin.training.local_shards import local_tensor, sum_of_squares
 from hybrid_lora_plugin.training.memory import rank_bytes
 from hybrid_lora_plugin.training.precision import frozen_dtype
-from hybrid_lora_plugin.training.reference import BaseSnapshot, local_tensor
+from hybrid_lora_plugin.training.reference import BaseSnapshot
 from hybrid_lora_plugin.training.trainables import FOLDER, TrainablesDescription, require_same_setting, save_trainables
 from hybrid_lora_plugin.verl_backend import requirements
 from hybrid_lora_plugin.verl_backend.on_the_fly import probed_allocation
@@ -132,26 +132,28 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
     def optimizer_step(self):
         # Before verl clips: one norm over both groups decides the clipping, these two say where it comes from.
         groups = {group["name"]: group["params"] for group in self.optimizer.param_groups}
-        self._norms = {f"grad_norm_{kind}": self._norm([p.grad for p in params]) for kind, params in groups.items()}
-        before = {kind: [p.detach().clone() for p in params] for kind, params in groups.items()}
+        squares = {f"grad_norm_{kind}": sum_of_squares(p.grad for p in params) for kind, params in groups.items()}
+        before = {kind: [local_tensor(p).detach().clone() for p in params] for kind, params in groups.items()}
         norm = super().optimizer_step()
         for kind, params in groups.items():
-            moved = [old.sub_(after.detach()) for after, old in zip(params, before[kind], strict=True)]
-            self._norms[f"update_norm_{kind}"] = self._norm(moved)
+            moved = [old.sub_(local_tensor(p).detach()) for p, old in zip(params, before[kind], strict=True)]
+            squares[f"update_norm_{kind}"] = sum_of_squares(moved)
+        # One reduction and one wait for the device, for all of them.
+        whole = torch.stack([square.to(get_device_id()) for square in squares.values()])
+        group = self._shard_group()
+        if group is not None and group.size() > 1:
+            torch.distributed.all_reduce(whole, group=group)
+        self._norms = dict(zip(squares, whole.sqrt().tolist(), strict=True))
         return norm
 
-    def _norm(self, tensors: list[torch.Tensor | None]) -> float:
-        """L2 norm of all these sharded tensors together, over all ranks; None counts as zero."""
-        present = [tensor for tensor in tensors if tensor is not None]
-        norm = torch.nn.utils.get_total_norm(present) if present else torch.zeros(())
-        if isinstance(norm, DTensor):
-            norm = norm.full_tensor()
-        elif fsdp_version(self.module) == 1 and self.module.sharding_strategy != ShardingStrategy.NO_SHARD:
-            # FSDP1's parameters are plain tensors, each rank's part.
-            norm = norm.to(get_device_id()) ** 2
-            torch.distributed.all_reduce(norm, group=self.module.process_group)
-            norm = norm.sqrt()
-        return norm.item()
+    def _shard_group(self) -> torch.distributed.ProcessGroup | None:
+        """The ranks that hold one copy of the trained parameters between them; None where each holds a whole one."""
+        if fsdp_version(self.module) == 1:
+            alone = self.module.sharding_strategy == ShardingStrategy.NO_SHARD
+            return None if alone else self.module.process_group
+        parameter = self.optimizer.param_groups[0]["params"][0]
+        sharded = [dim for dim, placement in enumerate(parameter.placements) if placement.is_shard()]
+        return parameter.device_mesh.get_group(sharded[0]) if sharded else None
 
     # -- reference policy -------------------------------------------------------------------------------------
 
