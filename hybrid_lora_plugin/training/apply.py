@@ -12,8 +12,8 @@ from hybrid_lora_plugin.allocation.artifact import Allocation
 from hybrid_lora_plugin.allocation.report import Census
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.config import ConfigurationError
+from hybrid_lora_plugin.training.lora_linear import ADAPTER, LoraLinear, share_inputs
 
-ADAPTER = "default"
 #: attribute of a hybrid model that holds its ``HybridParts``; FSDP's wrappers pass attributes through
 _PARTS = "hybrid_lora_parts"
 PEFT_PREFIX = "base_model.model."
@@ -80,7 +80,10 @@ def apply_allocation(
         target_modules=lora,
         bias="none",
     )
+    # PEFT's own way to bring a layer of one's own.
+    config._register_custom_module({torch.nn.Linear: LoraLinear})
     peft_model = get_peft_model(model, config, adapter_name=ADAPTER)
+    share_inputs(peft_model)
 
     wrapped = {plain_name(name) for name, module in peft_model.named_modules() if isinstance(module, LoraLayer)}
     if wrapped != set(lora):
