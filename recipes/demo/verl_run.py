@@ -115,9 +115,9 @@ def run_verl(
                         break
                     time.sleep(0.5)
         except BaseException:
-            _stop(process)
+            stop(process)
             raise
-    _stop(process)
+    stop(process)
     if process.returncode != 0:
         end = "\n".join(log.read_text().splitlines()[-25:])
         raise RunFailed(
@@ -126,7 +126,7 @@ def run_verl(
     return read_metrics(metrics)
 
 
-def _stop(process: subprocess.Popen) -> None:
+def stop(process: subprocess.Popen) -> None:
     """End the process and the Ray processes of its session; nothing of a run outlives it."""
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
         try:
