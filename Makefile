@@ -63,6 +63,8 @@ bench-sync: install ## what a weight sync costs in each mode, beside verl's own:
 
 bench-training: install ## memory and time of training on 1, 2 and 4 ranks, beside verl's own and PEFT: about ten minutes
 	$(BIN)/python -m benchmarks.training_cost
+	$(BIN)/python -m benchmarks.lora_layer_cost
+	$(BIN)/python -m benchmarks.start_cost
 
 docs: install ## write docs/configuration.md from the dataclasses
 	$(BIN)/python -m hybrid_lora_plugin.cli.reference docs/configuration.md

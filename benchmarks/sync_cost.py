@@ -343,8 +343,9 @@ def report(result: dict, *, profile: bool = True) -> str:
     shape, versions = result["shape"], result["versions"]
     head = (
         f"{result['machine']}, no GPU, {', '.join(f'{name} {text}' for name, text in versions.items())}. A random Qwen2 of "
-        f"{shape['layers']} layers of width {shape['hidden']} and {shape['vocabulary']:,} tokens, trainer in fp32 on one FSDP2 "
-        f"rank, rollout in bf16, LoRA rank {RANK}, transfer buffer of at most {shape['bucket']} MiB, {shape['rounds']} rounds; "
+        f"{shape['layers']} layers of width {shape['hidden']} and {shape['vocabulary']:,} tokens from a bf16 checkpoint, one "
+        "FSDP2 rank that computes in fp32 (frozen weights stay in bf16 in ours and are fp32 in verl's), "
+        f"rollout in bf16, LoRA rank {RANK}, transfer buffer of at most {shape['bucket']} MiB, {shape['rounds']} rounds; "
         f"{shape['prompts']} requests at once of {shape['prompt_tokens']} and {shape['new_tokens']} new tokens, "
         f"{shape['generations']} rounds. Ratios are medians (quartiles) of the ratios within a round."
     )

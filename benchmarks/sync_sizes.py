@@ -170,9 +170,9 @@ class PaperModel:
 
     @cached_property
     def model(self) -> torch.nn.Module:
-        # fp32, as verl keeps an actor that trains.
+        # Frozen weights as a bf16 checkpoint has them; what trains becomes fp32.
         with torch.device("meta"):
-            plain = AutoModelForCausalLM.from_config(self.config, dtype=torch.float32)
+            plain = AutoModelForCausalLM.from_config(self.config, dtype=torch.bfloat16)
             return apply_allocation(plain, self.allocation, rank=self.rank, alpha=2 * self.rank)
 
     @cached_property
@@ -271,7 +271,7 @@ def table(ratio: float = 0.1, rank: int = 16, seed: int = 0) -> str:
     }
     lines = [
         f"Allocation drawn at random (seed {seed}) within {ratio:.0%} of the candidate parameters, LoRA rank {rank} on the "
-        f"other candidates, trainer in fp32, rollout in bf16.",
+        f"other candidates, a bf16 checkpoint, what trains in fp32, rollout in bf16.",
         "",
         "| model | parameters N | candidates | fully tuned F | modules | adapters A |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
