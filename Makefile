@@ -61,7 +61,7 @@ bench-sync: install ## what a weight sync costs in each mode, beside verl's own:
 	$(BIN)/python -m benchmarks.sync_sizes
 	$(BIN)/python -m benchmarks.sync_cost
 
-bench-training: install ## memory and time of training on 1, 2 and 4 ranks, beside verl's own and PEFT: about ten minutes
+bench-training: install ## memory, time and start of training, beside verl's own and PEFT: about half an hour
 	$(BIN)/python -m benchmarks.training_cost
 	$(BIN)/python -m benchmarks.lora_layer_cost
 	$(BIN)/python -m benchmarks.start_cost

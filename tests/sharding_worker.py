@@ -5,6 +5,7 @@ Writes to ``OUT/results.json`` what each setting gave (rank 0), and its first an
 
 from __future__ import annotations
 
+import functools
 import gc
 import json
 import sys
@@ -17,11 +18,26 @@ from safetensors.torch import save_file
 ROWS, STEPS = 16, 3
 
 
+def counted(part, seen: list):
+    """``SharedInput.part`` that notes in ``seen`` when it had a product to give."""
+    part = getattr(part, "__wrapped__", part)
+
+    @functools.wraps(part)
+    def noting(*arguments):
+        result = part(*arguments)
+        if result is not None:
+            seen.append(1)
+        return result
+
+    return noting
+
+
 def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[dict, dict[str, dict]]:
     """Steps, reference log-probabilities, bytes and units of one engine; its weights before and after."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
     from hybrid_lora_plugin.training.local_shards import local_tensor
+    from hybrid_lora_plugin.training.lora_linear import SharedInput
     from hybrid_lora_plugin.training.memory import rank_bytes
 
     engine = build_engine(arguments | setting)
@@ -37,7 +53,10 @@ def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[
         gradients.append(sum(local_tensor(p.grad).nbytes for p in parameters if p.grad is not None))
 
     engine.optimizer.register_step_pre_hook(look)
+    shared = []
+    SharedInput.part = counted(SharedInput.part, shared)
     result |= {"steps": train(engine, batch, policy_loss("hybrid_gspo"), STEPS, ranks)}
+    result["shared_products"] = len(shared)
     result["reference"] = gather_log_probs(engine, batch, ranks, reference=True)
     said = rank_bytes(engine.module, engine._base_snapshot)
     states = [value for state in engine.optimizer.state.values() for value in state.values()]

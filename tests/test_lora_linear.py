@@ -32,20 +32,23 @@ class Attention(torch.nn.Module):
 
 
 class Model(torch.nn.Module):
-    def __init__(self, checkpointed=False):
+    """Layers, recomputed for the backward pass where ``checkpointed`` is not None: whether by reentrant checkpoints."""
+
+    checkpointed: bool | None = None
+
+    def __init__(self):
         super().__init__()
         self.layers = torch.nn.ModuleList(Attention() for _ in range(2))
-        self.checkpointed = checkpointed
 
     def forward(self, x):
         for layer in self.layers:
-            x = checkpoint(layer, x, use_reentrant=False) if self.checkpointed else layer(x)
+            x = layer(x) if self.checkpointed is None else checkpoint(layer, x, use_reentrant=self.checkpointed)
         return x
 
 
-def with_adapters(model, ours=True, dropout=0.0, targets=tuple(OUT)):
+def with_adapters(model, ours=True, targets=tuple(OUT), **changes):
     torch.manual_seed(1)
-    config = LoraConfig(r=RANK, lora_alpha=ALPHA, lora_dropout=dropout, target_modules=list(targets))
+    config = LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(targets), **changes)
     if ours:
         config._register_custom_module({torch.nn.Linear: LoraLinear})
     adapted = get_peft_model(copy.deepcopy(model), config)
@@ -87,7 +90,7 @@ def assert_same(ours, wanted, **tolerance):
 
 
 @pytest.mark.parametrize("targets", [tuple(OUT), ("q_proj", "v_proj"), ("k_proj", "o_proj")], ids="-".join)
-@pytest.mark.parametrize("checkpointed", [False, True])
+@pytest.mark.parametrize("checkpointed", [None, False, True])
 def test_losses_and_gradients_are_pefts(plain, x, targets, checkpointed):
     ours, peft = with_adapters(plain, targets=targets), with_adapters(plain, ours=False, targets=targets)
     assert {type(m) for m in ours.modules() if isinstance(m, Linear)} == {LoraLinear}
@@ -106,7 +109,7 @@ def test_output_is_the_formula(plain, x):
 
 
 def test_dropout_draws_as_peft_does(plain, x):
-    ours, peft = (with_adapters(plain, ours=which, dropout=0.5) for which in (True, False))
+    ours, peft = (with_adapters(plain, ours=which, lora_dropout=0.5) for which in (True, False))
     found = []
     for model in (ours, peft):
         torch.manual_seed(5)
@@ -124,7 +127,7 @@ def test_under_autocast_and_in_bf16_it_is_as_near_to_the_exact_as_peft(plain, x,
         return {name: ((found[name].double() - exact[name]).norm() / exact[name].norm()).item() for name in exact}
 
     ours, peft = apart(True), apart(False)
-    assert max(ours.values()) < max(0.05, 1.2 * max(peft.values()))
+    assert all(ours[name] < 1.2 * peft[name] + 0.02 for name in exact), (ours, peft)
 
 
 def test_adapters_that_read_one_input_share_one_product(plain, x):
@@ -143,47 +146,134 @@ def test_adapters_that_read_one_input_share_one_product(plain, x):
     assert products == {3 * RANK: 2, RANK: 2, OUT["o_proj"]: 2}
 
 
+def kept(model):
+    """What the sets of adapters that share an input hold, and the adapters that believe to be in a call."""
+    sets = {hook.__self__ for module in model.modules() for hook in module._forward_pre_hooks.values()}
+    assert len(sets) == 2 and all(len(one.members) == 3 for one in sets)
+    inside = [m for m in model.modules() if getattr(m, "shared_input", None) is not None]
+    return [one for one in sets if one._of is not None or one._parts], inside
+
+
 def test_nothing_of_a_call_is_kept(plain, x):
     model = with_adapters(plain)
-    model(x)
-    layer = model.base_model.model.layers[0]
-    assert layer.q_proj.shared_input is layer.v_proj.shared_input and layer.o_proj.shared_input is None
-    assert layer.q_proj.shared_input._input is None and not layer.q_proj.shared_input._parts
-    broken = model.base_model.model.layers[1].v_proj
-    broken.forward = lambda *_: 1 / 0
+    gradients(model, x)
+    assert kept(model) == ([], [])
+    model.base_model.model.layers[1].v_proj.forward = lambda *_: 1 / 0
     with pytest.raises(ZeroDivisionError):
         model(x)
-    shared = broken.shared_input
-    assert shared._input is None and not shared._parts
+    assert kept(model) == ([], [])
 
 
-def test_weights_that_changed_between_two_calls_count(plain, x):
+def test_a_copy_shares_with_itself_alone(plain, x):
     model = with_adapters(plain)
-    before = model(x)
+    copied = copy.deepcopy(model)
+    wanted = gradients(model, x)
+    model.zero_grad()
+    assert_same(gradients(copied, x), wanted, rtol=0, atol=0)
+    assert kept(copied) == kept(model) == ([], [])
+    assert all(p.grad is None for p in model.parameters())
+
+
+def changed(model):
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if ".lora_A." in name:
                 parameter.neg_()
-    assert_same({"y": model(x)}, {"y": with_adapters_negated(plain)(x)}, rtol=1e-10, atol=1e-10)
-    assert not torch.allclose(model(x), before)
 
 
-def with_adapters_negated(plain):
-    peft = with_adapters(plain, ours=False)
-    with torch.no_grad():
-        for name, parameter in peft.named_parameters():
-            if ".lora_A." in name:
-                parameter.neg_()
-    return peft
+def test_a_layer_called_alone_answers_for_the_input_and_the_weights_it_has(plain, x):
+    ours, peft = with_adapters(plain), with_adapters(plain, ours=False)
+    layer, wanted = ours.base_model.model.layers[0], peft.base_model.model.layers[0]
 
+    def compare(*calls):
+        for name, given in calls:
+            torch.testing.assert_close(getattr(layer, name)(given), getattr(wanted, name)(given))
 
-def test_a_layer_called_alone_and_again_answers_for_the_input_it_is_given(plain, x):
-    layer = with_adapters(plain).base_model.model.layers[0]
-    wanted = with_adapters(plain, ours=False).base_model.model.layers[0]
     other = x + 1
-    calls = (("q_proj", x), ("q_proj", x), ("k_proj", other), ("v_proj", x), ("k_proj", x), ("v_proj", other))
-    for name, given in calls:
-        torch.testing.assert_close(getattr(layer, name)(given), getattr(wanted, name)(given), rtol=1e-10, atol=1e-10)
+    compare(("q_proj", x), ("q_proj", x), ("k_proj", other), ("v_proj", x), ("k_proj", x), ("v_proj", other))
+    changed(ours), changed(peft)
+    compare(("k_proj", x), ("v_proj", x))
+    with torch.no_grad():
+        layer.q_proj(x)
+    layer.k_proj(x).sum().backward()
+    assert layer.k_proj.lora_A[ADAPTER].weight.grad is not None
+
+
+class Restless(Attention):
+    """Calls a layer twice, first without gradients, and changes the tensor it calls them with where nobody needs it."""
+
+    def forward(self, x):
+        x = x.clone()
+        with torch.no_grad():
+            first = self.q_proj(x)
+        gate = self.k_proj(x)[..., :6]
+        first = first + self.q_proj(x) * self.q_proj(x)
+        if not torch.is_grad_enabled():
+            x.add_(1)
+        return self.o_proj(first * torch.cat([gate, self.v_proj(x)[..., :6]], -1))
+
+
+def test_within_a_call_too_each_answers_for_what_it_is_given(x):
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Restless().double())
+    ours, peft = with_adapters(model), with_adapters(model, ours=False)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), peft(x))
+    with torch.inference_mode():
+        torch.testing.assert_close(ours(x), peft(x))
+    assert_same(gradients(ours, x), gradients(peft, x))
+
+
+def test_adapters_of_different_widths_do_not_share(x):
+    class Cross(Attention):
+        def __init__(self):
+            super().__init__()
+            self.k_proj = torch.nn.Linear(5, 8)
+            self.v_proj = torch.nn.Linear(5, 8)
+
+        def forward(self, x):
+            gate = torch.cat([self.k_proj(x[..., :5])[..., :6], self.v_proj(x[..., :5])[..., :6]], -1)
+            return self.o_proj(self.q_proj(x) * gate)
+
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(Cross().double())
+    assert_same(gradients(with_adapters(model), x), gradients(with_adapters(model, ours=False), x))
+
+
+def test_adapters_that_are_merged_switched_or_of_another_kind_are_pefts_affair(plain, x):
+    ours, peft = with_adapters(plain), with_adapters(plain, ours=False)
+    for model in (ours, peft):
+        model.merge_adapter()
+    torch.testing.assert_close(ours(x), peft(x))
+    for model in (ours, peft):
+        model.unmerge_adapter()
+        torch.manual_seed(7)
+        model.add_adapter("other", LoraConfig(r=RANK, target_modules=["q_proj"], init_lora_weights=False))
+        model.set_adapter("other")
+    torch.testing.assert_close(ours(x), peft(x))
+    for model in (ours, peft):
+        model.base_model.set_adapter([ADAPTER, "other"])
+    torch.testing.assert_close(ours(x), peft(x))
+    dora = [with_adapters(plain, which, use_dora=True) for which in (True, False)]
+    torch.testing.assert_close(dora[0](x), dora[1](x))
+    biased = [with_adapters(plain, which, lora_bias=True, targets=("q_proj", "k_proj")) for which in (True, False)]
+    for model in biased:
+        for name, parameter in model.named_parameters():
+            if name.endswith(f"lora_B.{ADAPTER}.bias"):
+                torch.nn.init.ones_(parameter)
+    torch.testing.assert_close(biased[0](x), biased[1](x))
+
+
+def test_a_single_row_and_pefts_own_arguments_are_taken(plain, x):
+    ours, peft = (with_adapters(plain, which).base_model.model.layers[0].q_proj for which in (True, False))
+    torch.testing.assert_close(ours(x[0, 0]), peft(x[0, 0]))
+    names = ["__base__", ADAPTER]
+    torch.testing.assert_close(ours(x, adapter_names=names), peft(x, adapter_names=names))
+    assert not torch.allclose(ours(x, adapter_names=names)[0], ours(x)[0])
+
+
+def test_a_model_without_memory_can_be_run(plain, x):
+    assert with_adapters(plain.to("meta"))(x.to("meta")).shape == x.shape
 
 
 def test_with_adapters_off_it_is_the_base(plain, x):

@@ -165,14 +165,17 @@ def expected(setting, runs):
         loss = torch.stack(losses).mean()
         optimizer.zero_grad()
         loss.backward()
-        trained = [p for group in optimizer.param_groups for p in group["params"]]
-        before = [p.detach().clone() for p in trained]
-        norm = torch.nn.utils.clip_grad_norm_(trained, 1.0)
+        step = {"loss": loss.item()}
+        trained = {kind: [p for _, p in groups[kind]] for kind in groups}
+        before = {kind: [p.detach().clone() for p in trained[kind]] for kind in groups}
+        for kind in groups:
+            step[f"grad_norm_{kind}"] = torch.nn.utils.get_total_norm([p.grad for p in trained[kind]]).item()
+        step["grad_norm"] = torch.nn.utils.clip_grad_norm_([*trained["lora"], *trained["full"]], 1.0).item()
         optimizer.step()
-        moved = [p.detach() - old for p, old in zip(trained, before, strict=True)]
-        steps.append(
-            {"loss": loss.item(), "grad_norm": norm.item(), "moved": torch.nn.utils.get_total_norm(moved).item()}
-        )
+        for kind in groups:
+            moved = [p.detach() - old for p, old in zip(trained[kind], before[kind], strict=True)]
+            step[f"update_norm_{kind}"] = torch.nn.utils.get_total_norm(moved).item()
+        steps.append(step)
     with torch.no_grad():
         base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
         reference = [log_probs(base, ids, response) for ids, response in zip(rows[0], rows[1], strict=True)]
@@ -191,12 +194,16 @@ def test_losses_are_those_of_one_process_without_sharding(run, expected):
         assert step["grad_norm"] == pytest.approx(wanted["grad_norm"], rel=1e-4)
 
 
-def test_norms_by_kind_are_those_of_the_whole(run, expected):
+def test_norms_by_kind_are_those_of_one_process(run, expected):
     for step, wanted in zip(run["steps"], expected["steps"], strict=True):
         assert math.hypot(step["grad_norm_lora"], step["grad_norm_full"]) == pytest.approx(step["grad_norm"], rel=1e-5)
-        assert math.hypot(step["update_norm_lora"], step["update_norm_full"]) == pytest.approx(
-            wanted["moved"], rel=1e-3
-        )
+        for kind in ("lora", "full"):
+            assert step[f"grad_norm_{kind}"] == pytest.approx(wanted[f"grad_norm_{kind}"], rel=1e-4)
+            assert step[f"update_norm_{kind}"] == pytest.approx(wanted[f"update_norm_{kind}"], rel=1e-3)
+
+
+def test_adapters_share_products_where_their_factors_are_gathered_together(run, expected):
+    assert bool(run["shared_products"]) is run["name"].startswith("fsdp2")
 
 
 def test_trained_weights_are_those_of_one_process(run, expected):

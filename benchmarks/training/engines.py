@@ -7,6 +7,7 @@ from functools import partial
 from typing import Any
 
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 #: variant -> what the tables call it
 VARIANTS = {
@@ -201,11 +202,14 @@ def units_per_layer(engine) -> float:
 @contextmanager
 def counted_collectives():
     """Counts what is passed through torch.distributed meanwhile, by kind."""
-    from torch.distributed.tensor.debug import CommDebugMode
-
     counts: dict[str, int] = {}
-    with CommDebugMode() as mode:
+
+    class Collectives(TorchDispatchMode):
+        def __torch_dispatch__(self, function, types, arguments=(), options=None):
+            kind = str(function.overloadpacket).partition(".")[2]
+            if function.namespace in ("c10d", "_c10d_functional") and kind != "wait_tensor":
+                counts[kind] = counts.get(kind, 0) + 1
+            return function(*arguments, **(options or {}))
+
+    with Collectives():
         yield counts
-    for operation, number in mode.get_comm_counts().items():
-        kind = str(operation).rpartition(".")[2]
-        counts[kind] = counts.get(kind, 0) + number

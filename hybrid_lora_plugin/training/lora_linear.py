@@ -18,38 +18,67 @@ SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 
 
 class SharedInput:
-    """What a set of adapters has computed together of one input, for as long as the call of their parent lasts.
+    """Lets adapters that read one input compute their first product together, during a call of the module around them.
+
+    Outside such a call every adapter answers for itself: only there is it certain that nothing changes between the first
+    of them and the last, and that what was computed together is gone afterwards.
 
     Args:
         parent: the module that calls them with one input, one after the other.
-        members: its adapters.
+        members: its adapters, of one input width.
     """
 
     def __init__(self, parent: torch.nn.Module, members: list[LoraLinear]):
         self.members = members
         self._forget()
+        # Bound methods, which a copy of the model binds to its own.
+        parent.register_forward_pre_hook(self._enter)
         # Also when the call fails or stops early, as a recomputation for the backward pass does.
-        parent.register_forward_hook(lambda *_: self._forget(), always_call=True)
+        parent.register_forward_hook(self._leave, always_call=True)
 
     def _forget(self) -> None:
-        self._input: torch.Tensor | None = None
+        self._of: tuple | None = None
         self._parts: dict[int, torch.Tensor] = {}
 
-    def part(self, member: LoraLinear, x: torch.Tensor) -> torch.Tensor:
-        """x·Aᵀ of one of them, [N, r] for x [..., K] with N rows in all."""
-        key = id(member)
-        if self._input is not x or key not in self._parts:
-            stacked = torch.cat([one.lora_A[ADAPTER].weight for one in self.members])
-            product = torch.nn.functional.linear(x.flatten(0, -2), stacked)
-            ranks = [one.r[ADAPTER] for one in self.members]
-            parts = product.split(ranks, dim=1)
-            self._input, self._parts = x, dict(zip(map(id, self.members), parts, strict=True))
-        return self._parts.pop(key)
+    def _enter(self, *_) -> None:
+        for member in self.members:
+            member.shared_input = self
+
+    def _leave(self, *_) -> None:
+        self._forget()
+        for member in self.members:
+            member.shared_input = None
+
+    def part(self, member: LoraLinear, x: torch.Tensor) -> torch.Tensor | None:
+        """x·Aᵀ of one of them, [N, r] for x [..., K] with N rows in all; None where they cannot compute it together."""
+        of = (x, None if x.is_inference() else x._version, torch.is_grad_enabled())
+        same = self._of is not None and self._of[0] is x and self._of[1:] == of[1:]
+        if not same or id(member) not in self._parts:
+            self._forget()
+            factors = [one.lora_A[ADAPTER] for one in self.members]
+            if not all(_is_here(factor, x) for factor in factors):
+                return None
+            product = torch.nn.functional.linear(x.flatten(0, -2), torch.cat([factor.weight for factor in factors]))
+            parts = product.split([factor.out_features for factor in factors], dim=1)
+            self._of, self._parts = of, dict(zip(map(id, self.members), parts, strict=True))
+        return self._parts.pop(id(member))
+
+
+def _is_here(layer: torch.nn.Module, x: torch.Tensor) -> bool:
+    """Whether the layer's weight can be read without calling the layer: no unit of FSDP's own, and not a shard."""
+    weight = layer.weight
+    return (
+        type(layer) is torch.nn.Linear
+        and weight.dtype == x.dtype
+        and weight.dim() == 2
+        and not hasattr(weight, "to_local")
+    )
 
 
 class LoraLinear(Linear):
     """A linear layer with one LoRA adapter; wherever something else is asked of it, PEFT's own ``forward`` answers."""
 
+    #: set by the module around it while that is called
     shared_input: SharedInput | None = None
 
     def _is_plain(self, x: torch.Tensor) -> bool:
@@ -58,21 +87,20 @@ class LoraLinear(Linear):
             return False
         # Under FSDP1 a factor is a unit of its own, whose weight is gathered by its own forward only.
         layers = self.base_layer, self.lora_A[ADAPTER], self.lora_B[ADAPTER]
-        if any(type(layer) is not torch.nn.Linear for layer in layers) or self.lora_bias[ADAPTER]:
+        if x.dim() < 2 or self.lora_bias[ADAPTER] or not all(_is_here(layer, x) for layer in layers):
             return False
-        wanted = {x.dtype, *(layer.weight.dtype for layer in layers)}
-        if torch.is_autocast_enabled(x.device.type):
-            wanted.add(torch.get_autocast_dtype(x.device.type))
-        return len(wanted) == 1 and x.dim() > 1
+        device = x.device.type
+        cast = torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+        return not cast or torch.get_autocast_dtype(device) == x.dtype
 
     def forward(self, x: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:
         """Output [..., M] for input [..., K]; in x's type."""
         if args or kwargs or not self._is_plain(x):
             return super().forward(x, *args, **kwargs)
-        rows, dropout = x.flatten(0, -2), self.lora_dropout[ADAPTER]
+        rows, dropout, reduced = x.flatten(0, -2), self.lora_dropout[ADAPTER], None
         if self.shared_input is not None and isinstance(dropout, torch.nn.Identity):
             reduced = self.shared_input.part(self, x)
-        else:
+        if reduced is None:
             reduced = self.lora_A[ADAPTER](dropout(rows))
         # The product of two matrices is no view and is not kept for the backward pass, so it may be added to in place.
         result = self.base_layer(rows)
@@ -80,19 +108,13 @@ class LoraLinear(Linear):
         return result.unflatten(0, x.shape[:-1])
 
 
-def share_inputs(model: torch.nn.Module) -> int:
-    """Let the adapters of a model that read one input compute their first product together.
-
-    Returns:
-        How many such sets there are.
-    """
-    found = 0
+def share_inputs(model: torch.nn.Module) -> list[SharedInput]:
+    """Let the adapters of a model that read one input compute their first product together; returns the sets of them."""
+    found = []
     for parent in model.modules():
         for names in SHARING:
             members = [getattr(parent, name, None) for name in names]
             members = [member for member in members if isinstance(member, LoraLinear)]
-            if len(members) > 1:
-                shared, found = SharedInput(parent, members), found + 1
-                for member in members:
-                    member.shared_input = shared
+            if len(members) > 1 and len({member.in_features for member in members}) == 1:
+                found.append(SharedInput(parent, members))
     return found
