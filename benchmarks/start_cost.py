@@ -52,7 +52,8 @@ def settings_of(folder: Path) -> list[str]:
         "--config-dir", str(ROOT / "recipes"), "+hybrid_lora=enabled", "+recipe=demo",
         f"hybrid_lora.allocation={folder / 'allocation'}", f"actor_rollout_ref.model.path={folder / 'model'}",
         f"data.train_files={files['train']}", f"data.val_files={files['validation']}", "trainer.val_before_train=false",
-        "trainer.logger=[console]", f"trainer.default_local_dir={folder / 'checkpoints'}",
+        "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=64", "trainer.logger=[console]",
+        f"trainer.default_local_dir={folder / 'checkpoints'}",
     ]  # fmt: skip
 
 
@@ -148,18 +149,19 @@ def main(arguments: list[str] | None = None) -> int:
     ours = settings_of(folder)
     runs = {"lora": (without_plugin(ours, folder), cpu_environment(**WITHOUT)), "hybrid": (ours, cpu_environment())}
     seconds: dict[str, list[dict[str, float]]] = {variant: [] for variant in runs}
+    result = {
+        "machine": f"{os.cpu_count()} CPU cores",
+        "shape": {name: value for name, value in vars(shape).items() if isinstance(value, int)},
+        "seconds": seconds,
+    }
     for round_ in range(shape.rounds + 1):
         for variant in list(runs)[:: -1 if round_ % 2 else 1]:
             print(f"round {round_} of {shape.rounds}: {LABELS[variant]}", file=sys.stderr, flush=True)
             found = start(runs[variant][0], folder / f"{variant}-{round_}.log", runs[variant][1])
             if round_:  # the first one fills the caches of the disk
                 seconds[variant].append(found)
-    result = {
-        "machine": f"{os.cpu_count()} CPU cores",
-        "shape": {name: value for name, value in vars(shape).items() if isinstance(value, int)},
-        "seconds": seconds,
-    }
-    (shape.output / "start_cost.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        # After each round: they take minutes.
+        (shape.output / "start_cost.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
     text = report(result)
     if shape.write:
         page = shape.write.read_text(encoding="utf-8")

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import pandas
 import pytest
@@ -11,7 +12,7 @@ import torch
 pytest.importorskip("verl", reason="verl is not installed")
 
 from tiny_models import make_tiny_qwen2  # noqa: E402
-from verl_processes import run_engine, torchrun  # noqa: E402
+from verl_processes import run, run_engine, torchrun  # noqa: E402
 
 pytestmark = pytest.mark.verl
 
@@ -20,6 +21,30 @@ WITHOUT = {
     "VERL_USE_EXTERNAL_PLUGINS": "none",
     "VERL_USE_EXTERNAL_MODULES": "hybrid_lora_plugin.verl_backend.cpu_platform",
 }
+
+
+def test_importing_verl_loads_no_more_with_the_plugin():
+    loaded = "import sys, verl; print('loaded:', *sys.modules)"
+    found, plain = (
+        set(run(["-c", loaded], **environment).stdout.rpartition("loaded:")[2].split()) for environment in ({}, WITHOUT)
+    )
+    more = {name.partition(".")[0] for name in found - plain}
+    assert "hybrid_lora_plugin.verl_backend.registration" in found - plain
+    assert more <= {"hybrid_lora_plugin", "packaging", "wrapt"} | set(sys.stdlib_module_names), sorted(found - plain)
+
+
+def test_loss_and_advantage_are_there_where_verl_looks_for_them():
+    look = (
+        "import verl\nfrom verl.trainer.ppo import core_algos\n"
+        "print(core_algos.get_policy_loss_fn('hybrid_gspo').__name__, core_algos.get_adv_estimator_fn('hybrid_group').__name__)"
+    )
+    assert run(["-c", look]).stdout.split()[-2:] == ["hybrid_gspo", "hybrid_group"]
+    # Somebody else's advantage of that name: a plain run goes on, and says so.
+    taken = look.replace(
+        "from verl", "import hybrid_lora_plugin.verl_backend.advantages as a\na.register = lambda: 1 / 0\nfrom verl"
+    )
+    said = run(["-c", taken], check=False)
+    assert "loss and advantage are not registered: division by zero" in said.stdout
 
 
 @pytest.fixture(scope="module")

@@ -41,8 +41,10 @@ def register() -> None:
 
     Raises:
         RuntimeError: another plugin holds that key.
+        ValueError: another one has an advantage of our name.
     """
     registration.register()
+    registration.register_algorithms()
     device = os.environ.get("VERL_ENGINE_DEVICE") or get_device_name()
     key = (device, get_vendor())
     for backend in BACKENDS:

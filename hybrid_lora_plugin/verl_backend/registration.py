@@ -1,20 +1,25 @@
 """Put the loss, the advantage and the CPU platform into verl's registries; importing this module does it.
 
 verl imports it in every process through the ``verl.plugins`` entry point and logs a failure at DEBUG level
-only. What is imported here is what ``import verl`` has loaded anyway, so the plugin costs a plain run no
-start-up time. The engine is registered by ``engine_registration``, which a run that asks for Hybrid-LoRA
+only. Nothing is imported here that ``import verl`` has not loaded: verl's algorithms take a second to import, most processes of
+a run never do, and loss and advantage are registered when one does. The engine is registered by ``engine_registration``, which a run that asks for Hybrid-LoRA
 names in ``actor_rollout_ref.model.external_lib``: there a failure stops the worker with its message.
 """
 
 from __future__ import annotations
 
+import logging
 import os
 
 import verl
+import wrapt
 from packaging.specifiers import SpecifierSet
 
 #: verl versions whose hooks this plugin was read and tested against.
 SUPPORTED_VERL = SpecifierSet(">=0.9.1,<0.10", prereleases=True)
+
+#: where verl keeps both registries
+ALGORITHMS = "verl.trainer.ppo.core_algos"
 
 _registered = False
 
@@ -35,7 +40,7 @@ def require_supported_verl(version: str) -> None:
 
 
 def register() -> None:
-    """Register platform, loss and advantage; a second call does nothing.
+    """Register the platform, and loss and advantage for when verl's algorithms are imported; a second call does nothing.
 
     Raises:
         ImportError: verl is outside the supported range; a run without ``hybrid_lora`` is then left alone.
@@ -48,11 +53,28 @@ def register() -> None:
     if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
         from hybrid_lora_plugin.verl_backend import cpu_platform  # noqa: F401  registers itself
 
+    wrapt.register_post_import_hook(_algorithms_imported, ALGORITHMS)
+    _registered = True
+
+
+def register_algorithms() -> None:
+    """Register loss and advantage now.
+
+    Raises:
+        ValueError: verl has another advantage of that name.
+    """
     from hybrid_lora_plugin.verl_backend import advantages, losses
 
     losses.register()
     advantages.register()
-    _registered = True
+
+
+def _algorithms_imported(_) -> None:
+    try:
+        register_algorithms()
+    except Exception as error:
+        # As verl does with plugins: a run that asks for neither goes on. One with +hybrid_lora=enabled fails in its engine.
+        logging.getLogger(__name__).warning("hybrid_lora: loss and advantage are not registered: %s", error)
 
 
 register()
