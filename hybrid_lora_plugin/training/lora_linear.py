@@ -51,9 +51,10 @@ class SharedInput:
 
     def part(self, member: LoraLinear, x: torch.Tensor) -> torch.Tensor | None:
         """x·Aᵀ of one of them, [N, r] for x [..., K] with N rows in all; None where they cannot compute it together."""
-        of = (x, None if x.is_inference() else x._version, torch.is_grad_enabled())
-        same = self._of is not None and self._of[0] is x and self._of[1:] == of[1:]
-        if not same or id(member) not in self._parts:
+        if x.is_inference():
+            return None  # such a tensor does not tell whether it has been changed
+        of = (x, x._version, torch.is_grad_enabled())
+        if self._of is None or self._of[0] is not x or self._of[1:] != of[1:]:
             self._forget()
             factors = [one.lora_A[ADAPTER] for one in self.members]
             if not all(_is_here(factor, x) for factor in factors):
@@ -61,18 +62,15 @@ class SharedInput:
             product = torch.nn.functional.linear(x.flatten(0, -2), torch.cat([factor.weight for factor in factors]))
             parts = product.split([factor.out_features for factor in factors], dim=1)
             self._of, self._parts = of, dict(zip(map(id, self.members), parts, strict=True))
-        return self._parts.pop(id(member))
+        return self._parts[id(member)]
 
 
 def _is_here(layer: torch.nn.Module, x: torch.Tensor) -> bool:
     """Whether the layer's weight can be read without calling the layer: no unit of FSDP's own, and not a shard."""
+    if type(layer) is not torch.nn.Linear:
+        return False
     weight = layer.weight
-    return (
-        type(layer) is torch.nn.Linear
-        and weight.dtype == x.dtype
-        and weight.dim() == 2
-        and not hasattr(weight, "to_local")
-    )
+    return weight.dtype == x.dtype and weight.dim() == 2 and not hasattr(weight, "to_local")
 
 
 class LoraLinear(Linear):
