@@ -10,7 +10,6 @@ machine with a GPU the same command uses it. Nothing here is a test.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import sys
 import time
@@ -21,8 +20,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from benchmarks.pages import save_figures, write_page
 from benchmarks.sync_cost import quartiles
-from benchmarks.sync_sizes import written_into
 from hybrid_lora_plugin.training.lora_linear import LoraLinear, share_inputs
 
 BEGIN, END = "<!-- measured by benchmarks/lora_layer_cost.py -->", "<!-- end of the measured layer -->"
@@ -114,12 +113,10 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"width {hidden}, {tokens} tokens, {precision}", file=sys.stderr, flush=True)
         seconds = measure(shape.layers, int(hidden), int(tokens), precision, shape.rounds)
         results.append({"hidden": hidden, "tokens": tokens, "precision": precision, "seconds": seconds})
-    shape.output.mkdir(parents=True, exist_ok=True)
-    (shape.output / "lora_layer_cost.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    save_figures(shape.output, "lora_layer_cost", results)
     text = report(results, shape.layers, shape.rounds)
     if shape.write:
-        page = shape.write.read_text(encoding="utf-8")
-        shape.write.write_text(written_into(page, text, BEGIN, END), encoding="utf-8")
+        write_page(shape.write, text, BEGIN, END)
     print(text)
     return 0
 

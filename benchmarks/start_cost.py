@@ -10,7 +10,6 @@ turns, and each is ended at its first step. Nothing here is a test.
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shutil
 import subprocess
@@ -21,8 +20,8 @@ from pathlib import Path
 import psutil
 import yaml
 
+from benchmarks.pages import save_figures, write_page
 from benchmarks.sync_cost import make_model, quartiles
-from benchmarks.sync_sizes import written_into
 from recipes.demo.environment import cpu_environment
 from recipes.demo.task import write_rl_parquet
 from recipes.demo.verl_run import stop
@@ -161,11 +160,10 @@ def main(arguments: list[str] | None = None) -> int:
             if round_:  # the first one fills the caches of the disk
                 seconds[variant].append(found)
         # After each round: they take minutes.
-        (shape.output / "start_cost.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        save_figures(shape.output, "start_cost", result)
     text = report(result)
     if shape.write:
-        page = shape.write.read_text(encoding="utf-8")
-        shape.write.write_text(written_into(page, text, BEGIN, END), encoding="utf-8")
+        write_page(shape.write, text, BEGIN, END)
     print(text)
     return 0
 

@@ -25,10 +25,11 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.pages import save_figures, write_page
 from benchmarks.rollout import colocated
 from benchmarks.rollout.colocated import ColocatedPair
 from benchmarks.rollout.harness import start_ray, stop_ray
-from benchmarks.sync_sizes import draw_allocation, written_into
+from benchmarks.sync_sizes import draw_allocation
 
 RANK, ALPHA = 16, 32
 BEGIN, END = "<!-- measured by benchmarks/sync_cost.py -->", "<!-- end of the measured part -->"
@@ -378,11 +379,10 @@ def main(arguments: list[str] | None = None) -> int:
         result = run(chosen)
     text = report(result)
     if not chosen.measured:
-        (chosen.output / "sync_cost.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        save_figures(chosen.output, "sync_cost", result)
         (chosen.output / "sync_cost.md").write_text(text + "\n", encoding="utf-8")
     if chosen.write:
-        page = chosen.write.read_text(encoding="utf-8")
-        chosen.write.write_text(written_into(page, report(result, profile=False), BEGIN, END), encoding="utf-8")
+        write_page(chosen.write, report(result, profile=False), BEGIN, END)
     print(text)
     return 0
 

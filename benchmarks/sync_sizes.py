@@ -25,6 +25,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers import AutoModelForCausalLM, Qwen2Config
 
+from benchmarks.pages import write_page
 from hybrid_lora_plugin.allocation import Allocation
 from hybrid_lora_plugin.allocation.artifact import CriterionRecord, ModelIdentity
 from hybrid_lora_plugin.allocation.decision import decide
@@ -305,13 +306,6 @@ def table(ratio: float = 0.1, rank: int = 16, seed: int = 0) -> str:
     return "\n".join(lines)
 
 
-def written_into(page: str, text: str, begin: str = BEGIN, end: str = END) -> str:
-    """``page`` with ``text`` between its markers; ValueError where it has not exactly one of each."""
-    head, rest = page.split(begin)
-    _, tail = rest.split(end)
-    return f"{head}{begin}\n\n{text}\n\n{end}{tail}"
-
-
 def main(arguments: list[str] | None = None) -> int:
     """Print the tables, or put them into a page; returns 0."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.sync_sizes", description=__doc__.splitlines()[0])
@@ -323,7 +317,7 @@ def main(arguments: list[str] | None = None) -> int:
     text = table(chosen.ratio, chosen.rank, chosen.seed)
     print(text)
     if chosen.write:
-        chosen.write.write_text(written_into(chosen.write.read_text(encoding="utf-8"), text), encoding="utf-8")
+        write_page(chosen.write, text, BEGIN, END)
     return 0
 
 

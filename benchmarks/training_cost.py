@@ -24,8 +24,8 @@ from pathlib import Path
 
 import torch
 
+from benchmarks.pages import save_figures, write_page
 from benchmarks.sync_cost import make_model, quartiles
-from benchmarks.sync_sizes import written_into
 from benchmarks.training.engines import VARIANTS
 from recipes.demo.environment import cpu_environment
 
@@ -101,7 +101,7 @@ def measure(shape: argparse.Namespace) -> None:
                 seconds[case].append(time.perf_counter() - begun)
     result["seconds"] = seconds
     if rank == 0:
-        (folder / f"{shape.precision}-{ranks}.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+        save_figures(folder, f"{shape.precision}-{ranks}", result)
     torch.distributed.destroy_process_group()
 
 
@@ -284,11 +284,10 @@ def main(arguments: list[str] | None = None) -> int:
         "ranks": results,
     }
     text = report(result)
-    (shape.output / "training_cost.json").write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+    save_figures(shape.output, "training_cost", result)
     (shape.output / "training_cost.md").write_text(text + "\n", encoding="utf-8")
     if shape.write:
-        page = shape.write.read_text(encoding="utf-8")
-        shape.write.write_text(written_into(page, text, BEGIN, END), encoding="utf-8")
+        write_page(shape.write, text, BEGIN, END)
     print(text)
     return 0
 

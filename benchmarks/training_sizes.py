@@ -16,7 +16,8 @@ from pathlib import Path
 
 from transformers import Qwen2Config
 
-from benchmarks.sync_sizes import SHAPES, PaperModel, written_into
+from benchmarks.pages import write_page
+from benchmarks.sync_sizes import SHAPES, PaperModel
 from hybrid_lora_plugin.allocation.report import Census
 from hybrid_lora_plugin.training.memory import least_bytes
 
@@ -189,8 +190,7 @@ def main(arguments: list[str] | None = None) -> int:
         f"{chosen.rank}, a bf16 checkpoint.\n\n" + tables(models, machine, chosen.tokens, chosen.micro_tokens)
     )
     if chosen.write:
-        page = chosen.write.read_text(encoding="utf-8")
-        chosen.write.write_text(written_into(page, text, BEGIN, END), encoding="utf-8")
+        write_page(chosen.write, text, BEGIN, END)
     else:
         print(text)
     return 0

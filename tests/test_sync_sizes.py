@@ -10,7 +10,8 @@ from tiny_models import tiny_qwen2_config
 from transformers import AutoModelForCausalLM
 
 from benchmarks import sync_sizes
-from benchmarks.sync_sizes import BEGIN, END, MODES, LiveBytes, PaperModel, table, written_into
+from benchmarks.pages import written_into
+from benchmarks.sync_sizes import BEGIN, END, MODES, LiveBytes, PaperModel, table
 from hybrid_lora_plugin.sync.base_check import base_digests
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.sync.modes import sync_mode
@@ -97,4 +98,6 @@ def test_live_bytes_counts_what_is_alive_at_one_time():
 def test_page_has_the_tables_as_they_are_computed_now():
     page = PAGE.read_text(encoding="utf-8")
     assert page.count(BEGIN) == page.count(END) == 1
-    assert written_into(page, table()) == page, "run: python -m benchmarks.sync_sizes --write docs/sync-cost.md"
+    assert written_into(page, table(), BEGIN, END) == page, (
+        "run: python -m benchmarks.sync_sizes --write docs/sync-cost.md"
+    )
