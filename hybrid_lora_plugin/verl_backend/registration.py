@@ -1,9 +1,10 @@
 """Put the loss, the advantage and the CPU platform into verl's registries; importing this module does it.
 
 verl imports it in every process through the ``verl.plugins`` entry point and logs a failure at DEBUG level
-only. Nothing is imported here that ``import verl`` has not loaded: verl's algorithms take a second to import, most processes of
-a run never do, and loss and advantage are registered when one does. The engine is registered by ``engine_registration``, which a run that asks for Hybrid-LoRA
-names in ``actor_rollout_ref.model.external_lib``: there a failure stops the worker with its message.
+only. Nothing of verl is imported here that ``import verl`` has not loaded: its algorithms take about a second, not every
+process needs them, and loss and advantage are registered when one imports them. The engine is registered by
+``engine_registration``, which a run that asks for Hybrid-LoRA names in ``actor_rollout_ref.model.external_lib``: there
+a failure stops the worker with its message.
 """
 
 from __future__ import annotations
