@@ -27,13 +27,11 @@ from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.config import AdapterConfig, ProbeCommandConfig, ProbeConfig
 from hybrid_lora_plugin.probing import ranks as processes
 from hybrid_lora_plugin.probing.controls import ControlPass
-from hybrid_lora_plugin.probing.loss import IGNORED, Batch, negative_log_likelihood
-from hybrid_lora_plugin.probing.passes import Passes
-from hybrid_lora_plugin.probing.perturbation import perturbation
-from hybrid_lora_plugin.probing.score import batch_sensitivities, draw_partition, prepare_scoring
-from hybrid_lora_plugin.probing.sharding import place
-from hybrid_lora_plugin.probing.svd_lora import attach, detach
-from hybrid_lora_plugin.probing.svd_lora_run import SvdLoraRun
+from hybrid_lora_plugin.probing.distributed import place
+from hybrid_lora_plugin.probing.forward import IGNORED, Batch, Passes, negative_log_likelihood
+from hybrid_lora_plugin.probing.layers import attach, detach
+from hybrid_lora_plugin.probing.measure import batch_sensitivities, draw_partition, perturbation, prepare_scoring
+from hybrid_lora_plugin.probing.methods.svd_lora import SvdLoraMethod
 
 RANK = 16
 MEMORY_CASES = ("inference", "scoring", "warm-up", "saved for scoring", "saved for warm-up")
@@ -189,7 +187,7 @@ def memory_case(shape: argparse.Namespace, case: str) -> int:
     else:
         model = build(shape)
         config = ProbeCommandConfig(lora=AdapterConfig(rank=RANK), probe=ProbeConfig(controls=False))
-        run = SvdLoraRun(model, find_candidates(model), config)
+        run = SvdLoraMethod(model, find_candidates(model), config)
         device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
         model.to(device)
         run.start(Passes(model, processes.Ranks(device)))

@@ -39,7 +39,7 @@ LABELS = {"lora": "verl, LoRA on all linear modules", "hybrid": "Hybrid-LoRA"}
 #: verl without the plugin; a machine without a GPU still needs a platform
 WITHOUT = {
     "VERL_USE_EXTERNAL_PLUGINS": "none",
-    "VERL_USE_EXTERNAL_MODULES": "hybrid_lora_plugin.verl_backend.cpu_platform",
+    "VERL_USE_EXTERNAL_MODULES": "hybrid_lora_plugin.verl_backend.cpu.platform",
 }
 LIMIT = 600
 

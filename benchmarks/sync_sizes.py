@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from benchmarks.pages import write_page
 from hybrid_lora_plugin.allocation import Allocation
-from hybrid_lora_plugin.allocation.artifact import CriterionRecord, ModelIdentity
-from hybrid_lora_plugin.allocation.decision import decide
+from hybrid_lora_plugin.allocation.select import select_modules
+from hybrid_lora_plugin.allocation.storage import CriterionRecord, ModelIdentity
 from hybrid_lora_plugin.candidates import architecture_of, find_candidates_from_config, model_fingerprint
 from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig, ControlConfig
 from hybrid_lora_plugin.sync import hybrid_weights
@@ -75,7 +75,7 @@ def draw_allocation(config, name: str, *, rank: int, ratio: float, seed: int) ->
     settings = AllocateCommandConfig(
         criterion="random", budget=BudgetConfig(ratio=ratio), control=ControlConfig(seed=seed)
     )
-    return decide(settings, model, record, candidates, {}, environment={"torch": torch.__version__})
+    return select_modules(settings, model, record, candidates, {}, environment={"torch": torch.__version__})
 
 
 class LiveBytes(TorchDispatchMode):
@@ -134,7 +134,7 @@ class _Engine:
         pass
 
     def replace_adapter(self, factors, header) -> None:
-        # What verl_backend.rollout_model does: vLLM scales what it is given in place.
+        # What verl_backend.receiver.vllm_model does: vLLM scales what it is given in place.
         _ = [factor.clone() for pair in factors.values() for factor in pair]
 
 

@@ -110,10 +110,10 @@ def measure(shape: argparse.Namespace) -> None:
 
 def floor_of(parameters: dict[str, int], ranks: int) -> float:
     """The floor of docs/training-cost.md in bytes on each rank."""
-    from hybrid_lora_plugin.allocation.report import Census
+    from hybrid_lora_plugin.report.page import ParameterCounts
     from hybrid_lora_plugin.training.memory import least_bytes
 
-    return least_bytes(Census(**parameters), ranks).total
+    return least_bytes(ParameterCounts(**parameters), ranks).total
 
 
 def total_of(held: dict[str, dict[str, int]], variant: str) -> int:

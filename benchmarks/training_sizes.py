@@ -18,7 +18,7 @@ from transformers import Qwen2Config
 
 from benchmarks.pages import write_page
 from benchmarks.sync_sizes import SHAPES, PaperModel
-from hybrid_lora_plugin.allocation.report import Census
+from hybrid_lora_plugin.report.page import ParameterCounts
 from hybrid_lora_plugin.training.memory import least_bytes
 
 #: Hugging Face's config.json of Qwen/Qwen2.5-*-Instruct, what decides shapes
@@ -63,7 +63,7 @@ class Sizes:
         layers: decoder layers.
     """
 
-    census: Census
+    census: ParameterCounts
     embedding: int
     head: int
     lora_everywhere: int

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrid_lora_plugin.config import ConfigurationError
+from hybrid_lora_plugin.errors import ConfigurationError
 
 # The order in which ties are broken and the heat map is drawn.
 TYPE_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
@@ -142,7 +142,7 @@ def architecture_of(config: Any) -> str:
 
 
 def model_fingerprint(config: Any) -> str:
-    """SHA-256 over the fields of a Hugging Face config that decide which weights the candidates are.
+    """SHA-256 over the fields of a Hugging Face config that select_modules which weights the candidates are.
 
     The same for one checkpoint whatever precision, attention kernel, token ids, path or transformers
     version it is loaded with; verl's workers recompute it from their own config object.

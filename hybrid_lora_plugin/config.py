@@ -12,14 +12,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 
-class ConfigurationError(ValueError):
-    """A value the user gave cannot be used.
-
-    The message is one line that names the field, the value found, the value wanted and the way out;
-    command lines print it without a traceback and exit with status 2.
-    """
-
-
 def documented(default: Any, help: str, *, source: str, unit: str | None = None, choices: tuple | None = None):
     """A dataclass field that carries its own documentation.
 
@@ -289,7 +281,7 @@ class HybridLoraConfig:
         source="own choice",
         choices=("digest", "probe", "off"),
     )
-    sync_probe_limit: float | None = documented(
+    sync_logprob_limit: float | None = documented(
         None,
         "Largest difference of a log-probability that `sync_check=probe` accepts; null is 1e-4 for float32, 0.25 for bfloat16 and 0.05 for float16 rollouts.",
         source="own choice; float32 and bfloat16 measured",

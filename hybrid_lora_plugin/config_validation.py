@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-from hybrid_lora_plugin.config import ConfigurationError, ProbeConfig
+from hybrid_lora_plugin.config import ProbeConfig
+from hybrid_lora_plugin.errors import ConfigurationError
 
 
 def _check(config: Any, prefix: str) -> None:
@@ -63,8 +64,8 @@ def validate(config: Any, prefix: str = "") -> None:
         require(config.full_lr > 0, "full_lr", "a learning rate above 0, e.g. 1e-6")
     if hasattr(config, "sync_timeout"):
         require(config.sync_timeout > 0, "sync_timeout", "a number of seconds above 0, e.g. 600")
-        limit = config.sync_probe_limit
-        require(limit is None or limit > 0, "sync_probe_limit", "a difference above 0, e.g. 1e-4, or null")
+        limit = config.sync_logprob_limit
+        require(limit is None or limit > 0, "sync_logprob_limit", "a difference above 0, e.g. 1e-4, or null")
 
 
 def _validate_probe(probe: ProbeConfig, require: Any) -> None:

@@ -146,7 +146,8 @@ def main(argv: list[str] | None = None) -> int:
 
     from hybrid_lora_plugin.cli.arguments import parse, report_error
     from hybrid_lora_plugin.cli.probe import probe
-    from hybrid_lora_plugin.config import ConfigurationError, ProbeCommandConfig
+    from hybrid_lora_plugin.config import ProbeCommandConfig
+    from hybrid_lora_plugin.errors import ConfigurationError
 
     # Before the conversion, so that a mistyped option answers at once.
     folder = arguments.cache / "smollm2-135m"

@@ -8,8 +8,8 @@ import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from hybrid_lora_plugin.allocation import Allocation, save_allocation
-from hybrid_lora_plugin.allocation.artifact import CriterionRecord, ModelIdentity
-from hybrid_lora_plugin.allocation.decision import decide
+from hybrid_lora_plugin.allocation.select import select_modules
+from hybrid_lora_plugin.allocation.storage import CriterionRecord, ModelIdentity
 from hybrid_lora_plugin.candidates import architecture_of, find_candidates_from_config, model_fingerprint
 from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig
 
@@ -27,7 +27,7 @@ def draw_measurements(modules: int, batches: int = 4, seed: int = 0) -> dict[str
 
 
 def decide_for(config, measurements: dict[str, torch.Tensor], settings=None, name: str = "models/tiny") -> Allocation:
-    """The allocation a probe of the model that ``config`` describes would decide on, in memory."""
+    """The allocation a probe of the model that ``config`` describes would select_modules on, in memory."""
     candidates = find_candidates_from_config(config)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
@@ -41,7 +41,7 @@ def decide_for(config, measurements: dict[str, torch.Tensor], settings=None, nam
         data={"files": [{"name": "rows.jsonl", "rows": 100, "sha256": "0" * 64}]},
     )  # fmt: skip
     settings = settings or AllocateCommandConfig(budget=BudgetConfig(ratio=0.3))
-    return decide(settings, model, probe, candidates, measurements, environment={"torch": "2"})
+    return select_modules(settings, model, probe, candidates, measurements, environment={"torch": "2"})
 
 
 def make_allocation(model: str | Path, folder: str | Path, ratio: float = 0.3, seed: int = 0) -> Path:

@@ -8,14 +8,14 @@ from pathlib import Path
 
 import torch
 
-from hybrid_lora_plugin.allocation.artifact import (
+from hybrid_lora_plugin.allocation.budget import FULL, LORA, open_account
+from hybrid_lora_plugin.allocation.storage import (
     Allocation,
     BudgetRecord,
     CriterionRecord,
     ModelIdentity,
     ModuleRecord,
 )
-from hybrid_lora_plugin.allocation.budget import FULL, LORA, open_account
 from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE, TYPE_ORDER
 
 # Widths as different as those of a real model, in TYPE_ORDER.

@@ -197,7 +197,7 @@ def synced(engine) -> tuple[dict[str, torch.Tensor], dict | None, list[dict]]:
 def refused_resumes(engine, checkpoint: str, other_allocation: str) -> dict[str, str]:
     """What the engine says when a run resumes under another allocation, another alpha, or on another base model."""
     from hybrid_lora_plugin import load_allocation
-    from hybrid_lora_plugin.config import ConfigurationError
+    from hybrid_lora_plugin.errors import ConfigurationError
 
     def message() -> str:
         try:
@@ -233,7 +233,7 @@ def main(path: str) -> None:
     if arguments.get("import_engine_registration"):
         import hybrid_lora_plugin.verl_backend.engine_registration  # noqa: F401
     elif not arguments.get("allocation"):
-        from hybrid_lora_plugin.verl_backend import cpu_platform  # noqa: F401  a plain run still needs its platform
+        from hybrid_lora_plugin.verl_backend.cpu import platform  # noqa: F401  a plain run still needs its platform
     out = Path(arguments["out"])
     engine = build_engine(arguments)
     loss = policy_loss(arguments.get("loss", "hybrid_gspo"))

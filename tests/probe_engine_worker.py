@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 def sft(arguments: dict) -> tuple[dict, dict]:
     """Probe, build, and build again; then with another budget."""
     import hybrid_lora_plugin.verl_backend.engine_registration  # noqa: F401
-    from hybrid_lora_plugin.config import ConfigurationError
+    from hybrid_lora_plugin.errors import ConfigurationError
 
     engine = build_engine(arguments)
     file = Path(arguments["hybrid"]["output_dir"]) / "allocation.json"

@@ -36,7 +36,7 @@ def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[
     """Steps, reference log-probabilities, bytes and units of one engine; its weights before and after."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
 
-    from hybrid_lora_plugin.training.local_shards import local_tensor
+    from hybrid_lora_plugin.training.dtensor import local_tensor
     from hybrid_lora_plugin.training.lora_linear import SharedInput
     from hybrid_lora_plugin.training.memory import rank_bytes
 

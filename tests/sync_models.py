@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_lora_plugin import apply_allocation, load_allocation
 from hybrid_lora_plugin.allocation import Allocation
-from hybrid_lora_plugin.sync.checkpoint_weights import CheckpointWeights
+from hybrid_lora_plugin.sync.base_weights import CheckpointWeights
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, ReceivedWeights, SyncHeader, read_header
 from hybrid_lora_plugin.training.apply import parts_of, plain_name, trainable_groups

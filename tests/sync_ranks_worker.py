@@ -81,7 +81,7 @@ def main(scenario: str, out: str) -> None:
     import verl  # noqa: F401  loads the plugin and its platform
 
     from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader
-    from hybrid_lora_plugin.verl_backend.rollout_adapter import HybridLoraServerAdapter
+    from hybrid_lora_plugin.verl_backend.sender.server_adapter import HybridLoraServerAdapter
 
     dist.init_process_group("gloo")
     rank = dist.get_rank()

@@ -10,7 +10,7 @@ from allocations import decide_for, draw_measurements
 from tiny_models import tiny_qwen2_config
 
 from hybrid_lora_plugin.allocation import AllocationError, load_allocation, load_measurements, save_allocation
-from hybrid_lora_plugin.allocation.census import census_of
+from hybrid_lora_plugin.allocation.census import parameter_counts_of
 from hybrid_lora_plugin.candidates import find_candidates_from_config
 from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig, ControlConfig
 from hybrid_lora_plugin.scoring import hybrid_score, moments
@@ -70,12 +70,12 @@ def test_an_existing_artifact_or_a_folder_in_use_is_never_overwritten(artifact, 
 
 
 def test_a_failure_while_writing_leaves_nothing_behind(tmp_path, monkeypatch):
-    from hybrid_lora_plugin.allocation import report
+    from hybrid_lora_plugin.report import page
 
     allocation, measurements = make_allocation()
     with pytest.raises(AllocationError, match=r"sensitivities: shape \[4, 3\]; give \[T, 14\] or \[14\]"):
         save_allocation(tmp_path / "artifact", allocation, {"sensitivities": measurements["sensitivities"][:, :3]})
-    monkeypatch.setattr(report, "write_report", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(page, "write_report", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_allocation(tmp_path / "artifact", allocation, measurements)
     assert list(tmp_path.iterdir()) == []
@@ -142,7 +142,7 @@ def test_an_artifact_written_before_dimensions_and_options_were_recorded_still_l
     assert old.full_names == new.full_names and old.criterion == new.criterion
     assert old.model.parameters == 0 and {c.in_features for c in old.candidates} == {0}
     with pytest.raises(AllocationError, match="^model.parameters: .*not recorded.*probe again"):
-        census_of(old)
+        parameter_counts_of(old)
 
 
 def test_the_decision_records_moments_scores_signal_and_the_settings_that_made_them():
@@ -176,12 +176,12 @@ def test_the_options_a_criterion_read_are_recorded_and_those_of_another_are_not(
 
 
 def test_options_of_the_probe_stay_when_another_criterion_is_read_off():
-    from hybrid_lora_plugin.allocation.decision import decide
+    from hybrid_lora_plugin.allocation.select import select_modules
 
     allocation, measurements = make_allocation()
     recorded = replace(allocation.criterion, options={"partitions_per_batch": 2, "seed": 5})
     settings = AllocateCommandConfig(criterion="spread", budget=BudgetConfig(ratio=0.3))
-    again = decide(settings, allocation.model, recorded, allocation.candidates, measurements, environment={})
+    again = select_modules(settings, allocation.model, recorded, allocation.candidates, measurements, environment={})
     assert again.criterion.options == {"partitions_per_batch": 2, "type": "o_proj"}
 
 
@@ -192,7 +192,7 @@ def test_a_direction_is_refused_where_the_criterion_names_its_modules():
 
 def test_the_census_counts_frozen_full_and_adapter_parameters():
     allocation, _ = make_allocation()
-    census = census_of(allocation)
+    census = parameter_counts_of(allocation)
     by_name = {c.name: c for c in allocation.candidates}
     full = sum(by_name[name].parameters for name in allocation.full_names)
     lora = sum(4 * (by_name[n].in_features + by_name[n].out_features) for n in allocation.lora_names)
@@ -207,9 +207,9 @@ def test_the_report_states_budget_census_modules_doubt_and_use(artifact):
     for wanted in (
         f"{allocation.budget.limit:,}",
         f"{allocation.budget.used:,}",
-        f"{census_of(allocation).frozen:,}",
-        f"{census_of(allocation).full:,}",
-        f"{census_of(allocation).lora:,}",
+        f"{parameter_counts_of(allocation).frozen:,}",
+        f"{parameter_counts_of(allocation).full:,}",
+        f"{parameter_counts_of(allocation).lora:,}",
         "unproven",
         "worse than choosing",
         "+hybrid_lora=enabled hybrid_lora.allocation=PATH",

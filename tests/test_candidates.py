@@ -15,7 +15,7 @@ from hybrid_lora_plugin.candidates import (
     find_candidates_from_config,
     model_fingerprint,
 )
-from hybrid_lora_plugin.config import ConfigurationError
+from hybrid_lora_plugin.errors import ConfigurationError
 
 QWEN25 = {
     # hidden, intermediate, layers, heads, kv heads -> candidate parameters, modules

@@ -11,11 +11,11 @@ from drawn_allocations import SIZES, drawn_scores, make, module_name, module_nam
 from tiny_models import tiny_qwen2_config
 
 from hybrid_lora_plugin.allocation import AllocationError, save_allocation
-from hybrid_lora_plugin.allocation.compare import compare, make_labels, overlap, rank_agreement
-from hybrid_lora_plugin.allocation.compare_tables import as_text, comparison_tables
-from hybrid_lora_plugin.allocation.ranking import average_ranks, find_cut, spearman
 from hybrid_lora_plugin.cli.compare import main
 from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig
+from hybrid_lora_plugin.report.compare import compare, make_labels, overlap, rank_agreement
+from hybrid_lora_plugin.report.compare_tables import as_text, comparison_tables
+from hybrid_lora_plugin.report.ranking import average_ranks, find_cut, spearman
 
 NAMES = module_names(4)
 
@@ -222,7 +222,7 @@ def test_a_folder_in_use_is_refused_before_anything_is_read(three, tmp_path, cap
 
 
 def test_a_failure_while_drawing_leaves_nothing_behind(three, tmp_path, monkeypatch):
-    from hybrid_lora_plugin.allocation import compare_plot
+    from hybrid_lora_plugin.report import compare_plot
 
     monkeypatch.setattr(compare_plot, "draw_comparison", lambda *arguments: 1 / 0)
     before = sorted(tmp_path.iterdir())

@@ -13,7 +13,7 @@ from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE, TYPE_ORDER, Candida
 from hybrid_lora_plugin.config import CRITERIA, BudgetConfig, ControlConfig
 from hybrid_lora_plugin.scoring import Measured, ScoringError, get_criterion, register_criterion, score_modules
 from hybrid_lora_plugin.scoring import registry as registry_module
-from hybrid_lora_plugin.scoring.spread import even_order
+from hybrid_lora_plugin.scoring.controls import even_order
 
 LAYERS, BATCHES = 3, 5
 WIDTHS = {"k_proj": (8, 4), "v_proj": (8, 4), "gate_proj": (8, 20), "up_proj": (8, 20), "down_proj": (20, 8)}

@@ -14,7 +14,7 @@ if str(ROOT) not in sys.path:  # recipes/ is not part of the installed package
 torch = pytest.importorskip("torch")
 pytest.importorskip("transformers")
 
-from hybrid_lora_plugin.config import ConfigurationError  # noqa: E402
+from hybrid_lora_plugin.errors import ConfigurationError  # noqa: E402
 from recipes.demo import base_model, task  # noqa: E402
 
 TINY = dict(steps=3, batch_size=8, hidden=64, intermediate=64, layers=2, quiet=True)

@@ -20,12 +20,22 @@ PURE = {
 }
 # What a layer may use of this package: data flow one way.
 INTERNAL = {
-    "candidates.py": {"config"},
-    "scoring": {"config", "candidates", "scoring"},
-    "allocation": {"config", "candidates", "scoring", "allocation"},
-    "probing": {"config", "config_validation", "candidates", "scoring", "allocation", "probing", "__version__"},
-    "sync": {"allocation", "sync", "training"},
-    "training": {"config", "candidates", "allocation", "training", "__version__"},
+    "candidates.py": {"errors"},
+    "scoring": {"errors", "config", "candidates", "scoring"},
+    "allocation": {"errors", "config", "candidates", "scoring", "allocation", "report"},
+    "report": {"errors", "candidates", "allocation", "report"},
+    "probing": {
+        "errors",
+        "config",
+        "config_validation",
+        "candidates",
+        "scoring",
+        "allocation",
+        "probing",
+        "__version__",
+    },
+    "sync": {"errors", "allocation", "sync", "training", "report"},
+    "training": {"errors", "candidates", "allocation", "training", "report", "__version__"},
 }
 
 

@@ -19,13 +19,14 @@ from verl_processes import run_engine  # noqa: E402
 
 from hybrid_lora_plugin import find_candidates, load_allocation  # noqa: E402
 from hybrid_lora_plugin.cli.probe import main as probe_command  # noqa: E402
-from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig  # noqa: E402
-from hybrid_lora_plugin.probing.score import draw_partition  # noqa: E402
-from hybrid_lora_plugin.probing.svd_lora import attach  # noqa: E402
+from hybrid_lora_plugin.config import HybridLoraConfig  # noqa: E402
+from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.probing.layers import attach  # noqa: E402
+from hybrid_lora_plugin.probing.measure import draw_partition  # noqa: E402
 from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
-from hybrid_lora_plugin.verl_backend.held_out_prompts import prompt_order  # noqa: E402
-from hybrid_lora_plugin.verl_backend.kept_allocation import data_of_run, find_kept  # noqa: E402
 from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402
+from hybrid_lora_plugin.verl_backend.probe.policy_dataset import prompt_order  # noqa: E402
+from hybrid_lora_plugin.verl_backend.probe.resume import data_of_run, find_kept  # noqa: E402
 
 WORKER = "tests/probe_engine_worker.py"
 PARTITIONS, PER_BATCH, WARMUP = 5, 2, 3

@@ -10,14 +10,14 @@ from drawn_allocations import drawn_scores, make, module_names, png_size, unprob
 from tiny_models import tiny_qwen2_config
 
 from hybrid_lora_plugin.allocation import save_allocation
-from hybrid_lora_plugin.allocation.compare import compare
-from hybrid_lora_plugin.allocation.compare_plot import draw_comparison
-from hybrid_lora_plugin.allocation.heatmap import _colouring, draw_heatmap
-from hybrid_lora_plugin.allocation.report import Census, write_report
-from hybrid_lora_plugin.allocation.score_plot import draw_scores
 from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig
+from hybrid_lora_plugin.report.compare import compare
+from hybrid_lora_plugin.report.compare_plot import draw_comparison
+from hybrid_lora_plugin.report.heatmap import _colouring, draw_heatmap
+from hybrid_lora_plugin.report.page import ParameterCounts, write_report
+from hybrid_lora_plugin.report.score_plot import draw_scores
 
-CENSUS = Census(frozen=1000, full=200, lora=30)
+CENSUS = ParameterCounts(frozen=1000, full=200, lora=30)
 
 
 def z_scores(layers):

@@ -19,7 +19,7 @@ pytestmark = pytest.mark.verl
 #: verl without the plugin; on a machine without a GPU verl itself still needs a platform to stand on
 WITHOUT = {
     "VERL_USE_EXTERNAL_PLUGINS": "none",
-    "VERL_USE_EXTERNAL_MODULES": "hybrid_lora_plugin.verl_backend.cpu_platform",
+    "VERL_USE_EXTERNAL_MODULES": "hybrid_lora_plugin.verl_backend.cpu.platform",
 }
 
 

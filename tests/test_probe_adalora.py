@@ -8,8 +8,8 @@ from tiny_probe import assert_resumes_bit_for_bit, begin, passes_of, ragged_batc
 
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.config import ProbeCommandConfig
-from hybrid_lora_plugin.probing.adalora import AdaLoraRun, keep_most_important, orthogonality, schedule_of
-from hybrid_lora_plugin.probing.errors import ProbeError
+from hybrid_lora_plugin.errors import ProbeError
+from hybrid_lora_plugin.probing.methods.adalora import AdaLoraMethod, keep_most_important, orthogonality, schedule_of
 
 
 def configured(steps=10, **changes):
@@ -60,7 +60,7 @@ def test_orthogonality_is_the_mean_norm_of_gram_minus_identity():
 
 def test_importance_ranks_and_pruned_values_equal_a_loop_over_elements():
     config = configured()
-    run, model = begin(AdaLoraRun, config)
+    run, model = begin(AdaLoraMethod, config)
     settings, names = config.probe.adalora, list(run.layers)
     rank, modules = settings.initial_rank, len(names)
     average, spread, kept, stepped = {}, {}, None, {}
@@ -129,7 +129,7 @@ def test_importance_ranks_and_pruned_values_equal_a_loop_over_elements():
 
 
 def test_scale_is_lora_alpha_over_the_initial_rank_and_is_not_trained():
-    run, _ = begin(AdaLoraRun, configured())
+    run, _ = begin(AdaLoraMethod, configured())
     for step in range(3):
         run.warm_up(ragged_batch(seed=step), None)
     assert all(layer.alpha.item() == 32 / 4 and layer.alpha.grad is None for layer in run.layers.values())
@@ -138,8 +138,8 @@ def test_scale_is_lora_alpha_over_the_initial_rank_and_is_not_trained():
 
 
 def test_penalty_is_added_once_whatever_the_micro_batches():
-    one, _ = begin(AdaLoraRun, configured())
-    three, _ = begin(AdaLoraRun, configured(), micro_batch_size=1)
+    one, _ = begin(AdaLoraMethod, configured())
+    three, _ = begin(AdaLoraMethod, configured(), micro_batch_size=1)
     for run in (one, three):
         for step in range(10):
             run.warm_up(ragged_batch(seed=step), None)
@@ -149,17 +149,17 @@ def test_penalty_is_added_once_whatever_the_micro_batches():
 
 @pytest.mark.parametrize("before", [3, 6, 9])
 def test_a_resumed_run_is_bit_equal(before):
-    assert_resumes_bit_for_bit(AdaLoraRun, configured(), before, 10 - before)
+    assert_resumes_bit_for_bit(AdaLoraMethod, configured(), before, 10 - before)
 
 
 @pytest.mark.parametrize("steps, changes", [(0, {}), (1, {}), (9, dict(final=0.0, interval=10))])
 def test_a_warmup_that_cannot_reach_the_budget_is_refused_and_the_named_one_is_not(steps, changes):
     model = tiny_model()
     with pytest.raises(ProbeError, match="probe.warmup_steps") as error:
-        AdaLoraRun(model, find_candidates(model), configured(steps, **changes))
+        AdaLoraMethod(model, find_candidates(model), configured(steps, **changes))
     enough = int(str(error.value).split("give at least ")[1].split()[0])
     assert enough > steps
-    run, _ = begin(AdaLoraRun, configured(enough, **changes))
+    run, _ = begin(AdaLoraMethod, configured(enough, **changes))
     for step in range(enough):
         run.warm_up(ragged_batch(seed=step), None)
     assert run.results()["adalora_rank"].sum() == 2 * len(run.layers)
@@ -168,18 +168,18 @@ def test_a_warmup_that_cannot_reach_the_budget_is_refused_and_the_named_one_is_n
 def test_a_decay_of_zero_is_refused_because_it_ranks_nothing():
     model = tiny_model()
     with pytest.raises(ProbeError, match="probe.adalora.beta"):
-        AdaLoraRun(model, find_candidates(model), configured(beta=0.0))
+        AdaLoraMethod(model, find_candidates(model), configured(beta=0.0))
 
 
 def test_a_loss_that_is_not_finite_names_the_learning_rate():
-    run, model = begin(AdaLoraRun, configured())
+    run, model = begin(AdaLoraMethod, configured())
     model.lm_head.weight.data.fill_(float("nan"))
     with pytest.raises(ProbeError, match="probe.adalora.lr"):
         run.warm_up(ragged_batch(), None)
 
 
 def test_importance_that_is_not_finite_is_refused():
-    run, _ = begin(AdaLoraRun, configured())
+    run, _ = begin(AdaLoraMethod, configured())
     for step in range(10):
         run.warm_up(ragged_batch(seed=step), None)
     run._importance[f"{list(run.layers)[-1]}.A"][0, 0] = float("nan")

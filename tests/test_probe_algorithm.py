@@ -13,14 +13,13 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.config import AdapterConfig, ProbeCommandConfig, ProbeConfig
-from hybrid_lora_plugin.probing.errors import ProbeError
-from hybrid_lora_plugin.probing.loss import IGNORED, Batch, negative_log_likelihood
-from hybrid_lora_plugin.probing.passes import Passes
-from hybrid_lora_plugin.probing.ranks import Ranks
-from hybrid_lora_plugin.probing.score import batch_sensitivities, draw_partition, prepare_scoring
+from hybrid_lora_plugin.errors import ProbeError
+from hybrid_lora_plugin.probing.distributed import Ranks
+from hybrid_lora_plugin.probing.forward import IGNORED, Batch, Passes, negative_log_likelihood
+from hybrid_lora_plugin.probing.layers import SvdLoraLinear, attach, detach
+from hybrid_lora_plugin.probing.measure import batch_sensitivities, draw_partition, prepare_scoring
+from hybrid_lora_plugin.probing.methods.svd_lora import SvdLoraMethod, check_trained
 from hybrid_lora_plugin.probing.seeding import generator
-from hybrid_lora_plugin.probing.svd_lora import SvdLoraLinear, attach, detach
-from hybrid_lora_plugin.probing.svd_lora_run import SvdLoraRun, check_trained
 
 RANK = 3
 
@@ -254,7 +253,7 @@ def test_partitions_follow_the_seed_and_are_fair():
 
 def make_run(model, **probe):
     config = ProbeCommandConfig(lora=AdapterConfig(rank=RANK), probe=ProbeConfig(**({"lr": 1e-2} | probe)))
-    run = SvdLoraRun(model, find_candidates(model), config)
+    run = SvdLoraMethod(model, find_candidates(model), config)
     run.start(passes_of(model))
     return run
 

@@ -6,9 +6,9 @@ from tiny_probe import assert_resumes_bit_for_bit, begin, passes_of, ragged_batc
 from torch.func import functional_call
 
 from hybrid_lora_plugin.config import ProbeCommandConfig
-from hybrid_lora_plugin.probing.autolora import AutoLoraRun
-from hybrid_lora_plugin.probing.errors import ProbeError
-from hybrid_lora_plugin.probing.loss import negative_log_likelihood
+from hybrid_lora_plugin.errors import ProbeError
+from hybrid_lora_plugin.probing.forward import negative_log_likelihood
+from hybrid_lora_plugin.probing.methods.autolora import AutoLoraMethod
 from hybrid_lora_plugin.probing.seeding import generator
 
 TRAINING, VALIDATION = ragged_batch(seed=1), ragged_batch(rows=4, seed=2)
@@ -23,7 +23,7 @@ def configured(lr=1e-2, alpha_lr=1e-2):
 
 def begin_somewhere(config, **settings):
     """A run whose parameters have left their start, so that nothing vanishes."""
-    run, model = begin(AutoLoraRun, config, **settings)
+    run, model = begin(AutoLoraMethod, config, **settings)
     rng = generator(0, "test")
     for parameter in run.replicated:
         parameter.data += 0.3 * torch.randn(parameter.shape, generator=rng, dtype=torch.float64).to(parameter)
@@ -57,7 +57,7 @@ def test_alpha_gradient_approaches_the_exact_derivative_through_the_unrolled_ste
     before = {name: p.detach().clone() for name, p in model.named_parameters()}
     results = {}
     for length in (1e-2, 2.5e-3):
-        monkeypatch.setattr("hybrid_lora_plugin.probing.autolora._STEP_LENGTH", length)
+        monkeypatch.setattr("hybrid_lora_plugin.probing.methods.autolora._STEP_LENGTH", length)
         gradients, loss = run.alpha_gradients(TRAINING, VALIDATION)
         results[length] = torch.cat(gradients)
     assert all(torch.equal(p, before[name]) for name, p in model.named_parameters())
@@ -122,24 +122,24 @@ def test_returns_the_training_loss_before_the_step_and_measures_no_rows():
 
 
 def test_a_resumed_run_is_bit_equal_and_alpha_keeps_its_sign():
-    run, _ = assert_resumes_bit_for_bit(AutoLoraRun, configured(), 2, 2)
+    run, _ = assert_resumes_bit_for_bit(AutoLoraMethod, configured(), 2, 2)
     next(iter(run.layers.values())).alpha.data.fill_(-0.5)
     assert run.results()["autolora_alpha"][0] == -0.5
     assert run.results()["autolora_alpha"].shape == (len(run.layers),)
 
 
 def test_a_warmup_without_steps_or_without_movement_of_alpha_is_refused():
-    run, _ = begin(AutoLoraRun, configured())
+    run, _ = begin(AutoLoraMethod, configured())
     with pytest.raises(ProbeError, match="probe.warmup_steps"):
         run.finish_warmup()
-    run, _ = begin(AutoLoraRun, configured(alpha_lr=1e-30), dtype=torch.float32)
+    run, _ = begin(AutoLoraMethod, configured(alpha_lr=1e-30), dtype=torch.float32)
     run.warm_up(TRAINING, VALIDATION)
     with pytest.raises(ProbeError, match="every alpha is still 1"):
         run.finish_warmup()
 
 
 def test_an_alpha_that_is_not_finite_is_refused():
-    run, _ = begin(AutoLoraRun, configured())
+    run, _ = begin(AutoLoraMethod, configured())
     run.warm_up(TRAINING, VALIDATION)
     run.replicated[-1].data.fill_(float("nan"))
     with pytest.raises(ProbeError, match="probe.autolora.alpha_lr"):

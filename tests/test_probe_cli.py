@@ -13,8 +13,9 @@ from pathlib import Path
 import pytest
 
 from hybrid_lora_plugin.cli import probe as command
-from hybrid_lora_plugin.cli.arguments import UsageError, help_text, options, parse
+from hybrid_lora_plugin.cli.arguments import help_text, options, parse
 from hybrid_lora_plugin.config import ProbeCommandConfig, documented
+from hybrid_lora_plugin.errors import UsageError
 
 
 def run(*arguments):

@@ -7,13 +7,11 @@ from torch import distributed, multiprocessing
 
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.probing.controls import ControlPass
-from hybrid_lora_plugin.probing.loss import IGNORED, negative_log_likelihood
-from hybrid_lora_plugin.probing.perturbation import perturbation
-from hybrid_lora_plugin.probing.ranks import Ranks
-from hybrid_lora_plugin.probing.score import prepare_scoring
+from hybrid_lora_plugin.probing.distributed import Ranks, place
+from hybrid_lora_plugin.probing.forward import IGNORED, negative_log_likelihood
+from hybrid_lora_plugin.probing.layers import attach
+from hybrid_lora_plugin.probing.measure import perturbation, prepare_scoring
 from hybrid_lora_plugin.probing.seeding import generator
-from hybrid_lora_plugin.probing.sharding import place
-from hybrid_lora_plugin.probing.svd_lora import attach
 
 NAMES = ["lora_output", "gradient_norm", "snip"]
 

@@ -8,12 +8,12 @@ import torch
 from tiny_models import make_char_tokenizer, sums, write_jsonl
 
 from hybrid_lora_plugin.config import ProbeConfig
-from hybrid_lora_plugin.probing import data as data_module
-from hybrid_lora_plugin.probing import rows as rows_module
-from hybrid_lora_plugin.probing.data import ProbeData, tokenize
-from hybrid_lora_plugin.probing.errors import ProbeError
-from hybrid_lora_plugin.probing.loss import IGNORED
-from hybrid_lora_plugin.probing.rows import Row, row_of
+from hybrid_lora_plugin.errors import ProbeError
+from hybrid_lora_plugin.probing.data import batches as data_module
+from hybrid_lora_plugin.probing.data import rows as rows_module
+from hybrid_lora_plugin.probing.data.batches import ProbeData, tokenize
+from hybrid_lora_plugin.probing.data.rows import Row, row_of
+from hybrid_lora_plugin.probing.forward import IGNORED
 
 
 def test_all_row_forms_give_the_same_tokens_with_loss_on_the_response_and_its_end():

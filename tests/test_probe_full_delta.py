@@ -6,10 +6,10 @@ from tiny_probe import assert_resumes_bit_for_bit, begin, ragged_batch, tiny_mod
 from torch import nn
 
 from hybrid_lora_plugin.config import ProbeCommandConfig
-from hybrid_lora_plugin.probing.errors import ProbeError
-from hybrid_lora_plugin.probing.full_delta import FullDeltaLinear, FullDeltaRun
-from hybrid_lora_plugin.probing.loss import negative_log_likelihood
-from hybrid_lora_plugin.probing.score import draw_partition
+from hybrid_lora_plugin.errors import ProbeError
+from hybrid_lora_plugin.probing.forward import negative_log_likelihood
+from hybrid_lora_plugin.probing.measure import draw_partition
+from hybrid_lora_plugin.probing.methods.full_delta import FullDeltaLinear, FullDeltaMethod
 from hybrid_lora_plugin.probing.seeding import generator
 
 
@@ -20,7 +20,7 @@ def configured(steps=4):
 
 
 def warmed_up(**settings):
-    run, model = begin(FullDeltaRun, configured(), **settings)
+    run, model = begin(FullDeltaMethod, configured(), **settings)
     for step in range(2):
         run.warm_up(ragged_batch(seed=step), None)
     run.finish_warmup()
@@ -42,7 +42,7 @@ def test_layer_adds_x_times_d_and_starts_as_the_base():
 
 
 def test_first_step_is_adamw_on_the_gradient_of_full_fine_tuning():
-    run, model = begin(FullDeltaRun, configured())
+    run, model = begin(FullDeltaMethod, configured())
     batch = ragged_batch()
     full = tiny_model()
     loss = negative_log_likelihood(full, batch) / batch.response_tokens
@@ -93,19 +93,19 @@ def test_results_are_frobenius_norms_and_rows_are_partitions():
 
 
 def test_a_resumed_run_is_bit_equal():
-    whole, resumed = assert_resumes_bit_for_bit(FullDeltaRun, configured(), 2, 2)
+    whole, resumed = assert_resumes_bit_for_bit(FullDeltaMethod, configured(), 2, 2)
     batch = ragged_batch(seed=9)
     assert torch.equal(whole.score(1, batch)[0]["full_sensitivities"], resumed.score(1, batch)[0]["full_sensitivities"])
 
 
 def test_several_processes_are_refused():
-    FullDeltaRun.check_ranks(1)
+    FullDeltaMethod.check_ranks(1)
     with pytest.raises(ProbeError, match="criterion: full_pruning .* 2 processes"):
-        FullDeltaRun.check_ranks(2)
+        FullDeltaMethod.check_ranks(2)
 
 
 def test_nothing_learned_and_values_that_are_not_finite_are_refused():
-    run, model = begin(FullDeltaRun, configured())
+    run, model = begin(FullDeltaMethod, configured())
     with pytest.raises(ProbeError, match="probe.warmup_steps"):
         run.finish_warmup()
     nn.init.normal_(run.replicated[0], generator=generator(0, "test"))

@@ -20,8 +20,8 @@ from hybrid_lora_plugin.config import (
     ProbeCommandConfig,
     ProbeConfig,
 )
+from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.probing import runner
-from hybrid_lora_plugin.probing.errors import ProbeError
 from hybrid_lora_plugin.probing.interrupt import ProbeInterrupted
 from hybrid_lora_plugin.probing.progress import LineProgress, Progress, clock
 from hybrid_lora_plugin.probing.runner import run_probe

@@ -20,10 +20,11 @@ from test_verl_configuration import MAIN_PPO, composed  # noqa: E402
 from tiny_models import make_char_tokenizer, make_tiny_qwen2, sums, write_jsonl  # noqa: E402
 from verl_processes import run  # noqa: E402
 
-from hybrid_lora_plugin.config import ConfigurationError  # noqa: E402
-from hybrid_lora_plugin.verl_backend import policy_probe, preflight  # noqa: E402
-from hybrid_lora_plugin.verl_backend.policy_probe import probe_overrides  # noqa: E402
+from hybrid_lora_plugin.errors import ConfigurationError  # noqa: E402
+from hybrid_lora_plugin.verl_backend import preflight  # noqa: E402
 from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
+from hybrid_lora_plugin.verl_backend.probe import policy  # noqa: E402
+from hybrid_lora_plugin.verl_backend.probe.policy import probe_overrides  # noqa: E402
 
 POLICY = "hybrid_lora.probe.objective=policy"
 
@@ -144,7 +145,7 @@ def test_a_policy_probe_runs_before_the_run_and_once(probing, tmp_path, tiny_qwe
         make_allocation(tiny_qwen2, tmp_path / "checkpoints" / "allocation")
         return 0, None
 
-    monkeypatch.setattr(policy_probe, "run_child", child)
+    monkeypatch.setattr(policy, "run_child", child)
     monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "verl.trainer.main_ppo", "+hybrid_lora=enabled"])
     monkeypatch.setenv("VERL_FILE_LOGGER_PATH", str(tmp_path / "metrics.jsonl"))
     config = composed(*probing, POLICY)
@@ -161,13 +162,13 @@ def test_a_policy_probe_runs_before_the_run_and_once(probing, tmp_path, tiny_qwe
 
 
 def test_a_policy_probe_that_fails_stops_the_run(probing, monkeypatch):
-    monkeypatch.setattr(policy_probe, "run_child", lambda command, environment: (3, None))
+    monkeypatch.setattr(policy, "run_child", lambda command, environment: (3, None))
     with pytest.raises(SystemExit, match="policy probe ended with exit status 3"):
         preflight._check_or_exit(composed(*probing, POLICY), may_probe=True)
 
 
 def test_an_interrupted_policy_probe_says_how_to_go_on(probing, monkeypatch, capsys):
-    monkeypatch.setattr(policy_probe, "run_child", lambda command, environment: (1, signal.SIGTERM))
+    monkeypatch.setattr(policy, "run_child", lambda command, environment: (1, signal.SIGTERM))
     with pytest.raises(SystemExit) as caught:
         preflight._check_or_exit(composed(*probing, POLICY), may_probe=True)
     assert caught.value.code == 143 and "the same command continues" in capsys.readouterr().err
@@ -184,7 +185,7 @@ def test_an_interrupted_policy_probe_says_how_to_go_on(probing, monkeypatch, cap
     ],
 )
 def test_an_unfinished_policy_probe_does_not_go_on_under_other_settings(change, probing, monkeypatch):
-    monkeypatch.setattr(policy_probe, "run_child", lambda command, environment: (1, signal.SIGINT))
+    monkeypatch.setattr(policy, "run_child", lambda command, environment: (1, signal.SIGINT))
     for _ in range(2):
         with pytest.raises(SystemExit) as caught:
             preflight._check_or_exit(composed(*probing, POLICY), may_probe=True)
@@ -194,7 +195,7 @@ def test_an_unfinished_policy_probe_does_not_go_on_under_other_settings(change, 
 
 
 def test_an_unfinished_policy_probe_does_not_go_on_with_another_model(probing, tiny_qwen2, tmp_path, monkeypatch):
-    monkeypatch.setattr(policy_probe, "run_child", lambda command, environment: (1, signal.SIGINT))
+    monkeypatch.setattr(policy, "run_child", lambda command, environment: (1, signal.SIGINT))
     model = tmp_path / "model"
     shutil.copytree(tiny_qwen2, model)
     same_path = f"actor_rollout_ref.model.path={model}"
@@ -209,7 +210,7 @@ def test_an_unfinished_policy_probe_does_not_go_on_with_another_model(probing, t
     "text", ["/x/lr=1e-5/a", "exp (v2)", "a,b", 'say "hi"', "back\\slash\\", "[1]", "{a}", "a b #c", "it's"]
 )
 def test_any_path_or_name_survives_the_probes_command_line(text):
-    (parsed,) = OverridesParser.create().parse_overrides([f"key={policy_probe._quoted(text)}"])
+    (parsed,) = OverridesParser.create().parse_overrides([f"key={policy._quoted(text)}"])
     assert parsed.value() == text and not parsed.is_sweep_override()
 
 
@@ -225,7 +226,7 @@ def test_the_probes_process_does_not_outlive_the_run(signum, tmp_path):
     )
     parent = (
         "import os, sys\n"
-        "from hybrid_lora_plugin.verl_backend.policy_probe import run_child\n"
+        "from hybrid_lora_plugin.verl_backend.probe.policy import run_child\n"
         f"print(run_child([sys.executable, '-c', {child!r}, sys.argv[1]], dict(os.environ)))\n"
     )
     file = tmp_path / "child"
@@ -261,7 +262,7 @@ def test_main_ppo_says_in_one_line_what_a_policy_probe_lacks(probing, tmp_path):
 def test_held_out_prompts_wrap_verls_own_dataset(tmp_path):
     import pandas
 
-    from hybrid_lora_plugin.verl_backend.held_out_prompts import HeldOutPrompts, prompt_order
+    from hybrid_lora_plugin.verl_backend.probe.policy_dataset import HeldOutPrompts, prompt_order
 
     rows = [
         {"prompt": [{"role": "user", "content": f"{i}+1="}], "data_source": "sums", "extra_info": {"index": i}}

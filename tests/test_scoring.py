@@ -7,7 +7,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from hybrid_lora_plugin.config import CRITERIA, ConfigurationError
+from hybrid_lora_plugin.config import CRITERIA
+from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.scoring import (
     ScoringError,
     get_criterion,
@@ -88,7 +89,7 @@ def test_sensitivities_that_allow_no_ranking_are_refused_each_with_its_own_messa
 def test_every_criterion_of_the_configuration_is_registered_with_direction_run_and_source(name):
     criterion = get_criterion(name)
     assert criterion.name == name and criterion.source
-    assert (criterion.run == "none") == (criterion.needs == ())
+    assert (criterion.method is None) == (criterion.needs == ())
 
 
 def test_only_pruning_from_full_and_the_gradient_controls_keep_the_highest_scores():
@@ -96,14 +97,14 @@ def test_only_pruning_from_full_and_the_gradient_controls_keep_the_highest_score
     assert highest == {"full_pruning", "gradient_norm", "snip"}
 
 
-def test_each_criterion_names_the_probing_run_it_needs():
-    runs = {name: get_criterion(name).run for name in CRITERIA}
+def test_each_criterion_names_the_probe_method_it_needs():
+    runs = {name: get_criterion(name).method for name in CRITERIA}
     assert {run: sum(value == run for value in runs.values()) for run in runs.values()} == {
         "svd_lora": 9,
         "full_delta": 1,
         "adalora": 1,
         "autolora": 1,
-        "none": 4,
+        None: 4,
     }
     assert (runs["full_pruning"], runs["adalora"], runs["autolora"]) == ("full_delta", "adalora", "autolora")
 
@@ -116,13 +117,13 @@ def test_an_unknown_criterion_is_refused_with_all_names_and_a_reserved_one_with_
         get_criterion("trial")
 
 
-def test_a_criterion_cannot_be_registered_twice_or_without_a_direction_or_run_there_is():
+def test_a_criterion_cannot_be_registered_twice_or_without_a_direction_or_method_there_is():
     for name in ("hybrid", "trial"):
         with pytest.raises(ValueError, match="registered already"):
             register_criterion(name, direction="lowest", source="test")
     with pytest.raises(ValueError, match="give 'lowest' or 'highest'"):
         register_criterion("other", direction="auto", source="test")
-    with pytest.raises(ValueError, match="run 'gpu'; give one of svd_lora, full_delta"):
-        register_criterion("other", direction="lowest", run="gpu", source="test")
+    with pytest.raises(ValueError, match="method 'gpu'; give None or one of svd_lora, full_delta"):
+        register_criterion("other", direction="lowest", method="gpu", source="test")
     with pytest.raises(ConfigurationError, match="unknown"):
         get_criterion("other")

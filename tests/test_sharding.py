@@ -19,7 +19,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from verl_processes import run_engine  # noqa: E402
 
 from hybrid_lora_plugin import apply_allocation, load_allocation  # noqa: E402
-from hybrid_lora_plugin.config import ConfigurationError  # noqa: E402
+from hybrid_lora_plugin.errors import ConfigurationError  # noqa: E402
 from hybrid_lora_plugin.training.apply import parts_of, plain_name, trainable_groups  # noqa: E402
 from hybrid_lora_plugin.training.export import export_checkpoint  # noqa: E402
 from hybrid_lora_plugin.training.memory import least_bytes  # noqa: E402

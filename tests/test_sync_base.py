@@ -15,9 +15,8 @@ from sync_models import ALPHA, RANK, each_case, full_names, outgoing, saved_as, 
 from transformers import AutoModelForCausalLM
 
 from hybrid_lora_plugin import apply_allocation
-from hybrid_lora_plugin.sync.base_check import base_digests, check_base, value_digest
-from hybrid_lora_plugin.sync.checkpoint_weights import STORAGE, CheckpointWeights
-from hybrid_lora_plugin.sync.errors import WeightSyncError
+from hybrid_lora_plugin.errors import WeightSyncError
+from hybrid_lora_plugin.sync.base_weights import STORAGE, CheckpointWeights, base_digests, check_base, value_digest
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.training.apply import parts_of
 

@@ -41,8 +41,8 @@ from tiny_models import make_tiny_qwen2
 from transformers import AutoModelForCausalLM
 
 from hybrid_lora_plugin import apply_allocation, load_allocation
-from hybrid_lora_plugin.sync.checkpoint_weights import STORAGE
-from hybrid_lora_plugin.sync.errors import WeightSyncError
+from hybrid_lora_plugin.errors import WeightSyncError
+from hybrid_lora_plugin.sync.base_weights import STORAGE
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.sync.modes import split_factor, sync_mode
 from hybrid_lora_plugin.sync.receiver_merge import merged_digest

@@ -17,7 +17,7 @@ from sync_models import (
     without,
 )
 
-from hybrid_lora_plugin.sync.errors import WeightSyncError
+from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.training.apply import parts_of
 
 

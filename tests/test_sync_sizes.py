@@ -12,7 +12,7 @@ from transformers import AutoModelForCausalLM
 from benchmarks import sync_sizes
 from benchmarks.pages import written_into
 from benchmarks.sync_sizes import BEGIN, END, MODES, LiveBytes, PaperModel, table
-from hybrid_lora_plugin.sync.base_check import base_digests
+from hybrid_lora_plugin.sync.base_weights import base_digests
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.receiver_merge import merged_digest

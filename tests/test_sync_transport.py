@@ -15,7 +15,7 @@ import torch
 
 pytest.importorskip("verl", reason="verl is not installed")
 
-from hybrid_lora_plugin.sync.errors import WeightSyncError  # noqa: E402
+from hybrid_lora_plugin.errors import WeightSyncError  # noqa: E402
 from hybrid_lora_plugin.verl_backend.transport import LimitedReceiver, LimitedSender  # noqa: E402
 
 BUCKET_MB = 1

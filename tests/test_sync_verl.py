@@ -17,12 +17,13 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry  # noqa: E402
 from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer, vllm_async_server  # noqa: E402
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension  # noqa: E402
 
-from hybrid_lora_plugin.sync.errors import WeightSyncError  # noqa: E402
+from hybrid_lora_plugin.errors import WeightSyncError  # noqa: E402
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, ReceivedWeights, SyncHeader, read_header  # noqa: E402
-from hybrid_lora_plugin.verl_backend import engine_registration, patches, sync_record  # noqa: E402
-from hybrid_lora_plugin.verl_backend.rollout_adapter import HybridLoraServerAdapter  # noqa: E402
-from hybrid_lora_plugin.verl_backend.rollout_server import HybridLoraHttpServer, HybridLoraReplica  # noqa: E402
-from hybrid_lora_plugin.verl_backend.rollout_worker import HybridLoraWorkerExtension  # noqa: E402
+from hybrid_lora_plugin.verl_backend import engine_registration, patches  # noqa: E402
+from hybrid_lora_plugin.verl_backend.receiver.server import HybridLoraHttpServer, HybridLoraReplica  # noqa: E402
+from hybrid_lora_plugin.verl_backend.receiver.worker import HybridLoraWorkerExtension  # noqa: E402
+from hybrid_lora_plugin.verl_backend.sender import sync_metrics  # noqa: E402
+from hybrid_lora_plugin.verl_backend.sender.server_adapter import HybridLoraServerAdapter  # noqa: E402
 
 pytestmark = pytest.mark.verl
 
@@ -61,8 +62,8 @@ def test_metrics_of_a_sync_are_logged_with_its_step():
 
 
 def test_last_sync_is_empty_before_the_first():
-    sync_record._last.clear()
-    assert sync_record.last_sync() == {}
+    sync_metrics._last.clear()
+    assert sync_metrics.last_sync() == {}
 
 
 def test_transport_still_waits_and_acknowledges_where_ours_looks():

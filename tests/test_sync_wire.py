@@ -13,8 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensors import DTYPES, drawn, with_flipped_bit
 
+from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.sync.digest import digest_of
-from hybrid_lora_plugin.sync.errors import WeightSyncError
 from hybrid_lora_plugin.sync.wire import (
     HEADER,
     MANIFEST,
@@ -60,7 +60,7 @@ def send(weights=None, step=STEP, before=None, **changes):
 
 
 def receive(stream, run=RUN, number=NUMBER, step=STEP, read_back=lambda name: False):
-    """A receiver's whole part in a sync, as ``verl_backend.rollout_worker`` plays it."""
+    """A receiver's whole part in a sync, as ``verl_backend.receiver.worker`` plays it."""
     stream, loaded = iter(stream), {}
     received = ReceivedWeights(read_header(*next(stream)), run, number)
     for name, tensor in stream:

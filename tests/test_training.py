@@ -13,16 +13,16 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
 
 from hybrid_lora_plugin import apply_allocation, load_allocation
-from hybrid_lora_plugin.config import ConfigurationError
-from hybrid_lora_plugin.sync.checkpoint_weights import stored_dtypes
+from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.sync.base_weights import stored_dtypes
 from hybrid_lora_plugin.training.apply import parts_of, plain_name, trainable_groups
+from hybrid_lora_plugin.training.checkpoint import CheckpointDescription, load_trained, save_trained
 from hybrid_lora_plugin.training.export import export_checkpoint
 from hybrid_lora_plugin.training.lora_linear import SharedInput
 from hybrid_lora_plugin.training.memory import least_bytes, rank_bytes
 from hybrid_lora_plugin.training.merge import merge_weight
 from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot
-from hybrid_lora_plugin.training.trainables import TrainablesDescription, load_trainables, save_trainables
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -56,11 +56,11 @@ def trainables_of(model):
 
 
 def save_checkpoint(model, base, allocation_folder, folder, **changes):
-    description = TrainablesDescription(
+    description = CheckpointDescription(
         **({"base_model": str(base), "rank": 4, "alpha": 8, "global_step": 3} | changes)
     )
     text = (allocation_folder / "allocation.json").read_text()
-    return save_trainables(folder, trainables_of(model), description, text)
+    return save_trained(folder, trainables_of(model), description, text)
 
 
 def test_exactly_the_allocated_modules_train_each_in_its_own_way(hybrid, allocation):
@@ -270,11 +270,11 @@ def test_export_never_writes_into_an_existing_folder(hybrid, tiny_qwen2, tmp_pat
 
 def test_export_names_a_missing_tensor(hybrid, tiny_qwen2, allocation, tmp_path):
     folder = save_checkpoint(hybrid, tiny_qwen2, tmp_path / "allocation", tmp_path / "actor")
-    tensors, description, _ = load_trainables(folder)
+    tensors, description, _ = load_trained(folder)
     missing = f"{allocation.full_names[0]}.weight"
     del tensors[missing]
     text = (folder / "allocation.json").read_text()
-    save_trainables(tmp_path / "actor", tensors, description, text)
+    save_trained(tmp_path / "actor", tensors, description, text)
     with pytest.raises(ConfigurationError, match=f"{missing}.* is missing"):
         export_checkpoint(tmp_path / "actor", tmp_path / "out")
     assert not (tmp_path / "out").exists()
@@ -295,4 +295,4 @@ def test_unreadable_description_is_named(hybrid, tiny_qwen2, tmp_path):
     raw = json.loads((folder / "trainables.json").read_text())
     (folder / "trainables.json").write_text(json.dumps(raw | {"schema_version": 99}))
     with pytest.raises(ConfigurationError, match="schema_version is 99"):
-        load_trainables(folder)
+        load_trained(folder)

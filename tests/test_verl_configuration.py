@@ -17,7 +17,8 @@ from omegaconf import OmegaConf, open_dict  # noqa: E402
 from tiny_models import make_tiny_qwen2  # noqa: E402
 from verl_processes import ROOT, run  # noqa: E402
 
-from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig  # noqa: E402
+from hybrid_lora_plugin.config import HybridLoraConfig  # noqa: E402
+from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.verl_backend import registration  # noqa: E402
 from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
 
@@ -139,7 +140,7 @@ REFUSED = {
     "sync mode": (["hybrid_lora.sync=telepathy"], ["hybrid_lora.sync", "'telepathy'", "merge, adapter, receiver_merge"]),
     "sync check": (["hybrid_lora.sync_check=maybe"], ["hybrid_lora.sync_check", "'maybe'", "digest"]),
     "sync timeout": (["hybrid_lora.sync_timeout=0"], ["hybrid_lora.sync_timeout", "above 0"]),
-    "sync probe limit": (["hybrid_lora.sync_probe_limit=0"], ["hybrid_lora.sync_probe_limit", "above 0"]),
+    "sync probe limit": (["hybrid_lora.sync_logprob_limit=0"], ["hybrid_lora.sync_logprob_limit", "above 0"]),
     "checkpoint engine that casts": (
         ["actor_rollout_ref.rollout.checkpoint_engine.backend=mooncake"],
         ["checkpoint_engine.backend", "'mooncake'", "nccl"],
@@ -277,7 +278,7 @@ def test_worker_without_the_plugin_stops_instead_of_training_plain_lora(tiny_qwe
     )
     environment = {
         "VERL_USE_EXTERNAL_PLUGINS": "none",
-        "VERL_USE_EXTERNAL_MODULES": "hybrid_lora_plugin.verl_backend.cpu_platform",
+        "VERL_USE_EXTERNAL_MODULES": "hybrid_lora_plugin.verl_backend.cpu.platform",
     }
     done = run(["-c", code], check=False, **environment)
     assert done.returncode != 0 and "hybrid_lora_plugin.verl_backend.registration" in done.stdout.splitlines()[-1]

@@ -2,24 +2,44 @@
 
 import torch
 from tiny_models import tiny_qwen2_config
-from transformers import AutoModelForCausalLM
+from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
+from transformers.masking_utils import eager_mask
 
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.config import ProbeCommandConfig
-from hybrid_lora_plugin.probing.loss import IGNORED, Batch
-from hybrid_lora_plugin.probing.passes import Passes
-from hybrid_lora_plugin.probing.ranks import Ranks
+from hybrid_lora_plugin.probing.distributed import Ranks
+from hybrid_lora_plugin.probing.forward import IGNORED, Batch, Passes
 from hybrid_lora_plugin.probing.seeding import generator
 
 VOCABULARY = 40
 
 
+def wide_attention(module, query, key, value, attention_mask, scaling, dropout=0.0, **_):
+    """Attention whose softmax is in the type of ``query`` [B, H, S, D]; it can be differentiated twice."""
+    key, value = (states.repeat_interleave(module.num_key_value_groups, dim=1) for states in (key, value))
+    weights = query @ key.transpose(2, 3) * scaling
+    if attention_mask is not None:
+        weights = weights + attention_mask
+    return (weights.softmax(dim=-1) @ value).transpose(1, 2).contiguous(), weights
+
+
+AttentionInterface.register("wide", wide_attention)
+AttentionMaskInterface.register("wide", eager_mask)
+
+
 def tiny_model(dtype=torch.float64, seed=0, layers=1):
-    """A random Qwen2 whose attention can be differentiated twice."""
+    """A random Qwen2 that computes in ``dtype`` throughout.
+
+    transformers computes softmax and norms in float32 whatever the model's type is. Two ways of cutting a batch then
+    differ by 1e-8 where a value happens to lie at the edge of two float32 numbers, which depends on the processor.
+    """
     config = tiny_qwen2_config(VOCABULARY, layers=layers, hidden=16, heads=2, kv_heads=1)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
-        return AutoModelForCausalLM.from_config(config, attn_implementation="eager").to(dtype)
+        model = AutoModelForCausalLM.from_config(config, attn_implementation="wide")
+    for name in [name for name, _ in model.named_modules() if name.endswith("norm")]:
+        model.set_submodule(name, torch.nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps))
+    return model.to(dtype)
 
 
 def ragged_batch(rows=3, length=9, seed=0):

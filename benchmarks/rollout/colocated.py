@@ -234,7 +234,7 @@ def last_sent(actor) -> dict[str, int]:
 
 def last_metrics(actor) -> dict[str, float]:
     """The plugin's own measurements of the last sync."""
-    from hybrid_lora_plugin.verl_backend.sync_record import last_sync
+    from hybrid_lora_plugin.verl_backend.sender.sync_metrics import last_sync
 
     return last_sync()
 

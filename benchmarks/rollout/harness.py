@@ -141,7 +141,7 @@ class RolloutHarness:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             from hybrid_lora_plugin.verl_backend import engine_registration  # noqa: F401  registers the replica
-            from hybrid_lora_plugin.verl_backend.rollout_server import HybridLoraReplica
+            from hybrid_lora_plugin.verl_backend.receiver.server import HybridLoraReplica
 
             settings = compose(self._overrides).actor_rollout_ref
             self.replica = HybridLoraReplica(
@@ -202,7 +202,7 @@ class RolloutHarness:
         """
         import ray
 
-        from hybrid_lora_plugin.verl_backend.sync_record import last_sync
+        from hybrid_lora_plugin.verl_backend.sender.sync_metrics import last_sync
 
         self._step += 1
         for rank, worker in enumerate(self.workers):

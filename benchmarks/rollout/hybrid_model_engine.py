@@ -17,14 +17,14 @@ from verl.checkpoint_engine.base import CheckpointEngine
 from benchmarks.rollout.faults import Fault, Pair
 from hybrid_lora_plugin import load_allocation
 from hybrid_lora_plugin.config import HybridLoraConfig
-from hybrid_lora_plugin.sync.base_check import base_digests
+from hybrid_lora_plugin.sync.base_weights import base_digests
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.receiver_merge import merged_digest
 from hybrid_lora_plugin.training.apply import apply_allocation, is_adapter, parts_of
-from hybrid_lora_plugin.verl_backend import rollout_adapter
+from hybrid_lora_plugin.verl_backend.sender import server_adapter
+from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource
 from hybrid_lora_plugin.verl_backend.transport import LimitedSender
-from hybrid_lora_plugin.verl_backend.weight_source import WeightSource
 
 BACKEND = "hybrid_model"
 
@@ -78,7 +78,7 @@ class HybridModelEngine(CheckpointEngine):
         self.begin_run(sync_check)
         self.configure("merge", None, False)
         self._before: list[Pair] = []
-        rollout_adapter.LimitedSender = FaultySender
+        server_adapter.LimitedSender = FaultySender
         self.update(0)
 
     # -- driven by the harness --------------------------------------------------------------------------------

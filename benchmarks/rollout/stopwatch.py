@@ -74,8 +74,9 @@ def watch_trainer() -> Stopwatch:
     from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 
     from hybrid_lora_plugin.sync import base_check, digest, hybrid_weights, merge
-    from hybrid_lora_plugin.verl_backend import rollout_adapter, transport
+    from hybrid_lora_plugin.verl_backend import transport
     from hybrid_lora_plugin.verl_backend.engine import HybridLoraEngine
+    from hybrid_lora_plugin.verl_backend.sender import server_adapter
 
     watch = Stopwatch()
     watch.watch(hybrid_weights, "whole", "gather")
@@ -94,13 +95,13 @@ def watch_trainer() -> Stopwatch:
     watch.watch(BucketedWeightSender, "_cleanup", "drop the buffer")
     watch.watch(zmq.Socket, "recv", "wait for the receiver")
     watch.watch(transport.LimitedSocket, "recv", "wait for the receiver")
-    watch.watch(rollout_adapter, "compare_entries", "compare the report")
+    watch.watch(server_adapter, "compare_entries", "compare the report")
     watch.watch(HybridLoraEngine, "get_per_tensor_param", "prepare the stream, the rest")
     # Whole times: between them lie the calls to the server.
     watch.watch(ActorRolloutRefWorker, "update_weights", "(in the worker)")
     watch.watch(ServerAdapter, "update_weights", "(in the server adapter)")
-    watch.watch(rollout_adapter.HybridLoraServerAdapter, "update_weights", "(in the server adapter)")
-    watch.watch(rollout_adapter.HybridLoraServerAdapter, "_send", "(until the report is compared)")
+    watch.watch(server_adapter.HybridLoraServerAdapter, "update_weights", "(in the server adapter)")
+    watch.watch(server_adapter.HybridLoraServerAdapter, "_send", "(until the report is compared)")
     watch.watch(BucketedWeightSender, "async_send_weights", "(of that, sending)")
     return watch
 
@@ -111,30 +112,31 @@ def watch_engine() -> Stopwatch:
     from vllm.model_executor.model_loader import utils as loader
 
     from hybrid_lora_plugin.sync import base_check, digest, receiver_merge
-    from hybrid_lora_plugin.sync.checkpoint_weights import CheckpointWeights
-    from hybrid_lora_plugin.verl_backend import rollout_model, rollout_worker, transport
+    from hybrid_lora_plugin.sync.base_weights import CheckpointWeights
+    from hybrid_lora_plugin.verl_backend import transport
+    from hybrid_lora_plugin.verl_backend.receiver import vllm_model, worker
 
     watch = Stopwatch()
     watch.watch(vLLMColocateWorkerExtension, "update_weights_from_ipc", "verl: receive")
-    watch.watch(rollout_worker.HybridLoraWorkerExtension, "receive_hybrid_weights", "receive, the rest")
+    watch.watch(worker.HybridLoraWorkerExtension, "receive_hybrid_weights", "receive, the rest")
     watch.watch(zmq.Socket, "recv", "wait for the trainer")
     watch.watch(transport.LimitedSocket, "recv", "wait for the trainer")
     watch.watch(digest, "digest_of", "digest")
     watch.watch(base_check, "digest_of", "digest of the base")
-    watch.watch(rollout_model.VllmRolloutModel, "_verify_adapter", "compare the adapter")
-    watch.watch(rollout_model.VllmRolloutModel, "begin", "look where weights are")
-    watch.watch(rollout_model.VllmRolloutModel, "verify", "read back, the rest")
-    watch.watch(rollout_model.VllmRolloutModel, "replace_adapter", "replace the adapter")
+    watch.watch(vllm_model.VllmRolloutModel, "_verify_adapter", "compare the adapter")
+    watch.watch(vllm_model.VllmRolloutModel, "begin", "look where weights are")
+    watch.watch(vllm_model.VllmRolloutModel, "verify", "read back, the rest")
+    watch.watch(vllm_model.VllmRolloutModel, "replace_adapter", "replace the adapter")
     watch.watch(receiver_merge, "merge_weight", "merge")
     watch.watch(CheckpointWeights, "__getitem__", "read the base")
     watch.watch(CheckpointWeights, "shape", "shapes of the base")
-    watch.watch(rollout_model, "find_live_weight", "find the live weights")
-    watch.watch(rollout_model.VllmRolloutModel, "live", "find the live weights")
+    watch.watch(vllm_model, "find_live_weight", "find the live weights")
+    watch.watch(vllm_model.VllmRolloutModel, "live", "find the live weights")
     watch.watch(torch.Tensor, "clone", "copy")
     watch.watch(torch, "equal", "compare live values")
-    watch.watch(rollout_worker.Reception, "take", "take a bucket, the rest")
-    watch.watch(rollout_worker.Reception, "finish", "finish, the rest")
-    watch.watch(rollout_worker.Reception, "_check_complete", "check completeness")
+    watch.watch(worker.Reception, "take", "take a bucket, the rest")
+    watch.watch(worker.Reception, "finish", "finish, the rest")
+    watch.watch(worker.Reception, "_check_complete", "check completeness")
     watch.watch(transport.LimitedReceiver, "_init_buffer", "map the buffer")
     watch.watch(transport.LimitedReceiver, "_cleanup", "drop the buffer")
     watch.watch(vLLMColocateWorkerExtension, "_update_weights", "vLLM loads")

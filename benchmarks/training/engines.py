@@ -171,7 +171,7 @@ def log_probs(engine, batch, reference: bool) -> None:
 
 def held_bytes(engine, batch, loss) -> dict[str, int]:
     """Bytes that this rank holds in an update, before its gradients go, counted from the tensors themselves."""
-    from hybrid_lora_plugin.training.local_shards import local_tensor
+    from hybrid_lora_plugin.training.dtensor import local_tensor
 
     parameters, gradients = list(engine.module.parameters()), []
 

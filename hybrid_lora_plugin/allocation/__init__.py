@@ -9,7 +9,7 @@ A new budget mode is a branch of ``open_account`` in ``budget.py`` and a name in
 ``decision`` is not imported here: who only reads an allocation needs no criteria.
 """
 
-from hybrid_lora_plugin.allocation.artifact import Allocation, load_allocation, save_allocation  # noqa: F401
 from hybrid_lora_plugin.allocation.budget import Assignment, allocate  # noqa: F401
-from hybrid_lora_plugin.allocation.errors import AllocationError  # noqa: F401
 from hybrid_lora_plugin.allocation.measurement_file import load_measurements  # noqa: F401
+from hybrid_lora_plugin.allocation.storage import Allocation, load_allocation, save_allocation  # noqa: F401
+from hybrid_lora_plugin.errors import AllocationError  # noqa: F401

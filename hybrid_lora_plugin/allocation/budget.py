@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 
-from hybrid_lora_plugin.allocation.errors import AllocationError
 from hybrid_lora_plugin.candidates import TYPE_ORDER, Candidate
 from hybrid_lora_plugin.config import BudgetConfig
+from hybrid_lora_plugin.errors import AllocationError
 
 FULL, LORA = "full", "lora"
 # The mode of an assignment whose modules were named instead of ranked: no budget was applied.

@@ -5,14 +5,14 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from hybrid_lora_plugin.allocation.budget import FULL, LORA
-from hybrid_lora_plugin.allocation.errors import AllocationError
-from hybrid_lora_plugin.allocation.report import Census
+from hybrid_lora_plugin.errors import AllocationError
+from hybrid_lora_plugin.report.page import ParameterCounts
 
 if TYPE_CHECKING:
-    from hybrid_lora_plugin.allocation.artifact import Allocation
+    from hybrid_lora_plugin.allocation.storage import Allocation
 
 
-def census_of(allocation: Allocation) -> Census:
+def parameter_counts_of(allocation: Allocation) -> ParameterCounts:
     """Count the parameters of the model that an allocation describes, adapters at the rank of the probe.
 
     Raises:
@@ -29,4 +29,4 @@ def census_of(allocation: Allocation) -> Census:
         for candidate, module in zip(allocation.candidates, allocation.modules, strict=True)
         if module.assignment == LORA
     )
-    return Census(frozen=allocation.model.parameters - full, full=full, lora=lora)
+    return ParameterCounts(frozen=allocation.model.parameters - full, full=full, lora=lora)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from hybrid_lora_plugin.allocation.errors import AllocationError
+from hybrid_lora_plugin.errors import AllocationError
 
 if TYPE_CHECKING:
-    from hybrid_lora_plugin.allocation.artifact import Allocation
+    from hybrid_lora_plugin.allocation.storage import Allocation
 
 MEASUREMENTS_FILE = "sensitivities.safetensors"
 

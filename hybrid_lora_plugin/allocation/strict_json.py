@@ -8,7 +8,7 @@ import typing
 from pathlib import Path
 from typing import Any
 
-from hybrid_lora_plugin.allocation.errors import AllocationError
+from hybrid_lora_plugin.errors import AllocationError
 
 _WAY_OUT = "give an unchanged file written by hybrid-lora-probe"
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
 from hybrid_lora_plugin.cli.result import print_result
-from hybrid_lora_plugin.config import AllocateCommandConfig, ConfigurationError
+from hybrid_lora_plugin.config import AllocateCommandConfig
 from hybrid_lora_plugin.config_validation import validate
+from hybrid_lora_plugin.errors import ConfigurationError
 
 PROGRAM = "hybrid-lora-allocate"
 SUMMARY = (
@@ -39,7 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def reallocate(config: AllocateCommandConfig) -> tuple[int, int]:
-    """Read the artifact, decide and write the new one.
+    """Read the artifact, select_modules and write the new one.
 
     Returns:
         How many modules changed their assignment, and how many there are.
@@ -48,15 +49,15 @@ def reallocate(config: AllocateCommandConfig) -> tuple[int, int]:
         ConfigurationError: the artifact, a setting or the output folder cannot be used.
     """
     # Late, so that --help and a mistyped option answer at once.
-    from hybrid_lora_plugin.allocation.artifact import load_allocation, refuse_existing, save_allocation
-    from hybrid_lora_plugin.allocation.decision import decide
     from hybrid_lora_plugin.allocation.measurement_file import load_measurements
+    from hybrid_lora_plugin.allocation.select import select_modules
+    from hybrid_lora_plugin.allocation.storage import load_allocation, refuse_existing, save_allocation
 
     refuse_existing(config.output_dir)
     path = Path(config.artifact)
     source = load_allocation(path)
     measurements = load_measurements(path if path.is_dir() else path.parent, source)
-    allocation = decide(
+    allocation = select_modules(
         config, source.model, source.criterion, source.candidates, measurements, environment=source.environment
     )
     save_allocation(config.output_dir, allocation, measurements)

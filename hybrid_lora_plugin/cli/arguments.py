@@ -18,13 +18,9 @@ from typing import Any, TypeVar
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hybrid_lora_plugin.config import ConfigurationError
+from hybrid_lora_plugin.errors import UsageError
 
 Config = TypeVar("Config")
-
-
-class UsageError(ConfigurationError):
-    """An argument that is not an option of the command, or not of its type."""
 
 
 def options(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:

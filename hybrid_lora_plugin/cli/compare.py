@@ -9,7 +9,8 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
-from hybrid_lora_plugin.config import CompareCommandConfig, ConfigurationError
+from hybrid_lora_plugin.config import CompareCommandConfig
+from hybrid_lora_plugin.errors import ConfigurationError
 
 PROGRAM = "hybrid-lora-compare"
 SUMMARY = (
@@ -27,9 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         config = parse(argv, CompareCommandConfig)
         # Late, so that --help and a mistyped option answer at once.
-        from hybrid_lora_plugin.allocation.artifact import load_allocation, refuse_existing
-        from hybrid_lora_plugin.allocation.compare import compare, make_labels
-        from hybrid_lora_plugin.allocation.compare_tables import as_text, comparison_tables
+        from hybrid_lora_plugin.allocation.storage import load_allocation, refuse_existing
+        from hybrid_lora_plugin.report.compare import compare, make_labels
+        from hybrid_lora_plugin.report.compare_tables import as_text, comparison_tables
 
         if config.output_dir:
             refuse_existing(config.output_dir)
@@ -56,8 +57,8 @@ def write_comparison(comparison, tables, folder: str | Path) -> None:
     Raises:
         ConfigurationError: the folder cannot be written.
     """
-    from hybrid_lora_plugin.allocation.compare_plot import draw_comparison
-    from hybrid_lora_plugin.allocation.compare_tables import as_markdown
+    from hybrid_lora_plugin.report.compare_plot import draw_comparison
+    from hybrid_lora_plugin.report.compare_tables import as_markdown
 
     folder = Path(folder)
     temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"

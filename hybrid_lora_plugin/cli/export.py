@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 
 from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
-from hybrid_lora_plugin.config import ConfigurationError, ExportCommandConfig
+from hybrid_lora_plugin.config import ExportCommandConfig
+from hybrid_lora_plugin.errors import ConfigurationError
 
 PROGRAM = "hybrid-lora-export"
 SUMMARY = (

@@ -9,7 +9,8 @@ from collections.abc import Sequence
 
 from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
 from hybrid_lora_plugin.cli.result import print_result
-from hybrid_lora_plugin.config import ConfigurationError, ProbeCommandConfig
+from hybrid_lora_plugin.config import ProbeCommandConfig
+from hybrid_lora_plugin.errors import ConfigurationError
 
 PROGRAM = "hybrid-lora-probe"
 SUMMARY = (
@@ -52,7 +53,7 @@ def probe(config: ProbeCommandConfig, *, resume_command: str, program: str) -> i
         The exit status, as ``main``.
     """
     # Late, so that --help and a mistyped option answer at once.
-    from hybrid_lora_plugin.probing import ranks as processes
+    from hybrid_lora_plugin.probing import distributed as processes
     from hybrid_lora_plugin.probing.interrupt import ProbeInterrupted
     from hybrid_lora_plugin.probing.progress import Progress, for_terminal
     from hybrid_lora_plugin.probing.runner import run_probe

@@ -63,9 +63,9 @@ def criteria_table() -> list[str]:
         reads = ", ".join(f"`{name}`" for name in criterion.needs) or ", ".join(
             f"`control.{name}`" for name in criterion.options
         )
-        run = "none" if criterion.run == "none" else f"`{criterion.run}`"
+        method = "none" if criterion.method is None else f"`{criterion.method}`"
         lines.append(
-            f"| `{criterion.name}` | {criterion.direction} | {reads or 'nothing'} | {run} | {criterion.source} |"
+            f"| `{criterion.name}` | {criterion.direction} | {reads or 'nothing'} | {method} | {criterion.source} |"
         )
     return lines
 

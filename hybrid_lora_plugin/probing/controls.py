@@ -12,9 +12,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from hybrid_lora_plugin.probing.loss import Batch, negative_log_likelihood
-from hybrid_lora_plugin.probing.passes import Passes
-from hybrid_lora_plugin.probing.svd_lora import SvdLoraLinear
+from hybrid_lora_plugin.probing.forward import Batch, Passes, negative_log_likelihood
+from hybrid_lora_plugin.probing.layers import SvdLoraLinear
 
 _MEASUREMENTS = ("lora_output", "gradient_norm", "snip")
 

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_lora_plugin.config import ModelConfig
-from hybrid_lora_plugin.probing.errors import ProbeError
+from hybrid_lora_plugin.errors import ProbeError
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

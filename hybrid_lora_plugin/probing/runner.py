@@ -15,17 +15,16 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from hybrid_lora_plugin.allocation.artifact import refuse_existing, save_allocation
 from hybrid_lora_plugin.allocation.budget import allocate
-from hybrid_lora_plugin.allocation.decision import decide
+from hybrid_lora_plugin.allocation.select import select_modules
+from hybrid_lora_plugin.allocation.storage import refuse_existing, save_allocation
 from hybrid_lora_plugin.candidates import Candidate, architecture_of, find_candidates
 from hybrid_lora_plugin.config import BudgetConfig, ProbeCommandConfig
 from hybrid_lora_plugin.config_validation import validate
-from hybrid_lora_plugin.probing.adalora import AdaLoraRun
-from hybrid_lora_plugin.probing.autolora import AutoLoraRun
-from hybrid_lora_plugin.probing.data import ProbeData
-from hybrid_lora_plugin.probing.errors import ProbeError
-from hybrid_lora_plugin.probing.full_delta import FullDeltaRun
+from hybrid_lora_plugin.errors import ProbeError
+from hybrid_lora_plugin.probing.data.batches import ProbeData
+from hybrid_lora_plugin.probing.distributed import Ranks, place
+from hybrid_lora_plugin.probing.forward import Passes
 from hybrid_lora_plugin.probing.interrupt import ProbeInterrupted, StopRequest
 from hybrid_lora_plugin.probing.loading import (
     CheckpointWatch,
@@ -37,23 +36,22 @@ from hybrid_lora_plugin.probing.loading import (
     parameter_count,
     weights_digest,
 )
-from hybrid_lora_plugin.probing.passes import Passes
+from hybrid_lora_plugin.probing.method import ProbeMethod
+from hybrid_lora_plugin.probing.methods.adalora import AdaLoraMethod
+from hybrid_lora_plugin.probing.methods.autolora import AutoLoraMethod
+from hybrid_lora_plugin.probing.methods.full_delta import FullDeltaMethod
+from hybrid_lora_plugin.probing.methods.svd_lora import SvdLoraMethod
 from hybrid_lora_plugin.probing.progress import Progress
-from hybrid_lora_plugin.probing.ranks import Ranks
-from hybrid_lora_plugin.probing.record import environment, model_identity, probe_record, probe_settings
-from hybrid_lora_plugin.probing.run import ProbingRun
-from hybrid_lora_plugin.probing.sharding import place
-from hybrid_lora_plugin.probing.state import PartialState
-from hybrid_lora_plugin.probing.svd_lora_run import SvdLoraRun
+from hybrid_lora_plugin.probing.provenance import environment, model_identity, probe_record, probe_settings
+from hybrid_lora_plugin.probing.resume import PartialState
 from hybrid_lora_plugin.scoring import get_criterion
 
 SAVE_EVERY_SECONDS = 30.0
-NO_RUN = "none"
-RUNS: dict[str, type[ProbingRun]] = {
-    "svd_lora": SvdLoraRun,
-    "adalora": AdaLoraRun,
-    "autolora": AutoLoraRun,
-    "full_delta": FullDeltaRun,
+METHODS: dict[str, type[ProbeMethod]] = {
+    "svd_lora": SvdLoraMethod,
+    "adalora": AdaLoraMethod,
+    "autolora": AutoLoraMethod,
+    "full_delta": FullDeltaMethod,
 }
 
 
@@ -76,10 +74,10 @@ def run_probe(config: ProbeCommandConfig, progress: Progress | None = None, rank
     progress = (progress if ranks.first else None) or Progress()
     output_dir = Path(config.output_dir or "")
     ranks.from_first(lambda: _check(config, output_dir, ranks.size))
-    run = get_criterion(config.criterion).run
-    if run == NO_RUN:
+    method = get_criterion(config.criterion).method
+    if method is None:
         return ranks.from_first(lambda: _choose_without_probe(config, output_dir, progress))
-    return _Probe(config, run, output_dir, progress, ranks).write()
+    return _Probe(config, method, output_dir, progress, ranks).write()
 
 
 def _check(config: ProbeCommandConfig, output_dir: Path, processes: int) -> None:
@@ -90,14 +88,14 @@ def _check(config: ProbeCommandConfig, output_dir: Path, processes: int) -> None
     ):
         if not value:
             raise ProbeError(f"{field}: nothing given; give it, e.g. {example}")
-    run = get_criterion(config.criterion).run
-    if run != NO_RUN:
+    method = get_criterion(config.criterion).method
+    if method is not None:
         if config.probe.objective != "sft":
             raise ProbeError(
                 f"probe.objective: {config.probe.objective!r} needs rollouts, which only a verl run makes; give "
                 f"hybrid_lora.probe.objective={config.probe.objective} there, or probe.objective=sft here"
             )
-        RUNS[run].check_ranks(processes)
+        METHODS[method].check_ranks(processes)
     refuse_existing(output_dir)
 
 
@@ -108,10 +106,10 @@ def _choose_without_probe(config: ProbeCommandConfig, output_dir: Path, progress
     candidates = find_candidates(model)
     check_shapes(candidates, config.lora.rank)
     progress.note(f"criterion {config.criterion} needs no probe: nothing is loaded or trained")
-    allocation = decide(
+    allocation = select_modules(
         config,
         model_identity(config.model.path, model, candidates, parameter_count(model)),
-        probe_record(config, NO_RUN, None, {}, 0.0),
+        probe_record(config, None, None, {}, 0.0),
         candidates,
         {},
         environment=environment(),
@@ -151,11 +149,11 @@ class _Probe:
     """One probe with everything its stages share."""
 
     def __init__(
-        self, config: ProbeCommandConfig, run: str, output_dir: Path, progress: Progress, ranks: Ranks
+        self, config: ProbeCommandConfig, method: str, output_dir: Path, progress: Progress, ranks: Ranks
     ) -> None:
-        self.config, self.run_name, self.output_dir, self.progress, self.ranks = (
+        self.config, self.method_name, self.output_dir, self.progress, self.ranks = (
             config,
-            run,
+            method,
             output_dir,
             progress,
             ranks,
@@ -181,20 +179,20 @@ class _Probe:
         # Rank 0 keeps the state for all: adapters and Adam moments are equal everywhere.
         self.state: PartialState | None = None
         ranks.from_first(self._take_up_state)
-        self.run = RUNS[run](self.model, self.candidates, config)
-        place(self.model, self.candidates, self.run.replicated, ranks)
+        self.method = METHODS[method](self.model, self.candidates, config)
+        place(self.model, self.candidates, self.method.replicated, ranks)
 
     def _take_up_state(self) -> None:
         self.checkpoint = checkpoint_fingerprint(self.config.model.path)
-        settings = probe_settings(self.config, self.run_name, self.model, self.data, weights_digest(self.model))
+        settings = probe_settings(self.config, self.method_name, self.model, self.data, weights_digest(self.model))
         self.state = PartialState(self.output_dir, settings)
 
     def write(self) -> Path:
-        """Take the steps that are missing, decide, and write the artifact."""
+        """Take the steps that are missing, select_modules, and write the artifact."""
         with _deterministic(self.ranks.device), StopRequest() as stop, self._memory_explained():
             self._warm_up(stop)
-            self.run.finish_warmup()
-            measurements = self._score(stop) | self.run.results()
+            self.method.finish_warmup()
+            measurements = self._score(stop) | self.method.results()
         return self.ranks.from_first(lambda: self._decide_and_save(measurements))
 
     @contextlib.contextmanager
@@ -212,8 +210,8 @@ class _Probe:
     def _decide_and_save(self, measurements: dict[str, Tensor]) -> Path:
         self.watch.check()
         data = self.data.record | {"checkpoint": self.checkpoint}
-        record = probe_record(self.config, self.run_name, self.dtype, data, self.run.lr)
-        allocation = decide(
+        record = probe_record(self.config, self.method_name, self.dtype, data, self.method.lr)
+        allocation = select_modules(
             self.config, self.identity, record, self.candidates, measurements, environment=environment()
         )
         save_allocation(self.output_dir, allocation, measurements)
@@ -221,35 +219,35 @@ class _Probe:
         return self.output_dir
 
     def _warm_up(self, stop: StopRequest) -> None:
-        run, data = self.run, self.data
-        run.start(Passes(self.model, self.ranks, self.config.probe.micro_batch_size))
+        method, data = self.method, self.data
+        method.start(Passes(self.model, self.ranks, self.config.probe.micro_batch_size))
         saved = self.ranks.from_first(lambda: self.state.load_warmup())
         if saved is not None:
-            run.load(*saved)
-            self.progress.note(f"continuing {self.output_dir}.partial after warm-up step {run.step}")
-        self.progress.stage("warm-up", run.warmup_steps, run.step)
-        save = self._saver(stop, lambda: self.state.save_warmup(run.step, run.tensors()))
-        while run.step < run.warmup_steps:
-            validation = data.validation_batch(run.step % data.validation_batches)
-            loss = run.warm_up(data.warmup_batch(run.step), validation)
-            self.progress.advance(run.step, loss)
-            save(finished=run.step == run.warmup_steps)
+            method.load(*saved)
+            self.progress.note(f"continuing {self.output_dir}.partial after warm-up step {method.step}")
+        self.progress.stage("warm-up", method.warmup_steps, method.step)
+        save = self._saver(stop, lambda: self.state.save_warmup(method.step, method.tensors()))
+        while method.step < method.warmup_steps:
+            validation = data.validation_batch(method.step % data.validation_batches)
+            loss = method.warm_up(data.warmup_batch(method.step), validation)
+            self.progress.advance(method.step, loss)
+            save(finished=method.step == method.warmup_steps)
 
     def _score(self, stop: StopRequest) -> dict[str, Tensor]:
         """Measure what is missing; name -> ``[rows, M]`` float64."""
-        if not self.run.rows:
+        if not self.method.rows:
             return {}
         done, rows = self.ranks.from_first(lambda: self.state.load_scores())
-        self.progress.stage("scoring", self.run.rows, done)
+        self.progress.stage("scoring", self.method.rows, done)
         save = self._saver(stop, lambda: self.state.save_scores(done, rows))
-        while done < self.run.rows:
+        while done < self.method.rows:
             batch = self.data.validation_batch(done // self.config.probe.partitions_per_batch)
-            measured, loss = self.run.score(done, batch)
+            measured, loss = self.method.score(done, batch)
             for name, values in measured.items():
                 rows.setdefault(name, []).append(values)
             done += 1
             self.progress.advance(done, loss)
-            save(finished=done == self.run.rows)
+            save(finished=done == self.method.rows)
         return {name: torch.stack(values) for name, values in rows.items()}
 
     def _saver(self, stop: StopRequest, save: Callable[[], None]) -> Callable[[bool], None]:

@@ -14,7 +14,7 @@ Dimension letters: T validation batches, M modules, r rank.
 """
 
 # First the parts that every criterion imports, then the criteria: importing one registers it.
-from hybrid_lora_plugin.scoring.errors import ScoringError  # noqa: F401
+from hybrid_lora_plugin.errors import ScoringError  # noqa: F401
 from hybrid_lora_plugin.scoring.measurements import Measured  # noqa: F401
 from hybrid_lora_plugin.scoring.module_scores import ModuleScores  # noqa: F401
 from hybrid_lora_plugin.scoring.moments import has_signal, moments  # noqa: F401
@@ -26,21 +26,5 @@ from hybrid_lora_plugin.scoring.registry import (  # noqa: F401
 )
 
 # isort: split
-from hybrid_lora_plugin.scoring import (  # noqa: F401
-    adalora,
-    alpha,
-    autolora,
-    explicit,
-    full_pruning,
-    gradient_norm,
-    hybrid_additive,
-    hybrid_cv,
-    hybrid_ratio,
-    lora_drop,
-    lora_ffn,
-    perturbation,
-    random,
-    snip,
-    spread,
-)
+from hybrid_lora_plugin.scoring import baselines, controls, hybrid  # noqa: F401
 from hybrid_lora_plugin.scoring.hybrid import hybrid_score  # noqa: F401

@@ -10,8 +10,8 @@ from torch import Tensor
 
 from hybrid_lora_plugin.candidates import Candidate
 from hybrid_lora_plugin.config import NORMALISATIONS, ControlConfig
+from hybrid_lora_plugin.errors import ScoringError
 from hybrid_lora_plugin.scoring import normalise
-from hybrid_lora_plugin.scoring.errors import ScoringError
 
 # Series, [T, M] float64: one row a validation batch.
 SENSITIVITIES = "sensitivities"  # mean_j |e_j ∂L/∂e_j| of the SVD-LoRA probe under masks (Eq. 12)

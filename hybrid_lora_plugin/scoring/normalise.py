@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lora_plugin.candidates import Candidate
-from hybrid_lora_plugin.scoring.errors import ScoringError
+from hybrid_lora_plugin.errors import ScoringError
 
 
 def sqrt_dims(candidates: Sequence[Candidate]) -> Tensor:

@@ -8,13 +8,12 @@ from dataclasses import dataclass
 
 import torch
 
-from hybrid_lora_plugin.config import ConfigurationError
-from hybrid_lora_plugin.scoring.errors import ScoringError
+from hybrid_lora_plugin.errors import ConfigurationError, ScoringError
 from hybrid_lora_plugin.scoring.measurements import SENSITIVITIES, Measured
 from hybrid_lora_plugin.scoring.module_scores import ModuleScores
 from hybrid_lora_plugin.scoring.normalise import type_zscore
 
-RUNS = ("svd_lora", "full_delta", "adalora", "autolora", "none")
+METHODS = ("svd_lora", "full_delta", "adalora", "autolora")
 
 _CRITERIA: dict[str, Criterion] = {}
 # Names with a place in the configuration that are not built yet, and what to use until then.
@@ -30,7 +29,7 @@ class Criterion:
         direction: ``lowest`` or ``highest``: which end is fully fine-tuned when the user says ``auto``.
         score: ``Measured -> ModuleScores``.
         needs: names of the measurements it reads.
-        run: the probing run that measures them, one of ``RUNS``; ``none`` needs no probe.
+        method: the probe method that measures them, one of ``METHODS``; None needs no probe.
         normalisable: whether any ``normalise`` other than ``none`` is meaningful.
         scale_free: whether dividing a module's measurements by a number leaves its score as it is.
         options: fields of ``ControlConfig`` that it reads.
@@ -41,7 +40,7 @@ class Criterion:
     direction: str
     score: Callable[[Measured], ModuleScores]
     needs: tuple[str, ...]
-    run: str
+    method: str | None
     normalisable: bool
     scale_free: bool
     options: tuple[str, ...]
@@ -54,7 +53,7 @@ def register_criterion(
     direction: str,
     source: str,
     needs: tuple[str, ...] = (SENSITIVITIES,),
-    run: str = "svd_lora",
+    method: str | None = "svd_lora",
     normalisable: bool = True,
     scale_free: bool = False,
     options: tuple[str, ...] = (),
@@ -68,17 +67,17 @@ def register_criterion(
         ...     return ModuleScores.of_series(series.mean(dim=0), series)
 
     Raises:
-        ValueError: the name is taken, or the direction or the run is not one there is.
+        ValueError: the name is taken, or the direction or the method is not one there is.
     """
     if direction not in ("lowest", "highest"):
         raise ValueError(f"criterion {name!r}: direction {direction!r}; give 'lowest' or 'highest'")
-    if run not in RUNS:
-        raise ValueError(f"criterion {name!r}: run {run!r}; give one of {', '.join(RUNS)}")
+    if method is not None and method not in METHODS:
+        raise ValueError(f"criterion {name!r}: method {method!r}; give None or one of {', '.join(METHODS)}")
     if name in _CRITERIA or name in _RESERVED:
         raise ValueError(f"criterion {name!r} is registered already; choose another name")
 
     def keep(score: Callable[[Measured], ModuleScores]) -> Callable[[Measured], ModuleScores]:
-        _CRITERIA[name] = Criterion(name, direction, score, needs, run, normalisable, scale_free, options, source)
+        _CRITERIA[name] = Criterion(name, direction, score, needs, method, normalisable, scale_free, options, source)
         return score
 
     return keep

@@ -6,8 +6,8 @@ from collections.abc import Iterator
 
 import torch
 
-from hybrid_lora_plugin.allocation.report import Census
-from hybrid_lora_plugin.sync.errors import WeightSyncError
+from hybrid_lora_plugin.errors import WeightSyncError
+from hybrid_lora_plugin.report.page import ParameterCounts
 from hybrid_lora_plugin.sync.hybrid_weights import trained_weights
 from hybrid_lora_plugin.sync.modes import RolloutModel, SyncMode, SyncReceiver, split_factor
 from hybrid_lora_plugin.sync.wire import SyncHeader
@@ -99,7 +99,7 @@ class AdapterSync(SyncMode):
 
     name, engine_adapter, partial, receiver = "adapter", True, True, AdapterReceiver
 
-    def payload_bytes(self, census: Census, dtype: torch.dtype) -> int:
+    def payload_bytes(self, census: ParameterCounts, dtype: torch.dtype) -> int:
         return (census.full + census.lora) * dtype.itemsize
 
     @torch.no_grad()

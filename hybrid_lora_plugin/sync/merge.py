@@ -6,7 +6,7 @@ from collections.abc import Iterator
 
 import torch
 
-from hybrid_lora_plugin.allocation.report import Census
+from hybrid_lora_plugin.report.page import ParameterCounts
 from hybrid_lora_plugin.sync.hybrid_weights import factors_of, is_wrapped, plain_state, whole
 from hybrid_lora_plugin.sync.modes import SyncMode, SyncReceiver
 from hybrid_lora_plugin.training.merge import merge_weight
@@ -32,7 +32,7 @@ class MergeSync(SyncMode):
 
     name, engine_adapter, partial, receiver = "merge", False, False, MergeReceiver
 
-    def payload_bytes(self, census: Census, dtype: torch.dtype) -> int:
+    def payload_bytes(self, census: ParameterCounts, dtype: torch.dtype) -> int:
         return (census.frozen + census.full) * dtype.itemsize
 
     @torch.no_grad()

@@ -8,14 +8,14 @@ from typing import Protocol
 
 import torch
 
-from hybrid_lora_plugin.allocation.report import Census
-from hybrid_lora_plugin.sync.checkpoint_weights import CheckpointWeights
-from hybrid_lora_plugin.sync.errors import WeightSyncError
+from hybrid_lora_plugin.errors import WeightSyncError
+from hybrid_lora_plugin.report.page import ParameterCounts
+from hybrid_lora_plugin.sync.base_weights import CheckpointWeights
 from hybrid_lora_plugin.sync.wire import SyncHeader
 
 
 class RolloutModel(Protocol):
-    """The rollout engine's side, as a mode needs it; ``verl_backend.rollout_model`` has it for vLLM."""
+    """The rollout engine's side, as a mode needs it; ``verl_backend.receiver.vllm_model`` has it for vLLM."""
 
     #: where received tensors are worked on
     device: torch.device
@@ -62,7 +62,7 @@ class SyncMode(ABC):
     receiver: type[SyncReceiver]
 
     @abstractmethod
-    def payload_bytes(self, census: Census, dtype: torch.dtype) -> int:
+    def payload_bytes(self, census: ParameterCounts, dtype: torch.dtype) -> int:
         """Bytes of all tensors of one sync together."""
 
     @abstractmethod

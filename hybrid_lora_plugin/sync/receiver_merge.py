@@ -10,10 +10,10 @@ from collections.abc import Iterator
 
 import torch
 
-from hybrid_lora_plugin.allocation.report import Census
+from hybrid_lora_plugin.errors import WeightSyncError
+from hybrid_lora_plugin.report.page import ParameterCounts
 from hybrid_lora_plugin.sync.adapter import FactorReceiver
 from hybrid_lora_plugin.sync.digest import digest_of
-from hybrid_lora_plugin.sync.errors import WeightSyncError
 from hybrid_lora_plugin.sync.hybrid_weights import factors_of, layer_state, trained_weights, whole
 from hybrid_lora_plugin.sync.modes import RolloutModel, SyncMode
 from hybrid_lora_plugin.sync.wire import SyncHeader
@@ -82,7 +82,7 @@ class ReceiverMergeSync(SyncMode):
 
     name, engine_adapter, partial, receiver = "receiver_merge", False, True, ReceiverMergeReceiver
 
-    def payload_bytes(self, census: Census, dtype: torch.dtype) -> int:
+    def payload_bytes(self, census: ParameterCounts, dtype: torch.dtype) -> int:
         return census.full * dtype.itemsize + census.lora * torch.float32.itemsize
 
     @torch.no_grad()

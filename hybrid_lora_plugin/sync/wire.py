@@ -17,8 +17,8 @@ from typing import Any
 import torch
 import xxhash
 
+from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.sync.digest import digest_of, digest_soon
-from hybrid_lora_plugin.sync.errors import WeightSyncError
 
 HEADER, MANIFEST = "hybrid_lora.sync.header", "hybrid_lora.sync.manifest"
 VERSION = 1

@@ -8,10 +8,10 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from hybrid_lora_plugin.allocation.artifact import Allocation
-from hybrid_lora_plugin.allocation.report import Census
+from hybrid_lora_plugin.allocation.storage import Allocation
 from hybrid_lora_plugin.candidates import find_candidates
-from hybrid_lora_plugin.config import ConfigurationError
+from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.report.page import ParameterCounts
 from hybrid_lora_plugin.training.lora_linear import ADAPTER, LoraLinear, share_inputs
 
 #: attribute of a hybrid model that holds its ``HybridParts``; FSDP's wrappers pass attributes through
@@ -31,7 +31,7 @@ class HybridParts:
 
     trained: frozenset[str]
     lora_modules: tuple[str, ...]
-    census: Census
+    census: ParameterCounts
 
 
 def parts_of(model: torch.nn.Module) -> HybridParts:
@@ -112,7 +112,7 @@ def _parts(model: PeftModel) -> HybridParts:
     return HybridParts(
         trained=frozenset(name for group in groups.values() for name, _ in group),
         lora_modules=tuple(plain_name(name) for name, module in model.named_modules() if isinstance(module, LoraLayer)),
-        census=Census(sum(p.numel() for p in model.parameters()) - full - lora, full=full, lora=lora),
+        census=ParameterCounts(sum(p.numel() for p in model.parameters()) - full - lora, full=full, lora=lora),
     )
 
 

@@ -8,11 +8,11 @@ from pathlib import Path
 
 import torch
 
-from hybrid_lora_plugin.allocation.artifact import load_allocation
+from hybrid_lora_plugin.allocation.storage import load_allocation
 from hybrid_lora_plugin.candidates import find_candidates
-from hybrid_lora_plugin.config import ConfigurationError
+from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.training.checkpoint import load_trained
 from hybrid_lora_plugin.training.merge import merge_weight
-from hybrid_lora_plugin.training.trainables import load_trainables
 
 
 @torch.no_grad()
@@ -28,7 +28,7 @@ def merged_model(checkpoint: str | os.PathLike, base: str | None = None, trust_r
     """
     from transformers import AutoModelForCausalLM
 
-    tensors, description, allocation_path = load_trainables(checkpoint)
+    tensors, description, allocation_path = load_trained(checkpoint)
     allocation = load_allocation(allocation_path)
     base = base or description.base_model
     try:

@@ -6,8 +6,8 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from hybrid_lora_plugin.allocation.report import Census
-from hybrid_lora_plugin.training.local_shards import local_tensor
+from hybrid_lora_plugin.report.page import ParameterCounts
+from hybrid_lora_plugin.training.dtensor import local_tensor
 from hybrid_lora_plugin.training.reference import BaseSnapshot
 
 
@@ -50,7 +50,7 @@ def rank_bytes(model: torch.nn.Module, snapshot: BaseSnapshot | None = None) -> 
     return TrainingBytes(frozen, trained, trained, 2 * trained, snapshot.bytes if snapshot is not None else 0)
 
 
-def least_bytes(census: Census, ranks: int) -> TrainingBytes:
+def least_bytes(census: ParameterCounts, ranks: int) -> TrainingBytes:
     """The floor for a bf16 checkpoint: ``(2·N_frozen + 16·(F + A) + 2·F) / R`` for R ranks (docs/training-cost.md)."""
     trains = census.full + census.lora
     parts = (2 * census.frozen, 4 * trains, 4 * trains, 8 * trains, 2 * census.full)

@@ -11,7 +11,7 @@ from contextlib import contextmanager
 
 import torch
 
-from hybrid_lora_plugin.training.local_shards import local_tensor
+from hybrid_lora_plugin.training.dtensor import local_tensor
 
 
 def _compact(values: torch.Tensor) -> torch.Tensor:

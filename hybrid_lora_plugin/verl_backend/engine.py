@@ -17,24 +17,24 @@ from verl.utils.fsdp_utils import fsdp_version, load_fsdp_model_to_gpu, offload_
 from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine import FSDPEngineWithLMHead
 
-from hybrid_lora_plugin.allocation.artifact import ALLOCATION_FILE, load_allocation
-from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig
-from hybrid_lora_plugin.sync.base_check import base_digests
-from hybrid_lora_plugin.sync.checkpoint_weights import stored_dtypes
+from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE, load_allocation
+from hybrid_lora_plugin.config import HybridLoraConfig
+from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.sync.base_weights import base_digests, stored_dtypes
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights, whole
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.receiver_merge import merged_digest
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, plain_name, trainable_groups
-from hybrid_lora_plugin.training.local_shards import local_tensor, sum_of_squares
+from hybrid_lora_plugin.training.checkpoint import FOLDER, CheckpointDescription, require_same_setting, save_trained
+from hybrid_lora_plugin.training.dtensor import local_tensor, sum_of_squares
 from hybrid_lora_plugin.training.memory import rank_bytes
 from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot
-from hybrid_lora_plugin.training.trainables import FOLDER, TrainablesDescription, require_same_setting, save_trainables
 from hybrid_lora_plugin.verl_backend import requirements
-from hybrid_lora_plugin.verl_backend.on_the_fly import probed_allocation
 from hybrid_lora_plugin.verl_backend.patches import only_parameters_cast
-from hybrid_lora_plugin.verl_backend.prompt_probe import fixed_prompt
-from hybrid_lora_plugin.verl_backend.weight_source import WeightSource
+from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
+from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import fixed_prompt
+from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource
 
 
 class HybridLoraEngine(FSDPEngineWithLMHead):
@@ -240,13 +240,13 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             if self.rank == 0:
                 tensors[plain_name(name).replace(".default.", ".")] = gathered.float().cpu().contiguous()
         if self.rank == 0:
-            description = TrainablesDescription(
+            description = CheckpointDescription(
                 base_model=str(self.model_config.path),
                 rank=self.model_config.lora_rank,
                 alpha=self.model_config.lora_alpha,
                 global_step=int(global_step or 0),
             )
-            save_trainables(local_path, tensors, description, self._allocation_json)
+            save_trained(local_path, tensors, description, self._allocation_json)
         torch.distributed.barrier()
 
     def _trained_state(self):

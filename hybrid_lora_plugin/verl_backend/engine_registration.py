@@ -16,10 +16,10 @@ from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from hybrid_lora_plugin.verl_backend import patches, registration
 from hybrid_lora_plugin.verl_backend.engine import HybridLoraEngine
-from hybrid_lora_plugin.verl_backend.policy_probe_engine import PolicyProbeEngine
+from hybrid_lora_plugin.verl_backend.probe.policy_engine import PolicyProbeEngine
 
 BACKENDS = ("fsdp", "fsdp2")
-ADAPTER_MODULE = "hybrid_lora_plugin.verl_backend.rollout_adapter"
+ADAPTER_MODULE = "hybrid_lora_plugin.verl_backend.sender.server_adapter"
 
 
 class EngineForModel(FSDPEngineWithLMHead):
@@ -64,7 +64,7 @@ def register() -> None:
 
 
 def _load_replica():
-    from hybrid_lora_plugin.verl_backend.rollout_server import HybridLoraReplica
+    from hybrid_lora_plugin.verl_backend.receiver.server import HybridLoraReplica
 
     return HybridLoraReplica
 

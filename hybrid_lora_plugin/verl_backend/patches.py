@@ -116,14 +116,14 @@ def log_sync_metrics() -> None:
     if trainer is None:
         return
     original = trainer.PPOTrainer._consume_sync_metrics
-    if getattr(original, "has_sync_record", False):
+    if getattr(original, "has_sync_metrics", False):
         return
 
     @functools.wraps(original)
     def consume_sync_metrics(self) -> dict:
         import ray
 
-        from hybrid_lora_plugin.verl_backend.sync_record import last_sync
+        from hybrid_lora_plugin.verl_backend.sender.sync_metrics import last_sync
 
         asked = [worker.__ray_call__.remote(last_sync) for worker in self.actor_rollout_wg.workers]
         try:
@@ -137,7 +137,7 @@ def log_sync_metrics() -> None:
             metrics[f"hybrid_lora/{name}"] = min(values) if name == "sync_digest_ok" else max(values)
         return original(self) | metrics
 
-    consume_sync_metrics.has_sync_record = True
+    consume_sync_metrics.has_sync_metrics = True
     trainer.PPOTrainer._consume_sync_metrics = consume_sync_metrics
 
 

@@ -15,7 +15,8 @@ from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
-from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig
+from hybrid_lora_plugin.config import HybridLoraConfig
+from hybrid_lora_plugin.errors import ConfigurationError
 
 
 def check_configuration(config: DictConfig) -> HybridLoraConfig:
@@ -41,7 +42,7 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
     hybrid = requirements.hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
     requirements.check_run(config)
     if hybrid.allocation:
-        from hybrid_lora_plugin.allocation.artifact import load_allocation
+        from hybrid_lora_plugin.allocation.storage import load_allocation
 
         allocation = load_allocation(hybrid.allocation)
         OmegaConf.update(config, "hybrid_lora.allocation", os.path.abspath(hybrid.allocation))
@@ -69,10 +70,10 @@ def _local_model(config: DictConfig) -> tuple[Any, list] | None:
 
 def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     """A run that probes first: where the artifact goes, what it needs, and that no older one is ignored."""
-    from hybrid_lora_plugin.allocation.artifact import refuse_existing
-    from hybrid_lora_plugin.probing.runner import NO_RUN, check_budget, check_shapes
+    from hybrid_lora_plugin.allocation.storage import refuse_existing
+    from hybrid_lora_plugin.probing.runner import check_budget, check_shapes
     from hybrid_lora_plugin.scoring import get_criterion
-    from hybrid_lora_plugin.verl_backend.kept_allocation import allocation_of_checkpoint, data_of_run, find_kept
+    from hybrid_lora_plugin.verl_backend.probe.resume import allocation_of_checkpoint, data_of_run, find_kept
 
     checkpoints = os.path.abspath(str(OmegaConf.select(config, "trainer.default_local_dir")))
     hybrid.output_dir = os.path.abspath(hybrid.output_dir or os.path.join(checkpoints, "allocation"))
@@ -92,7 +93,7 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
             return
     # Before hours of probing, whose result would have no place.
     refuse_existing(hybrid.output_dir)
-    if get_criterion(hybrid.criterion).run != NO_RUN:
+    if get_criterion(hybrid.criterion).method is not None:
         _check_probe_data(config, hybrid)
     model = _local_model(config)
     if model is not None:
@@ -105,7 +106,7 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
 
 
 def _check_probe_data(config: DictConfig, hybrid: HybridLoraConfig) -> None:
-    from hybrid_lora_plugin.verl_backend.policy_probe import check_policy_probe
+    from hybrid_lora_plugin.verl_backend.probe.policy import check_policy_probe
 
     if hybrid.probe.objective == "policy":
         check_policy_probe(config, hybrid)
@@ -130,7 +131,7 @@ def _check_or_exit(config: DictConfig, may_probe: bool) -> None:
                     "hybrid_lora.probe.objective: 'policy' cannot be probed inside a sweep; probe once in a single run and "
                     "give hybrid_lora.allocation"
                 )
-            from hybrid_lora_plugin.verl_backend.policy_probe import run_policy_probe
+            from hybrid_lora_plugin.verl_backend.probe.policy import run_policy_probe
 
             run_policy_probe(config, hybrid)
     except (ConfigurationError, ImportError) as error:
@@ -142,12 +143,13 @@ def _check_or_exit(config: DictConfig, may_probe: bool) -> None:
 def _policy_probe_is_due(hybrid: HybridLoraConfig) -> bool:
     if hybrid.allocation or hybrid.phase == "probe" or hybrid.probe.objective != "policy":
         return False
-    from hybrid_lora_plugin.allocation.artifact import ALLOCATION_FILE
-    from hybrid_lora_plugin.probing.runner import NO_RUN
+    from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE
     from hybrid_lora_plugin.scoring import get_criterion
 
     # One that is there was compared above.
-    return get_criterion(hybrid.criterion).run != NO_RUN and not (Path(hybrid.output_dir) / ALLOCATION_FILE).exists()
+    return (
+        get_criterion(hybrid.criterion).method is not None and not (Path(hybrid.output_dir) / ALLOCATION_FILE).exists()
+    )
 
 
 class Preflight(Callback):

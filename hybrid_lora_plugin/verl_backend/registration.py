@@ -52,7 +52,7 @@ def register() -> None:
     require_supported_verl(installed_verl())
 
     if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu":
-        from hybrid_lora_plugin.verl_backend import cpu_platform  # noqa: F401  registers itself
+        from hybrid_lora_plugin.verl_backend.cpu import platform  # noqa: F401  registers itself
 
     wrapt.register_post_import_hook(_algorithms_imported, ALGORITHMS)
     _registered = True

@@ -11,8 +11,9 @@ from typing import Any
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from hybrid_lora_plugin.config import ConfigurationError, HybridLoraConfig
+from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.config_validation import validate
+from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.sync.modes import sync_mode
 
 ACTOR, MODEL, ROLLOUT = "actor_rollout_ref.actor.", "actor_rollout_ref.model.", "actor_rollout_ref.rollout."

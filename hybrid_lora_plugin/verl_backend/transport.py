@@ -17,7 +17,7 @@ import zmq
 from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightReceiver, BucketedWeightSender
 from zmq.utils.monitor import recv_monitor_message
 
-from hybrid_lora_plugin.sync.errors import WeightSyncError
+from hybrid_lora_plugin.errors import WeightSyncError
 
 #: words of errors that say what one side no longer saw of the other, which has a better reason
 SYMPTOMS = ("closed the connection in the middle of a sync", "in the middle of a sync; if it is only slow")

@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from hybrid_lora_plugin.allocation import load_allocation
-from hybrid_lora_plugin.config import ConfigurationError
+from hybrid_lora_plugin.errors import ConfigurationError
 from recipes.demo import base_model, evidence, task
 from recipes.demo.environment import cpu_environment
 from recipes.demo.memory import PeakMemory

@@ -23,7 +23,7 @@ from pathlib import Path
 
 import torch
 
-from hybrid_lora_plugin.config import ConfigurationError
+from hybrid_lora_plugin.errors import ConfigurationError
 from recipes.demo import task
 
 FINGERPRINT_FILE = "demo_base_model.json"  # written last: a folder that has it is complete

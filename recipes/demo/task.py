@@ -17,7 +17,7 @@ import random
 from pathlib import Path
 from typing import NamedTuple
 
-from hybrid_lora_plugin.config import ConfigurationError
+from hybrid_lora_plugin.errors import ConfigurationError
 
 DATA_SOURCE = "hybrid_lora/arithmetic"
 SPLITS = ("train", "validation")

@@ -50,7 +50,7 @@ def read_metrics(path: Path) -> list[Step]:
 
 
 def probe_metrics_of(metrics: Path) -> Path:
-    """Where the steps of a policy probe go, beside those of the run (``verl_backend/policy_probe.py``)."""
+    """Where the steps of a policy probe go, beside those of the run (``verl_backend/probe/policy.py``)."""
     return metrics.with_suffix(f".probe{metrics.suffix}")
 
 

@@ -1,0 +1,96 @@
+"""An allocation must not contradict itself: modules, sums and budget are recomputed and compared."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from hybrid_lora_plugin.allocation.budget import FIXED, FULL, LORA, MODES, open_account
+from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE
+from hybrid_lora_plugin.errors import AllocationError
+
+if TYPE_CHECKING:
+    from hybrid_lora_plugin.allocation.storage import Allocation
+
+_PROBE_AGAIN = "probe again with hybrid-lora-probe"
+
+
+def _require(ok: bool, where: str, field: str, message: str) -> None:
+    if not ok:
+        raise AllocationError(f"{where}: {field}: {message}; {_PROBE_AGAIN}")
+
+
+def validate_allocation(allocation: Allocation, where: str) -> None:
+    """Refuse an allocation that contradicts itself.
+
+    Args:
+        allocation: what to check.
+        where: file name for the messages.
+
+    Raises:
+        AllocationError: naming the field, the value and the way out.
+    """
+    model, modules = allocation.model, allocation.modules
+    _require(bool(modules), where, "modules", "empty, at least one module is wanted")
+    seen: set[str] = set()
+    for index, module in enumerate(modules):
+        field = f"modules[{index}]"
+        _require(module.name not in seen, where, field, f"duplicate module {module.name!r}")
+        seen.add(module.name)
+        _require(
+            module.assignment in (FULL, LORA),
+            where,
+            f"{field}.assignment",
+            f"{module.assignment!r} for {module.name}, {FULL!r} or {LORA!r} is wanted",
+        )
+        _require(module.type in COMPONENT_OF_TYPE, where, f"{field}.type", f"{module.type!r} is unknown")
+        _require(
+            module.component == COMPONENT_OF_TYPE[module.type],
+            where,
+            f"{field}.component",
+            f"{module.component!r} for a {module.type}, {COMPONENT_OF_TYPE[module.type]!r} is wanted",
+        )
+        _require(
+            0 <= module.layer < model.num_layers,
+            where,
+            f"{field}.layer",
+            f"{module.layer} for {module.name}, 0 to {model.num_layers - 1} is wanted",
+        )
+        _require(module.parameters > 0, where, f"{field}.parameters", f"{module.parameters}, more than 0 is wanted")
+    total = sum(module.parameters for module in modules)
+    _require(
+        total == model.candidate_parameters,
+        where,
+        "model.candidate_parameters",
+        f"{model.candidate_parameters:,} but the modules add up to {total:,}",
+    )
+    _check_budget(allocation, total, where)
+
+
+def _check_budget(allocation: Allocation, total: int, where: str) -> None:
+    """What was asked, allowed and spent agree with the modules, in the unit of the mode."""
+    budget, candidates = allocation.budget, allocation.candidates
+    modes = (*MODES, FIXED)
+    _require(
+        budget.mode in modes, where, "budget.mode", f"{budget.mode!r} is unknown, one of {', '.join(modes)} is wanted"
+    )
+    _require(0 < budget.ratio <= 1, where, "budget.ratio", f"{budget.ratio}, a fraction in (0, 1] is wanted")
+    _require(budget.limit > 0, where, "budget.limit", f"{budget.limit}, more than 0 is wanted")
+    full = sum(module.parameters for module in allocation.modules if module.assignment == FULL)
+    if budget.mode == FIXED:
+        limit = used = full
+    else:
+        account = open_account(candidates, budget.mode, budget.ratio, budget.limit, allocation.criterion.rank)
+        taken = (module.assignment == FULL for module in allocation.modules)
+        limit = account.limit
+        used = account.start + sum(cost for cost, full_ in zip(account.costs, taken, strict=True) if full_)
+    if budget.mode in (FIXED, "total_trainable"):
+        share = full / total
+        _require(budget.ratio == share, where, "budget.ratio", f"{budget.ratio} but the full modules are {share}")
+    _require(
+        budget.limit == limit,
+        where,
+        "budget.limit",
+        f"{budget.limit:,} but mode {budget.mode!r} with ratio {budget.ratio} allows {limit:,}",
+    )
+    _require(budget.used == used, where, "budget.used", f"{budget.used:,} but the full modules add up to {used:,}")
+    _require(used <= limit, where, "budget.used", f"{used:,} exceeds the limit of {limit:,}")

@@ -1,0 +1,75 @@
+"""Every error this package raises on purpose, in one hierarchy.
+
+    HybridLoraError
+      ConfigurationError      a value the user gave cannot be used: one line, exit status 2 (1 in a verl run)
+        UsageError              an argument of a command
+        AllocationError         an allocation that cannot be made, written, read or used
+        ScoringError            measurements from which no ranking can be made
+        ProbeError              a probe that cannot give a meaningful answer
+      WeightSyncError         rollout weights are not provably the trainer's: the run ends
+
+``probing.interrupt.ProbeInterrupted`` is a ``KeyboardInterrupt`` and no error.
+
+An error that stops a verl run names its entry in ``docs/troubleshooting.md`` by ``see``; the message ends with it.
+"""
+
+from __future__ import annotations
+
+import re
+
+TROUBLESHOOTING = "docs/troubleshooting.md"
+_REFERENCE = re.compile(rf" \[{re.escape(TROUBLESHOOTING)}#([a-z0-9-]+)\]")
+
+
+class HybridLoraError(Exception):
+    """Base of all.
+
+    Args:
+        message: one line that names the field, the value found, the value wanted and the way out.
+        see: anchor of the entry in ``docs/troubleshooting.md``; put at the end of the message.
+    """
+
+    def __init__(self, message: str, *, see: str | None = None) -> None:
+        # The reference is part of the message, because errors travel between processes as text.
+        super().__init__(message if see is None else with_reference(message, see))
+
+
+class ConfigurationError(HybridLoraError, ValueError):
+    """A value the user gave cannot be used.
+
+    Command lines print the message without a traceback and exit with status 2.
+    """
+
+
+class UsageError(ConfigurationError):
+    """An argument that is not an option of the command, or not of its type."""
+
+
+class AllocationError(ConfigurationError):
+    """An allocation that cannot be made, written, read or used with this model."""
+
+
+class ScoringError(ConfigurationError):
+    """Measurements from which no ranking can be made."""
+
+
+class ProbeError(ConfigurationError):
+    """A probe that cannot give a meaningful answer with these data and settings."""
+
+
+class WeightSyncError(HybridLoraError, RuntimeError):
+    """Rollout weights are not, or not provably, the trainer's; the message names the tensor and both sides' view.
+
+    It ends the run: an engine in an unknown state is never tried again.
+    """
+
+
+def with_reference(message: str, see: str) -> str:
+    """``message`` with a reference to the entry ``see`` of the troubleshooting page behind it."""
+    return f"{message} [{TROUBLESHOOTING}#{see}]"
+
+
+def split_reference(message: str) -> tuple[str, str | None]:
+    """A message without its reference, and the anchor of that; the first one where text was put around it."""
+    found = _REFERENCE.search(message)
+    return (_REFERENCE.sub("", message), found[1]) if found else (message, None)

@@ -1,0 +1,152 @@
+"""The processes of one probe: what each must do alike, what the first does for all, and the frozen base sharded over them."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+import torch
+from torch import Tensor, distributed, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.fsdp import fully_shard
+
+from hybrid_lora_plugin.candidates import Candidate
+from hybrid_lora_plugin.errors import ConfigurationError, ProbeError
+
+Result = TypeVar("Result")
+
+
+class Ranks:
+    """One process, or all processes of a process group.
+
+    Attributes:
+        rank: number of this process, from 0.
+        size: how many there are.
+        device: where this process computes.
+    """
+
+    def __init__(self, device: torch.device, group: distributed.ProcessGroup | None = None) -> None:
+        """Of the default group if ``torch.distributed`` is initialised, else alone."""
+        self._group = group
+        together = distributed.is_available() and distributed.is_initialized()
+        self.rank = distributed.get_rank(group) if together else 0
+        self.size = distributed.get_world_size(group) if together else 1
+        self.device = device
+
+    @property
+    def first(self) -> bool:
+        """Whether this process reads, writes and reports for all."""
+        return self.rank == 0
+
+    def sum_(self, tensor: Tensor) -> Tensor:
+        """Add up a tensor over all ranks, in place."""
+        if self.size > 1:
+            distributed.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def sum_gradients_(self, gradients: list[Tensor]) -> None:
+        """Add up many tensors of one dtype over all ranks, in place and in one collective."""
+        if self.size == 1 or not gradients:
+            return
+        flat = torch.cat([gradient.reshape(-1) for gradient in gradients])
+        distributed.all_reduce(flat, group=self._group)
+        for gradient, summed in zip(gradients, flat.split([g.numel() for g in gradients]), strict=True):
+            gradient.copy_(summed.view_as(gradient))
+
+    def sum_to(self, tensor: Tensor, owner: int) -> None:
+        """Add up a tensor over all ranks into that of rank ``owner``; elsewhere it is undefined afterwards."""
+        if self.size > 1:
+            distributed.reduce(tensor, distributed.get_global_rank(self._group or distributed.group.WORLD, owner))
+
+    def largest(self, value: int) -> int:
+        """The largest of the values that the ranks give."""
+        if self.size == 1:
+            return value
+        values = torch.tensor([value], device=self.device)
+        distributed.all_reduce(values, op=distributed.ReduceOp.MAX, group=self._group)
+        return int(values)
+
+    def from_first(self, make: Callable[[], Result]) -> Result:
+        """What ``make`` returns on rank 0, given to every rank.
+
+        Raises:
+            ConfigurationError: on every rank, if it raises one on rank 0; nobody is left waiting. Elsewhere it carries
+                ``reported_by_first_rank``, so that one mistake is not printed by every process.
+        """
+        if self.size == 1:
+            return make()
+        box: list = [None, None]
+        if self.first:
+            try:
+                box[0] = make()
+            except ConfigurationError as error:
+                box[1] = error
+        distributed.broadcast_object_list(box, src=0, group=self._group, device=self.device)
+        if box[1] is not None:
+            if not self.first:
+                box[1].reported_by_first_rank = True
+            raise box[1]
+        return box[0]
+
+
+def start() -> Ranks:
+    """The ranks of a command: those of ``torchrun``, or this process alone.
+
+    Raises:
+        ProbeError: ``torchrun`` gave no GPU of its own to a local rank.
+    """
+    accelerator = torch.cuda.is_available()
+    device = torch.device("cuda" if accelerator else "cpu")
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return Ranks(device)
+    if accelerator:
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        if local >= torch.cuda.device_count():
+            raise ProbeError(
+                f"LOCAL_RANK: {local} has no GPU, there are {torch.cuda.device_count()}; start torchrun with "
+                f"--nproc-per-node={torch.cuda.device_count()}"
+            )
+        device = torch.device("cuda", local)
+        torch.cuda.set_device(device)
+    if not distributed.is_initialized():
+        distributed.init_process_group("cpu:gloo,cuda:nccl" if accelerator else "gloo")
+    return Ranks(device)
+
+
+def finish(ranks: Ranks) -> None:
+    """End what ``start`` began."""
+    if ranks.size > 1:
+        distributed.destroy_process_group()
+
+
+def place(model: nn.Module, candidates: Sequence[Candidate], replicated: Sequence[nn.Parameter], ranks: Ranks) -> None:
+    """Bring a model that was loaded on the CPU to the ranks' devices, sharded if there are several.
+
+    One FSDP2 unit per decoder layer and one for the rest. The probe's parameters are replicated: they and their Adam
+    moments are small, and every rank then takes the same step without a collective of its own.
+
+    Args:
+        model: with the probe attached; changed in place.
+        candidates: tell where the decoder layers are.
+        replicated: the probe's parameters, equal on every rank.
+        ranks: who shares the model.
+    """
+    if ranks.size == 1:
+        model.to(ranks.device)
+        return
+    for parameter in replicated:
+        parameter.data = parameter.data.to(ranks.device)
+    mesh = init_device_mesh(ranks.device.type, (ranks.size,))
+    ignored = set(replicated)
+    for layer in _decoder_layers(model, candidates):
+        fully_shard(layer, mesh=mesh, ignored_params=ignored)
+    fully_shard(model, mesh=mesh, ignored_params=ignored)
+
+
+def _decoder_layers(model: nn.Module, candidates: Sequence[Candidate]) -> list[nn.Module]:
+    names = dict.fromkeys(
+        candidate.name.partition(f".layers.{candidate.layer}.")[0] + f".layers.{candidate.layer}"
+        for candidate in candidates
+    )
+    return [model.get_submodule(name) for name in names]

@@ -1,0 +1,146 @@
+"""A batch, its loss, and the passes that evaluate it over micro-batches and ranks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from hybrid_lora_plugin.probing.distributed import Ranks
+
+IGNORED = -100
+
+
+@dataclass
+class Batch:
+    """Rows padded on the right.
+
+    Attributes:
+        input_ids: ``[B, S]`` int64.
+        attention_mask: ``[B, S]`` int64, 0 on padding.
+        labels: ``[B, S]`` int64, ``IGNORED`` everywhere but on response tokens.
+    """
+
+    input_ids: Tensor
+    attention_mask: Tensor
+    labels: Tensor
+
+    @property
+    def rows(self) -> int:
+        """B."""
+        return self.input_ids.shape[0]
+
+    @property
+    def response_tokens(self) -> int:
+        """Tokens that the loss is a mean over; the first token of a row is never one."""
+        return int((self.labels[:, 1:] != IGNORED).sum())
+
+    def to(self, device: torch.device) -> Batch:
+        """The same batch on a device."""
+        return Batch(self.input_ids.to(device), self.attention_mask.to(device), self.labels.to(device))
+
+    def take(self, rows: list[int]) -> Batch:
+        """Some of the rows, with no more padding than they need: ``[len(rows), S']``."""
+        length = int(self.attention_mask[rows].sum(dim=1).max())
+        return Batch(self.input_ids[rows, :length], self.attention_mask[rows, :length], self.labels[rows, :length])
+
+
+def negative_log_likelihood(model: nn.Module, batch: Batch) -> Tensor:
+    """Negative log-likelihood summed over all response tokens of the batch.
+
+    Args:
+        model: a Hugging Face causal language model.
+        batch: ``[B, S]``; without any response token the sum is 0, with a gradient of 0.
+
+    Returns:
+        A scalar, float32 (float64 for a float64 model).
+    """
+    targets = batch.labels[:, 1:]  # [B, S-1], the token after each position
+    # Only positions that predict a response token in some row need logits: with 150k tokens of vocabulary
+    # the rest would be most of the memory.
+    positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)  # [P]
+    empty = not len(positions)
+    if empty:
+        positions = positions.new_zeros(1)
+    logits = model(
+        input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=positions
+    ).logits  # [B, P, V]
+    # At least float32: a sum over a vocabulary in bfloat16 keeps two digits.
+    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    if empty:
+        return logits.sum() * 0
+    return functional.cross_entropy(
+        logits.flatten(0, 1), targets[:, positions].flatten(), ignore_index=IGNORED, reduction="sum"
+    )
+
+
+#: Tokens of a micro-batch, padding included, unless the user says how many rows: one row of the default max_length
+#: on a large model still fits beside its weights, and short rows are not passed one by one.
+MICRO_BATCH_TOKENS = 4096
+
+
+class Passes:
+    """Evaluates the mean response loss of a batch that every rank is given whole.
+
+    Each rank takes every ``size``-th row, in micro-batches; all ranks take the same number of them, since a sharded
+    model needs every rank in every pass. Losses are divided by the tokens of the whole batch before they are added up,
+    so neither ranks nor micro-batches change the result beyond rounding.
+
+    Attributes:
+        ranks: the processes that share the work.
+    """
+
+    def __init__(self, model: nn.Module, ranks: Ranks, micro_batch_size: int | None = None) -> None:
+        """For a model on the ranks' device, whole or sharded; ``micro_batch_size`` in rows, None for what holds 4096 tokens."""
+        self.ranks = ranks
+        self._model = model
+        self._micro_batch_size = micro_batch_size
+
+    def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
+        """This rank's micro-batches on its device, and whether each is the last."""
+        mine = list(range(self.ranks.rank, batch.rows, self.ranks.size))
+        longest = -(-batch.rows // self.ranks.size)
+        # From the whole batch, so that it is the same on every rank.
+        size = self._micro_batch_size or max(1, MICRO_BATCH_TOKENS // batch.input_ids.shape[1])
+        for start in range(0, longest, size):
+            rows = mine[start : start + size]
+            micro = batch.take(rows or [0])
+            if not rows:
+                # Nothing is left for this rank; it passes a row whose tokens all do not count.
+                micro = Batch(micro.input_ids, micro.attention_mask, torch.full_like(micro.labels, IGNORED))
+            yield micro.to(self.ranks.device), start + size >= longest
+
+    @torch.no_grad()
+    def loss(self, batch: Batch) -> float:
+        """Mean negative log-likelihood of the response tokens of ``batch`` ``[B, S]``."""
+        total = torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        for micro, _ in self.micro_batches(batch):
+            total += negative_log_likelihood(self._model, micro).double()
+        return float(self.ranks.sum_(total)) / batch.response_tokens
+
+    def backward(self, batch: Batch, parameters: Sequence[nn.Parameter]) -> float:
+        """The same loss, and its gradient added to what ``.grad`` of the parameters holds.
+
+        Args:
+            batch: ``[B, S]``.
+            parameters: replicated on every rank; their ``.grad`` is equal on all ranks before and after. A parameter
+                the loss does not depend on keeps its ``.grad``, None included.
+        """
+        before: list[Tensor | None] = [parameter.grad for parameter in parameters]
+        for parameter in parameters:
+            parameter.grad = None
+        tokens, total = batch.response_tokens, torch.zeros((), dtype=torch.float64, device=self.ranks.device)
+        for micro, _ in self.micro_batches(batch):
+            loss = negative_log_likelihood(self._model, micro) / tokens
+            loss.backward()
+            total += loss.detach().double()
+        self.ranks.sum_gradients_([parameter.grad for parameter in parameters if parameter.grad is not None])
+        for parameter, earlier in zip(parameters, before, strict=True):
+            if parameter.grad is None:
+                parameter.grad = earlier
+            elif earlier is not None:
+                parameter.grad += earlier
+        return float(self.ranks.sum_(total))

@@ -1,0 +1,7 @@
+"""Probe methods, one file each: what is attached to the model, how it warms up, what it measures.
+
+svd_lora     the paper's, for most criteria (Eq. 7, Algorithm 1)
+adalora      adapters whose ranks are pruned
+autolora     bi-level selection scalars
+full_delta   full deltas (Hybrid-LoRA-4)
+"""

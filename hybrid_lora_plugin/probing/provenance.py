@@ -1,0 +1,106 @@
+"""What a probe says about itself: the settings a resumed run must share, and the identity in the artifact."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, is_dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from hybrid_lora_plugin import __version__
+from hybrid_lora_plugin.allocation.storage import CriterionRecord, ModelIdentity
+from hybrid_lora_plugin.candidates import Candidate, architecture_of, model_fingerprint
+from hybrid_lora_plugin.config import ProbeCommandConfig
+from hybrid_lora_plugin.probing.data.batches import ProbeData
+
+# These change memory and speed, not what is measured.
+_WITHOUT_EFFECT = ("files", "micro_batch_size")
+
+
+def probe_settings(
+    config: ProbeCommandConfig, run: str, model: nn.Module, data: ProbeData, weights: str
+) -> dict[str, Any]:
+    """What the measurements depend on. Budget, direction and normalisation do not count: they come after.
+
+    In the order in which a difference is reported: with equal settings and files, other tokens can only come from
+    another tokenizer, and with an equal path and config, other weights only from a checkpoint that was overwritten.
+
+    Args:
+        config: of the command.
+        run: name of the probing run.
+        model: with its dtype.
+        data: the rows.
+        weights: ``weights_digest`` of the model as loaded.
+    """
+    probe: dict[str, Any] = {}
+    for name, value in vars(config.probe).items():
+        if is_dataclass(value):
+            probe |= {f"probe.{name}.{inner}": inner_value for inner, inner_value in vars(value).items()}
+        elif name not in _WITHOUT_EFFECT:
+            probe[f"probe.{name}"] = value
+    files = [f"{file['name']}, {file['rows']} rows, sha256 {file['sha256']}" for file in data.record["files"]]
+    return probe | {
+        "criterion": f"needs the run {run}{' with perturbations' if config.criterion == 'perturbation' else ''}",
+        "model.path": config.model.path,
+        "model.config": model_fingerprint(model.config),
+        "model.dtype": str(model.dtype),
+        "lora.rank": config.lora.rank,
+        "probe.files": files,
+        "model.tokenizer": data.record["tokens_sha256"],
+        "model.weights": weights,
+    }
+
+
+def model_identity(path: str, model: nn.Module, candidates: Sequence[Candidate], parameters: int) -> ModelIdentity:
+    """The model in the artifact; ``parameters`` counts all of its own, without those of the probe."""
+    return ModelIdentity(
+        name_or_path=path,
+        architecture=architecture_of(model.config),
+        config_sha256=model_fingerprint(model.config),
+        num_layers=1 + max(candidate.layer for candidate in candidates),
+        candidate_parameters=sum(candidate.parameters for candidate in candidates),
+        parameters=parameters,
+    )
+
+
+def probe_record(
+    config: ProbeCommandConfig, method: str | None, dtype: torch.dtype | None, data: dict[str, Any], lr: float
+) -> CriterionRecord:
+    """The settings that shaped the measurements; the name and direction of the criterion are filled in by ``select_modules``."""
+    probe = config.probe
+    options: dict[str, Any] = {"partitions_per_batch": probe.partitions_per_batch} if method is not None else {}
+    if method == "adalora":
+        options["adalora"] = asdict(probe.adalora)
+    if method == "autolora":
+        options["autolora"] = asdict(probe.autolora)
+    probed = method is not None
+    return CriterionRecord(
+        name=config.criterion,
+        direction=config.direction,
+        normalise=config.normalise,
+        objective=probe.objective if probed else "none",
+        rank=config.lora.rank,
+        init=("adalora" if method == "adalora" else probe.init) if probed else "none",
+        warmup_steps=probe.warmup_steps if probed else 0,
+        lr=float(lr),
+        partitions=probe.partitions if probed else 0,
+        batch_size=probe.batch_size if probed else 0,
+        max_length=probe.max_length if probed else 0,
+        dtype=str(dtype).removeprefix("torch.") if probed else "none",
+        seed=probe.seed if probed else 0,
+        data=data,
+        options=options,
+    )
+
+
+def environment() -> dict[str, str]:
+    """Versions that the artifact records."""
+    import transformers
+
+    return {
+        "hybrid_lora_plugin": __version__,
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }

@@ -1,0 +1,121 @@
+"""The state of an unfinished probe on disk: ``<output_dir>.partial/``, removed when the artifact is written.
+
+    settings.json          what the run depends on; another run must not continue it
+    warmup.safetensors     adapters, AdamW moments and, as metadata, the step
+    scores.safetensors     measurements [t, M] of the batches scored so far and, as metadata, how many
+
+Each file is written beside its place and renamed, so an interruption at any moment leaves the older one.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from hybrid_lora_plugin.errors import ProbeError
+
+
+class PartialState:
+    """The folder of one unfinished probe.
+
+    Attributes:
+        folder: ``<output_dir>.partial``.
+        resumed: whether there was something to continue.
+    """
+
+    def __init__(self, output_dir: Path, settings: dict[str, Any]) -> None:
+        """Create the folder, or take up one that was made with the same settings.
+
+        Args:
+            output_dir: where the artifact will be.
+            settings: JSON values; equal settings give equal artifacts.
+
+        Raises:
+            ProbeError: the folder is of other settings or cannot be read or written; the message names the first difference.
+        """
+        self.folder = partial_folder(output_dir)
+        self._way_out = f"delete {self.folder} to start afresh, or give another output_dir"
+        file = self.folder / "settings.json"
+        self.resumed = file.exists()
+        try:
+            if self.resumed:
+                self._compare(json.loads(file.read_text(encoding="utf-8")), settings)
+                return
+            self.folder.mkdir(parents=True, exist_ok=True)
+            _replace(file, lambda path: path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8"))
+        except OSError as error:
+            raise ProbeError(
+                f"output_dir: {self.folder} cannot be written ({error}); give another output_dir"
+            ) from error
+        except ValueError as error:
+            if isinstance(error, ProbeError):
+                raise
+            raise ProbeError(f"output_dir: {file} is damaged ({error}); {self._way_out}") from error
+
+    def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
+        # Through JSON, so that a tuple equals the list it was saved as.
+        now = json.loads(json.dumps(now))
+        for key in [*now, *(before.keys() - now.keys())]:
+            if before.get(key) != now.get(key):
+                old, new = (f"{value!r:.80}" for value in (before.get(key), now.get(key)))
+                raise ProbeError(f"{key}: {self.folder} was begun with {old}, this run has {new}; {self._way_out}")
+
+    def save_warmup(self, step: int, tensors: dict[str, Tensor]) -> None:
+        """Replace the saved warm-up by this one."""
+        file = self.folder / "warmup.safetensors"
+        tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+        _replace(file, lambda path: save_file(tensors, path, metadata={"step": str(step)}))
+
+    def load_warmup(self) -> tuple[int, dict[str, Tensor]] | None:
+        """The saved step and tensors, or None if nothing was saved yet."""
+        file = self.folder / "warmup.safetensors"
+        if not file.exists():
+            return None
+        try:
+            with safe_open(file, framework="pt") as saved:
+                return int(saved.metadata()["step"]), {name: saved.get_tensor(name) for name in saved.keys()}
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ProbeError(f"output_dir: {file} is damaged ({error}); {self._way_out}") from error
+
+    def save_scores(self, done: int, rows: dict[str, list[Tensor]]) -> None:
+        """Replace the saved measurements by these: after ``done`` rows, each name has a list of ``[M]``."""
+        if done:
+            stacked = {name: torch.stack(values) for name, values in rows.items()}
+            file = self.folder / "scores.safetensors"
+            _replace(file, lambda path: save_file(stacked, path, metadata={"rows": str(done)}))
+
+    def load_scores(self) -> tuple[int, dict[str, list[Tensor]]]:
+        """How many rows are done, and the measurements."""
+        file = self.folder / "scores.safetensors"
+        if not file.exists():
+            return 0, {}
+        try:
+            with safe_open(file, framework="pt") as saved:
+                rows = {name: list(saved.get_tensor(name)) for name in saved.keys()}
+                return int(saved.metadata()["rows"]), rows
+        except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ProbeError(f"output_dir: {file} is damaged ({error}); {self._way_out}") from error
+
+    def delete(self) -> None:
+        """Remove the folder."""
+        shutil.rmtree(self.folder)
+
+
+def partial_folder(output_dir: str | Path) -> Path:
+    """Where the unfinished state of a probe with this output folder is."""
+    output_dir = Path(output_dir)
+    return output_dir.parent / f"{output_dir.name}.partial"
+
+
+def _replace(file: Path, write: Any) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    write(temporary)
+    os.replace(temporary, file)

@@ -1,0 +1,291 @@
+"""The artifact for people: how the choice was made, what it cost, what it decided and how far to trust it."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hybrid_lora_plugin.allocation.budget import FIXED, FULL
+from hybrid_lora_plugin.report.caveats import CONTROLS, caveats_text, caveats_title
+from hybrid_lora_plugin.report.groups import depth_thirds, present_types
+from hybrid_lora_plugin.report.ranking import by_preference, chosen_by_rule, find_cut, spearman
+
+if TYPE_CHECKING:
+    from hybrid_lora_plugin.allocation.storage import Allocation, ModuleRecord
+
+
+@dataclass(frozen=True)
+class ParameterCounts:
+    """Parameters of the whole model under the allocation.
+
+    Attributes:
+        frozen: in no group: embeddings, norms, head and the base weights of the LoRA modules.
+        full: fully fine-tuned.
+        lora: adapter parameters ``r (d_in + d_out)`` summed over the LoRA modules.
+    """
+
+    frozen: int
+    full: int
+    lora: int
+
+    @property
+    def total(self) -> int:
+        """All parameters, adapters included."""
+        return self.frozen + self.full + self.lora
+
+    def __str__(self) -> str:
+        return (
+            f"{self.frozen:,} frozen, {self.full:,} full, {self.lora:,} LoRA "
+            f"({(self.full + self.lora) / self.total:.2%} of {self.total:,} trainable)"
+        )
+
+
+def write_report(allocation: Allocation, census: ParameterCounts, file: Path) -> None:
+    """Write ``report.md`` (Markdown, one table an idea).
+
+    Args:
+        allocation: the decision.
+        census: the whole model under it.
+        file: where to.
+    """
+    file.write_text("\n".join(_lines(allocation, census)) + "\n", encoding="utf-8")
+
+
+def _lines(allocation: Allocation, census: ParameterCounts) -> list[str]:
+    modules = allocation.modules
+    full = [module for module in modules if module.assignment == FULL]
+    pictures = "[heatmap.png](heatmap.png) shows every module by layer and type"
+    if by_preference(allocation):
+        pictures += ", [scores.png](scores.png) all modules in the order of their score"
+    return [
+        f"# Allocation for {allocation.model.name_or_path}",
+        "",
+        f"{len(full)} of {len(modules)} candidate modules are fully fine-tuned, the other "
+        f"{len(modules) - len(full)} get LoRA. {pictures}.",
+        "",
+        "## What was probed" if _was_probed(allocation) else "## How it was chosen",
+        "",
+        *_settings(allocation),
+        "",
+        "## Budget",
+        "",
+        *_budget(allocation),
+        "",
+        "## ParameterCounts of the model to train",
+        "",
+        "| group | parameters |",
+        "| --- | ---: |",
+        f"| frozen | {census.frozen:,} |",
+        f"| full fine-tuning | {census.full:,} |",
+        f"| LoRA (rank {allocation.criterion.rank}) | {census.lora:,} |",
+        "",
+        "## Where full fine-tuning went",
+        "",
+        *_by_type_and_depth(modules, allocation.model.num_layers),
+        "",
+        *_full_modules(allocation, full),
+        "",
+        "## Does the score separate?",
+        "",
+        *_separation(allocation),
+        "",
+        f"## {caveats_title(allocation)}",
+        "",
+        caveats_text(allocation),
+        "",
+        "## How to use it",
+        "",
+        "Add to your verl command, with PATH the folder of this report:",
+        "",
+        "    python -m verl.trainer.main_ppo ... +hybrid_lora=enabled hybrid_lora.allocation=PATH",
+    ]
+
+
+def _was_probed(allocation: Allocation) -> bool:
+    criterion = allocation.criterion
+    return not (criterion.warmup_steps == 0 and criterion.objective == "none")
+
+
+def _settings(allocation: Allocation) -> list[str]:
+    model, criterion = allocation.model, allocation.criterion
+    options: dict[str, Any] = getattr(criterion, "options", {})
+    if chosen_by_rule(allocation):
+        chosen = f"{criterion.name}, by rule, without scores"
+    else:
+        chosen = f"{criterion.name}, {criterion.direction} score first, normalise {criterion.normalise}"
+    lines = [
+        "| setting | value |",
+        "| --- | --- |",
+        f"| model | {model.architecture}, {model.num_layers} layers, {model.candidate_parameters:,} candidate parameters |",
+        f"| criterion | {chosen} |",
+    ]
+    if _was_probed(allocation):
+        each = options.get("partitions_per_batch", 1)
+        policy = criterion.objective == "policy"
+        partitions = "one random partition each" if each == 1 else f"in turns of {each} random partitions of one batch"
+        lines += [
+            f"| objective | {criterion.objective} |",
+            f"| probe adapters | rank {criterion.rank}, init {criterion.init}, base in {criterion.dtype} |",
+            f"| warm-up | {criterion.warmup_steps} steps of {'the run' if policy else f'{criterion.batch_size} rows'} at lr "
+            f"{criterion.lr:g} |",
+            f"| validation | T = {criterion.partitions} batches of "
+            f"{'rollouts of held-out prompts' if policy else f'{criterion.batch_size} rows'}, {partitions} |",
+            *([] if policy else [f"| longest row | {criterion.max_length} tokens |"]),
+            f"| seed | {criterion.seed} |",
+        ]
+    lines += [f"| option {name} | {value} |" for name, value in _flattened(options)]
+    for source in criterion.data.get("files", []):
+        lines.append(f"| data | {source['name']}, {source['rows']} rows, sha256 {source['sha256'][:16]}… |")
+    if _was_probed(allocation) and criterion.name in CONTROLS:
+        # Read off a probe's artifact by hybrid-lora-allocate.
+        lines += ["", f"The probe was made for another criterion; '{criterion.name}' uses nothing that was measured."]
+    return lines
+
+
+def _flattened(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, str]]:
+    """Leaves of nested options as ``a.b`` and text; a long list by its length, for it is in allocation.json."""
+    for name, value in options.items():
+        if isinstance(value, dict):
+            yield from _flattened(value, f"{prefix}{name}.")
+        elif isinstance(value, list) and len(value) > 3:
+            yield prefix + name, f"{len(value)} entries, see allocation.json"
+        else:
+            yield prefix + name, value if isinstance(value, str) else json.dumps(value)
+
+
+def _budget(allocation: Allocation) -> list[str]:
+    """Limit and use in the unit of the budget mode, and what the full modules weigh in any mode."""
+    budget, modules, total = allocation.budget, allocation.modules, allocation.model.candidate_parameters
+    full = sum(module.parameters for module in modules if module.assignment == FULL)
+    weight = f"The fully fine-tuned modules hold {full:,} parameters, {100 * full / total:.3f} % of the candidates."
+    if budget.mode == FIXED:
+        return [
+            "The criterion itself says which modules are fully fine-tuned; no budget limits them.",
+            "",
+            "| | parameters | of the candidates |",
+            "| --- | ---: | ---: |",
+            f"| fully fine-tuned | {full:,} | {100 * full / total:.3f} % |",
+        ]
+    asked = f"asked ({budget.mode}, overflow {budget.overflow})"
+    if budget.mode == "total_trainable":
+        return [
+            f"Budget mode {budget.mode}, overflow {budget.overflow}: full fine-tuning and LoRA together.",
+            "",
+            "| | trainable parameters | of the limit |",
+            "| --- | ---: | ---: |",
+            f"| limit | {budget.limit:,} | 100.000 % |",
+            f"| used | {budget.used:,} | {100 * budget.used / budget.limit:.3f} % |",
+            "",
+            weight,
+        ]
+    # In mode `modules` the unit is modules, in mode `parameters` parameters.
+    whole = len(modules) if budget.mode == "modules" else total
+    lines = [
+        f"| | {budget.mode} | of the candidates |",
+        "| --- | ---: | ---: |",
+        f"| {asked} | | {100 * budget.ratio:g} % |",
+        f"| limit | {budget.limit:,} | {100 * budget.limit / whole:.3f} % |",
+        f"| used | {budget.used:,} | {100 * budget.used / whole:.3f} % |",
+    ]
+    return [*lines, "", weight] if budget.mode == "modules" else lines
+
+
+def _by_type_and_depth(modules: list[ModuleRecord], num_layers: int) -> list[str]:
+    """Counts ``full/all`` per type for each third of the depth."""
+    thirds = depth_thirds(num_layers)
+
+    def cell(type_: str, layers: range) -> str:
+        here = [module for module in modules if module.type == type_ and module.layer in layers]
+        return f"{sum(module.assignment == FULL for module in here)}/{len(here)}"
+
+    heads = [f"layers {third[0]}–{third[-1]}" for third in thirds]
+    lines = [f"| full/all | {' | '.join(heads)} | all layers |", "| --- |" + " ---: |" * (len(heads) + 1)]
+    for type_ in present_types(modules):
+        cells = [cell(type_, third) for third in thirds]
+        lines.append(f"| {type_} | {' | '.join(cells)} | {cell(type_, range(num_layers))} |")
+    return lines
+
+
+def _full_modules(allocation: Allocation, full: list[ModuleRecord]) -> list[str]:
+    if not by_preference(allocation):
+        return ["| module | parameters |", "| --- | ---: |", *(f"| `{m.name}` | {m.parameters:,} |" for m in full)]
+    lines = [
+        "| module | parameters | mean | std | score |",
+        "| --- | ---: | ---: | ---: | ---: |",
+        *(f"| `{m.name}` | {m.parameters:,} | {m.mean:.4g} | {m.std:.4g} | {m.score:.4g} |" for m in full),
+    ]
+    silent = [f"`{module.name}`" for module in allocation.modules if not module.signal]
+    if silent:
+        lines += ["", f"No signal, hence never selected: {', '.join(silent)}."]
+    return lines
+
+
+def _separation(allocation: Allocation) -> list[str]:
+    """Numbers that tell a score with a gap at the cut from a continuum cut at an arbitrary place."""
+    order = by_preference(allocation)
+    if not order:
+        return [
+            f"There is no score: '{allocation.criterion.name}' chooses without one."
+            if chosen_by_rule(allocation)
+            else "It cannot: no two modules have different scores."
+        ]
+    if allocation.criterion.name == "random":
+        return ["The scores are random numbers: where the cut lies means nothing."]
+    scores = sorted(module.score for module in order)
+    levels = {"min": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "max": 1.0}
+    lines = [
+        "| score | " + " | ".join(levels) + " |",
+        "| --- |" + " ---: |" * len(levels),
+        f"| {len(scores)} modules | " + " | ".join(f"{_quantile(scores, at):.4g}" for at in levels.values()) + " |",
+        "",
+        *_cut(allocation),
+    ]
+    if any(module.std != 0 for module in order):
+        with_mean = spearman([module.mean for module in order], [module.score for module in order])
+        if with_mean is not None:
+            lines += ["", _against_the_mean(with_mean, len(order))]
+    return lines
+
+
+def _cut(allocation: Allocation) -> list[str]:
+    cut = find_cut(allocation)
+    if cut is None:
+        return ["There is no cut: all modules with a score are on the same side of it."]
+    ends = (
+        f"{cut.last.score:.4g} (`{cut.last.name}`, the last that is full) and {cut.next.score:.4g} (`{cut.next.name}`)"
+    )
+    size = (
+        f"{100 * cut.gap:.3g} % of the smaller" if cut.relative else f"{100 * cut.gap:.3g} % of the range of all scores"
+    )
+    kind = "ratio" if cut.relative else "difference"
+    lines = [
+        f"The cut lies between {ends}. The gap is {size}; of the {cut.neighbours} pairs of neighbours in the order, "
+        f"{cut.larger_gaps} have a larger {kind}.",
+    ]
+    if cut.last.score == cut.next.score:
+        lines += ["", "The two have the same score, so the mean and then layer and type decided between them."]
+    if cut.passed_over:
+        before = (
+            "1 module before the cut is" if cut.passed_over == 1 else f"{cut.passed_over} modules before the cut are"
+        )
+        reason = ", because more would not have fitted the budget" if allocation.budget.overflow == "skip" else ""
+        lines += ["", f"{before} not fully fine-tuned{reason}."]
+    return lines
+
+
+def _against_the_mean(value: float, count: int) -> str:
+    text = f"Spearman correlation of the score with the mean alone, over {count} modules: {value:.3f}"
+    if abs(value) >= 0.95:
+        return text + "; the spread over the batches hardly changes the order."
+    return text + "."
+
+
+def _quantile(ordered: list[float], at: float) -> float:
+    """Linear between the neighbours, as NumPy's default."""
+    place = at * (len(ordered) - 1)
+    low = int(place)
+    high = min(low + 1, len(ordered) - 1)
+    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

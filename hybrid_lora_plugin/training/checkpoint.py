@@ -1,0 +1,141 @@
+"""What training changed, and nothing else, as safetensors and JSON beside a checkpoint.
+
+    hybrid_lora/
+      trainables.safetensors   fp32: full weights under their plain names; LoRA factors as
+                               `<module>.lora_A.weight` [r, d_in] and `<module>.lora_B.weight` [d_out, r]
+      trainables.json          base model, rank, alpha, global step
+      allocation.json          the allocation the run trained under
+
+The folder appears under its name only when it is complete.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from hybrid_lora_plugin.allocation.storage import Allocation, load_allocation
+from hybrid_lora_plugin.errors import ConfigurationError
+
+FOLDER = "hybrid_lora"
+TENSORS, DESCRIPTION, ALLOCATION = "trainables.safetensors", "trainables.json", "allocation.json"
+SCHEMA_VERSION = 1
+
+
+@dataclass(frozen=True)
+class CheckpointDescription:
+    """The JSON beside the tensors: what they belong to."""
+
+    base_model: str
+    rank: int
+    alpha: int
+    global_step: int
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def scaling(self) -> float:
+        """alpha / rank, PEFT's LoRA scaling."""
+        return self.alpha / self.rank
+
+
+def save_trained(
+    folder: str | os.PathLike,
+    tensors: dict[str, torch.Tensor],
+    description: CheckpointDescription,
+    allocation_json: str,
+) -> Path:
+    """Write ``<folder>/hybrid_lora``; an older one there is replaced only once the new one is complete.
+
+    Args:
+        folder: checkpoint folder of the actor.
+        tensors: fp32 CPU tensors by the names above.
+        description: what they belong to.
+        allocation_json: text of the allocation file to keep beside them.
+    """
+    target = Path(folder) / FOLDER
+    partial = target.with_name(FOLDER + ".partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    partial.mkdir(parents=True)
+    save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
+    (partial / DESCRIPTION).write_text(json.dumps(asdict(description), indent=2) + "\n")
+    (partial / ALLOCATION).write_text(allocation_json)
+    if target.exists():
+        shutil.rmtree(target)
+    partial.rename(target)
+    return target
+
+
+def load_description(folder: Path) -> CheckpointDescription:
+    """Read the JSON of a ``hybrid_lora`` folder.
+
+    Raises:
+        ConfigurationError: missing or not understood.
+    """
+    try:
+        raw = json.loads((folder / DESCRIPTION).read_text())
+        if raw.get("schema_version") != SCHEMA_VERSION:
+            raise ValueError(f"schema_version is {raw.get('schema_version')!r}, wanted {SCHEMA_VERSION}")
+        return CheckpointDescription(**{f.name: raw[f.name] for f in fields(CheckpointDescription)})
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise ConfigurationError(
+            f"checkpoint: {str(folder)!r} cannot be read ({error}); use another checkpoint"
+        ) from error
+
+
+def require_same_setting(folder: Path, allocation: Allocation, rank: int, alpha: int) -> None:
+    """Refuse to resume a checkpoint under a setting that would make another model of its weights.
+
+    Args:
+        folder: the checkpoint's ``hybrid_lora`` folder.
+        allocation, rank, alpha: of the run that resumes.
+
+    Raises:
+        ConfigurationError: modules are assigned differently, or the adapters would be scaled differently.
+    """
+    saved, description = load_allocation(folder / ALLOCATION), load_description(folder)
+    if (saved.full_names, saved.lora_names) != (allocation.full_names, allocation.lora_names):
+        raise ConfigurationError(
+            f"hybrid_lora.allocation: it assigns modules differently from the checkpoint in {str(folder)!r}; resume with "
+            f"hybrid_lora.allocation={folder / ALLOCATION}"
+        )
+    if (description.rank, description.alpha) != (rank, alpha):
+        raise ConfigurationError(
+            f"hybrid_lora.lora: rank {rank} and alpha {alpha} differ from the checkpoint in {str(folder)!r}; resume with "
+            f"hybrid_lora.lora.rank={description.rank} hybrid_lora.lora.alpha={description.alpha}"
+        )
+
+
+def load_trained(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], CheckpointDescription, Path]:
+    """Read what ``save_trained`` wrote.
+
+    Args:
+        folder: the ``hybrid_lora`` folder, the actor's checkpoint folder, or a ``global_step_N`` folder.
+
+    Returns:
+        The tensors, the description, and the path of the allocation file.
+
+    Raises:
+        ConfigurationError: nothing there, or not readable.
+    """
+    folder = Path(folder)
+    tried = [folder, folder / FOLDER, folder / "actor" / FOLDER]
+    found = next((path for path in tried if (path / TENSORS).is_file()), None)
+    if found is None:
+        raise ConfigurationError(
+            f"checkpoint: {str(folder)!r} holds no {FOLDER}/{TENSORS}; give a global_step_N folder that a run with "
+            "+hybrid_lora=enabled saved"
+        )
+    description = load_description(found)
+    try:
+        return load_file(found / TENSORS), description, found / ALLOCATION
+    except (OSError, SafetensorError) as error:
+        raise ConfigurationError(
+            f"checkpoint: {str(found)!r} cannot be read ({error}); use another checkpoint"
+        ) from error

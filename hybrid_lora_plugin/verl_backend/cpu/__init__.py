@@ -1,0 +1,1 @@
+"""verl without an accelerator; used only with ``VERL_PLATFORM=cpu``."""

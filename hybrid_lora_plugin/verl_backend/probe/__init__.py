@@ -1,0 +1,1 @@
+"""Probing inside a verl run."""

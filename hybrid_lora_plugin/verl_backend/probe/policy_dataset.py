@@ -1,0 +1,79 @@
+"""The training prompts of a policy probe: warm-up prompts first, then prompts that the warm-up never saw.
+
+verl has no hook for a sampler, but one for the dataset class (``data.custom_cls``, verl
+``utils/dataset/rl_dataset.py``). This one wraps the class that the run itself uses and puts its rows in order.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from omegaconf import OmegaConf
+from torch.utils.data import Dataset
+from verl.utils.dataset.rl_dataset import RLHFDataset
+from verl.utils.import_utils import load_extern_object
+
+from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.probing.seeding import generator
+
+
+def prompt_order(rows: int, batch_size: int, warmup_steps: int, scoring_steps: int, seed: int) -> list[int]:
+    """Row numbers in the order of use: ``warmup_steps`` batches, then ``scoring_steps`` batches of other rows.
+
+    Args:
+        rows: of the dataset.
+        batch_size: prompts of a step.
+        warmup_steps, scoring_steps: steps.
+        seed: decides the split and the order; the warm-up is shuffled anew whenever its rows are used up.
+
+    Raises:
+        ConfigurationError: the dataset has too few rows for one warm-up batch beside the held-out ones.
+    """
+    held_out = scoring_steps * batch_size
+    if rows < held_out + (batch_size if warmup_steps else 0):
+        raise ConfigurationError(
+            f"data.train_files: {rows} prompts, but a policy probe holds out {held_out} ({scoring_steps} steps of "
+            f"{batch_size}) and needs a batch beside them; give more prompts, or lower hybrid_lora.probe.partitions or "
+            f"data.train_batch_size"
+        )
+    split = torch.randperm(rows, generator=generator(seed, "held-out prompts"))
+    training = split[held_out:]
+    order: list[int] = []
+    epoch = 0
+    while len(order) < warmup_steps * batch_size:
+        order += training[torch.randperm(len(training), generator=generator(seed, "prompts", epoch))].tolist()
+        epoch += 1
+    return order[: warmup_steps * batch_size] + split[:held_out].tolist()
+
+
+class HeldOutPrompts(Dataset):
+    """The run's own dataset; as training set in the order of ``prompt_order``, as validation set unchanged."""
+
+    def __init__(self, data_files: Any, tokenizer: Any, config: Any, processor: Any = None, max_samples: int = -1):
+        probe = config.hybrid_lora
+        inner = RLHFDataset
+        if probe.custom_cls_path is not None:
+            inner = load_extern_object(probe.custom_cls_path, probe.custom_cls_name)
+        # The run's own choice of rows: of a limited number, verl draws at random if it shuffles.
+        own = OmegaConf.merge(config, {"shuffle": probe.shuffle})
+        self._inner = inner(
+            data_files=data_files, tokenizer=tokenizer, processor=processor, config=own, max_samples=max_samples
+        )
+        self._order = list(range(len(self._inner)))
+        if data_files == config.train_files:
+            self._order = prompt_order(
+                len(self._inner), config.train_batch_size, probe.warmup_steps, probe.scoring_steps, probe.seed
+            )
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __getitem__(self, index: int) -> Any:
+        return self._inner[self._order[index]]
+
+    def __getattr__(self, name: str) -> Any:
+        # Whatever else a trainer asks of a dataset of the run's own class.
+        if name.startswith("__") or name == "_inner":
+            raise AttributeError(name)
+        return getattr(self._inner, name)

@@ -1,0 +1,184 @@
+"""verl's vLLM server under Hybrid-LoRA: it generates from proven weights only (verl 0.9.1
+``workers/rollout/vllm_rollout/vllm_async_server.py``).
+
+verl's server forgets the answers of its workers, ignores a prefix cache that could not be reset, and generates from
+the bare base model when an adapter is missing. This subclass does none of that, and sleeps only as deeply as the
+next sync can restore.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import uuid
+from typing import Any
+
+import ray
+from verl.workers.rollout.vllm_rollout.utils import VLLM_LORA_INT_ID, VLLM_LORA_NAME, VLLM_LORA_PATH
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer, vLLMReplica
+from vllm import SamplingParams
+from vllm.inputs import TokensPrompt
+from vllm.lora.request import LoRARequest
+
+from hybrid_lora_plugin.errors import WeightSyncError
+from hybrid_lora_plugin.sync.modes import sync_mode
+
+WORKER_EXTENSION = "hybrid_lora_plugin.verl_backend.receiver.worker.HybridLoraWorkerExtension"
+
+
+class HybridLoraHttpServer(vLLMHttpServer):
+    """verl's server actor with a lock on generation while weights are not proven."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        self._mode = sync_mode(self.model_config.lora["hybrid"]["sync"])
+        self._limit = float(self.model_config.lora["hybrid"]["sync_timeout"])
+        self._unproven = "no weights have been synced yet"
+        #: a fixed prompt that has still to be compared with the trainer
+        self._probe: dict[str, Any] = {}
+        self._probe_difference: float | None = None
+        self._synced = False
+        self._kv_cache_released = False
+
+    def _get_worker_extension_cls(self) -> str:
+        return WORKER_EXTENSION
+
+    def _resolve_sleep_level(self) -> int:
+        # Level 2 throws weights away, and a partial sync does not bring them all back.
+        return 1 if self._mode.partial else super()._resolve_sleep_level()
+
+    async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
+        """As verl's, and returns what the workers returned, one item each."""
+        return await self.engine.collective_rpc(method=method, timeout=timeout, args=args, kwargs=kwargs)
+
+    async def _forget_old_weights(self) -> None:
+        """Reset the caches; verl's own call does not look at what vLLM answers.
+
+        The prefix cache is keyed by an adapter's name, not by its values: old blocks would be used with new weights.
+        """
+        # Asked for a connector that does not exist, some versions of vLLM answer False.
+        connector = getattr(self.engine.vllm_config, "kv_transfer_config", None) is not None
+        if self.node_rank == 0 and not await self.engine.reset_prefix_cache(reset_connector=connector):
+            raise WeightSyncError(
+                "the rollout engine could not reset its prefix cache because requests still hold blocks of it; they would "
+                "continue on new weights with values computed by the old ones"
+            )
+        await self.clear_kv_cache()
+
+    # -- one sync ---------------------------------------------------------------------------------------------
+
+    async def begin_weight_sync(self, step: int | None) -> None:
+        """From here on nothing is generated until ``end_weight_sync``."""
+        self._unproven = f"the weight sync of step {step} has not been completed"
+        self._probe = {}
+
+    async def end_weight_sync(self, step: int | None, probe: dict[str, Any]) -> float | None:
+        """The weights of this sync are proven on every worker.
+
+        Args:
+            step: verl's global step of the weights.
+            probe: tokens, log-probabilities and limit to compare with before the first request; {} for none.
+
+        Returns:
+            The difference found by the last comparison, if there was one.
+        """
+        await self._forget_old_weights()
+        if self.lora_as_adapter and VLLM_LORA_INT_ID not in await self.engine.list_loras():
+            raise WeightSyncError("the adapter was loaded, but the rollout engine does not list it")
+        if step is not None:
+            await self.set_global_steps(step)
+        self._probe, self._synced = probe, True
+        self._unproven = "the log-probabilities of a fixed prompt have not been compared yet" if probe else ""
+        await self._compare_probe()
+        return self._probe_difference
+
+    async def _compare_probe(self, resumed: bool = False) -> None:
+        """Compare the fixed prompt as soon as the engine can generate; it cannot asleep or paused."""
+        if not self._probe or self._kv_cache_released or (self._submission_paused and not resumed):
+            return
+        probe, self._probe = self._probe, {}
+        ours = await asyncio.wait_for(self._prompt_log_probs(probe["tokens"]), self._limit)
+        differences = [abs(a - b) for a, b in zip(ours, probe["log_probs"], strict=True)]
+        worst = max(range(len(differences)), key=differences.__getitem__)
+        self._probe_difference = differences[worst]
+        if not differences[worst] <= probe["limit"]:
+            self._unproven = "the log-probabilities of a fixed prompt differ from the trainer's"
+            raise WeightSyncError(
+                f"fixed prompt: token {worst + 1} has log-probability {ours[worst]:.6f} in the rollout engine and "
+                f"{probe['log_probs'][worst]:.6f} in the trainer, a difference of {differences[worst]:.2e}, above "
+                f"{probe['limit']:g}, the limit for {self.config.dtype} (hybrid_lora.sync_logprob_limit)"
+            )
+        # Its blocks stay in the prefix cache: they are of these weights.
+        self._unproven = ""
+
+    async def _prompt_log_probs(self, tokens: list[int]) -> list[float]:
+        """Log-probability of every token of a prompt but the first."""
+        request = None
+        if self.lora_as_adapter:
+            request = LoRARequest(lora_name=VLLM_LORA_NAME, lora_int_id=VLLM_LORA_INT_ID, lora_path=VLLM_LORA_PATH)
+        stream = self.engine.generate(
+            prompt=TokensPrompt(prompt_token_ids=tokens),
+            sampling_params=SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0),
+            request_id=f"hybrid-lora-probe-{uuid.uuid4().hex}",
+            lora_request=request,
+        )
+        result = None
+        async for output in stream:
+            result = output
+        return [entry[token].logprob for token, entry in zip(tokens[1:], result.prompt_logprobs[1:], strict=True)]
+
+    # -- verl's calls that put the engine to sleep, wake it, and use it -------------------------------------------
+
+    async def sleep(self):
+        await super().sleep()
+        self._fell_asleep()
+
+    async def release_kv_cache(self):
+        await super().release_kv_cache()
+        self._fell_asleep()
+
+    def _fell_asleep(self) -> None:
+        if self.config.free_cache_engine and self.config.enable_sleep_mode:
+            self._kv_cache_released = True
+            if self._resolve_sleep_level() == 2:
+                self._unproven = "its weights were discarded by a sleep, and no sync has brought them back"
+
+    async def wake_up(self, tags: list[str] | None = None):
+        await super().wake_up(tags)
+        if tags is None or "kv_cache" in tags:
+            self._kv_cache_released = False
+            await self._compare_probe()
+
+    async def resume_kv_cache(self):
+        await super().resume_kv_cache()
+        self._kv_cache_released = False
+        await self._compare_probe()
+
+    async def resume_engine_generation(self):
+        await super().resume_engine_generation()
+        await self._compare_probe(resumed=True)
+
+    async def generate(self, *args, **kwargs):
+        # Where requests have to wait, verl looks for the adapter before they do, and without one would run none. Where they
+        # need not wait, an engine that has stopped would never answer that question.
+        refused_now = self._unproven and not self._submission_paused
+        if refused_now or (self.lora_as_adapter and not self._synced):
+            raise WeightSyncError(f"the rollout engine generates nothing: {self._unproven}")
+        return await super().generate(*args, **kwargs)
+
+    async def _park_until_admitted(self, request_id: str):
+        # Not earlier: a request that comes while verl holds the gate closed waits there for the sync to end.
+        rejected = await super()._park_until_admitted(request_id)
+        if rejected is None and self._unproven:
+            # verl has counted the request as admitted.
+            self._admitting -= 1
+            raise WeightSyncError(f"the rollout engine generates nothing: {self._unproven}")
+        return rejected
+
+
+class HybridLoraReplica(vLLMReplica):
+    """verl's replica; its servers are ours where the model asks for Hybrid-LoRA, verl's own elsewhere."""
+
+    def __init__(self, replica_rank, config, model_config, *args, **kwargs):
+        super().__init__(replica_rank, config, model_config, *args, **kwargs)
+        if not (self.is_reward_model or self.is_teacher_model) and (model_config.get("lora") or {}).get("hybrid"):
+            self.server_class = ray.remote(HybridLoraHttpServer)

@@ -1,0 +1,384 @@
+"""The live vLLM model as a weight sync sees it: load by plain name, and read back what the forward pass reads.
+
+Written for vLLM 0.28 (``model_executor/layers/linear.py``, ``lora/model_manager.py``). vLLM packs q, k, v and gate, up
+into one parameter each and shards them over tensor-parallel workers; the layers' own records say where a plain
+weight lies in there.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import torch
+from verl.utils.vllm import TensorLoRARequest
+from verl.workers.rollout.vllm_rollout.utils import VLLM_LORA_INT_ID, VLLM_LORA_NAME, VLLM_LORA_PATH
+from vllm.model_executor.layers import linear
+
+from hybrid_lora_plugin.errors import WeightSyncError
+from hybrid_lora_plugin.sync.base_weights import CheckpointWeights, checkpoint_folder
+from hybrid_lora_plugin.sync.digest import digest_of, digest_soon
+from hybrid_lora_plugin.sync.modes import split_factor
+from hybrid_lora_plugin.sync.wire import SyncHeader
+
+#: elements of a weight that stand for it where reading all of it at every step would cost more than the sync
+SAMPLES = 256
+
+
+@dataclass(frozen=True)
+class LiveWeight:
+    """Where a plain weight lies in this worker's model."""
+
+    #: [n, …] this worker's part, sharing storage with the model
+    view: torch.Tensor
+    #: shape of the whole weight, over all workers
+    shape: tuple[int, ...]
+    #: dimension that is sharded, None where every worker holds all of it
+    dimension: int | None
+    #: first row or column of this worker's part
+    offset: int
+
+    def part_of(self, whole: torch.Tensor) -> torch.Tensor:
+        """This worker's part of a whole tensor."""
+        if self.dimension is None:
+            return whole
+        return whole.narrow(self.dimension, self.offset, self.view.shape[self.dimension])
+
+    def sample(self) -> torch.Tensor:
+        """[≤ SAMPLES] elements spread evenly over this worker's part, sharing its storage."""
+        flat = self.view.reshape(-1)
+        return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
+
+
+class PackedModules:
+    """Which of vLLM's modules holds a plain module, and at which place: it packs q, k, v and gate, up into one each."""
+
+    def __init__(self, model: torch.nn.Module):
+        self._owner = {
+            part: (owner, index)
+            for owner, parts in model.packed_modules_mapping.items()
+            for index, part in enumerate(parts)
+        }
+
+    def find(self, module: str) -> tuple[str, int]:
+        """(name of vLLM's module, place in it)."""
+        parent, _, last = module.rpartition(".")
+        owner, index = self._owner.get(last, (last, 0))
+        return (f"{parent}.{owner}" if parent else owner), index
+
+
+def find_live_weight(modules: dict[str, torch.nn.Module], packed: PackedModules, name: str) -> LiveWeight:
+    """The live part of the plain weight ``name``.
+
+    Args:
+        modules: those of vLLM's model by name.
+        packed: of the same model.
+        name: plain Hugging Face name of a weight or bias.
+
+    Raises:
+        WeightSyncError: vLLM's model has no such weight in a layout known here.
+    """
+    prefix, _, leaf = name.rpartition(".")
+    owner, index = packed.find(prefix)
+    layer = modules.get(owner)
+    layer = getattr(layer, "base_layer", layer)
+    parameter = getattr(layer, leaf, None)
+    if not isinstance(parameter, torch.Tensor):
+        raise WeightSyncError(
+            f"{name}: cannot be read back from the rollout engine's model, whose layout for it is unknown here; "
+            "hybrid_lora.sync_check=off runs without that proof"
+        )
+    value = parameter.detach()
+    if isinstance(layer, linear.QKVParallelLinear):
+        width = layer.head_size
+        sizes = [layer.num_heads * width, layer.num_kv_heads * width, layer.num_kv_heads * _value_width(layer)]
+        total = [layer.total_num_heads * width, layer.total_num_kv_heads * width]
+        total.append(layer.total_num_kv_heads * _value_width(layer))
+        rank = layer.tp_rank if index == 0 else layer.tp_rank // layer.num_kv_head_replicas
+        view = value.narrow(0, sum(sizes[:index]), sizes[index])
+        return LiveWeight(view, (total[index], *value.shape[1:]), 0, rank * sizes[index])
+    if isinstance(layer, linear.MergedColumnParallelLinear):
+        sizes = [size // layer.tp_size for size in layer.output_sizes]
+        view = value.narrow(0, sum(sizes[:index]), sizes[index])
+        return LiveWeight(view, (layer.output_sizes[index], *value.shape[1:]), 0, layer.tp_rank * sizes[index])
+    if isinstance(layer, linear.ColumnParallelLinear):
+        return LiveWeight(value, (layer.output_size, *value.shape[1:]), 0, layer.tp_rank * value.shape[0])
+    if isinstance(layer, linear.RowParallelLinear) and leaf == "weight":
+        return LiveWeight(value, (value.shape[0], layer.input_size), 1, layer.tp_rank * value.shape[1])
+    if hasattr(layer, "shard_indices"):  # embedding and output head, padded at the end
+        rows = layer.shard_indices
+        view = value.narrow(0, 0, rows.num_org_elements)
+        return LiveWeight(view, (layer.org_vocab_size, *value.shape[1:]), 0, rows.org_vocab_start_index)
+    return LiveWeight(value, tuple(value.shape), None, 0)
+
+
+def _value_width(layer) -> int:
+    return getattr(layer, "v_head_size", layer.head_size)
+
+
+class VllmRolloutModel:
+    """One worker's model through one sync after another.
+
+    Args:
+        worker: vLLM's worker with verl's extension.
+    """
+
+    def __init__(self, worker):
+        self._worker = worker
+        self._storage = "memory_map"
+        #: digest that a loaded weight must have when it is read back
+        self._expected: dict[str, Callable[[], str]] = {}
+        #: weights whose digest the manifest says: they were loaded as they arrived
+        self._as_arrived: set[str] = set()
+        self._adapter: tuple[dict[str, tuple[torch.Tensor, torch.Tensor]], SyncHeader] | None = None
+        self._live: dict[str, LiveWeight] = {}
+        #: of all parameters when ``_live`` was begun
+        self._seen: list[int] = []
+        #: samples of the weights that no sync sends, from when they were proven
+        self._kept: dict[str, torch.Tensor] = {}
+        self._kept_for = ""
+
+    @property
+    def device(self) -> torch.device:
+        return self._worker.device
+
+    @property
+    def model(self) -> torch.nn.Module:
+        return self._worker.model_runner.model
+
+    @cached_property
+    def checkpoint(self) -> CheckpointWeights:
+        config = self._worker.model_config
+        return CheckpointWeights(checkpoint_folder(config.model, config.revision), self._storage)
+
+    def checkpoint_names(self) -> list[str]:
+        """Names of the checkpoint's weights, the output head left out where it is the embedding.
+
+        Empty where the engine's checkpoint is not in safetensors: then nothing is known of it.
+        """
+        try:
+            names = list(self.checkpoint)
+        except WeightSyncError:
+            return []
+        tied = bool(getattr(self._worker.model_config.hf_config, "tie_word_embeddings", False))
+        return [name for name in names if not (tied and name == "lm_head.weight")]
+
+    def begin(self, header: SyncHeader) -> None:
+        """Forget what an earlier sync expected, and where weights were if a sleep has moved them."""
+        addresses = self._addresses()
+        if addresses != self._seen:
+            self._live, self._seen = {}, addresses
+        self._storage = header.base_storage
+        self._digests = header.digests
+        self._expected, self._as_arrived, self._adapter = {}, set(), None
+
+    def live(self, name: str) -> LiveWeight:
+        """Where the plain weight ``name`` lies, found once and found again when vLLM replaced its parameter."""
+        if name not in self._live:
+            self._live[name] = find_live_weight(self._modules, self._packed, name)
+        return self._live[name]
+
+    @cached_property
+    def _modules(self) -> dict[str, torch.nn.Module]:
+        return dict(self.model.named_modules())
+
+    @cached_property
+    def _packed(self) -> PackedModules:
+        return PackedModules(self.model)
+
+    # -- loading ----------------------------------------------------------------------------------------------
+
+    def load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        for name, tensor in weights:
+            self._expect(name, tensor)
+        # verl's own loader. With a peft_config it looks for LoRA layers' inner names, without base_sync_done it loads.
+        peft = {} if self._worker.vllm_config.lora_config is None else {"lora": True}
+        try:
+            self._worker._update_weights(weights, peft_config=peft or None, base_sync_done=False)
+        except Exception as error:
+            names = ", ".join(name for name, _ in weights[:3]) + (", …" if len(weights) > 3 else "")
+            raise WeightSyncError(f"vLLM cannot load one of {names}: {type(error).__name__}: {error}") from error
+
+    def _expect(self, name: str, tensor: torch.Tensor) -> None:
+        """Check the shape, which vLLM's loader does not in every case, and begin the digest of what must be there."""
+        try:
+            live = self.live(name)
+        except WeightSyncError:
+            if self._digests:
+                raise
+            return  # not to be read back, so its layout need not be known
+        if tuple(tensor.shape) != live.shape:
+            raise WeightSyncError(f"{name}: received with shape {tuple(tensor.shape)}, wanted {live.shape}")
+        if self._digests and name not in self._as_arrived:
+            # Waited for when everything of this bucket has been loaded.
+            self._expected[name] = digest_soon(live.part_of(tensor).to(live.view.dtype))
+
+    def will_read_back(self, name: str, tensor: torch.Tensor) -> bool:
+        """Whether ``verify`` will hash the very bytes of an arriving tensor, so that nobody has to hash them before.
+
+        Not with tensor parallelism, where this worker keeps a part, nor for factors.
+        """
+        if not self._digests or split_factor(name) is not None:
+            return False
+        try:
+            view = self.live(name).view
+        except WeightSyncError:
+            return False  # said when it is loaded
+        whole = (tensor.shape, tensor.dtype, tensor.device.type) == (view.shape, view.dtype, view.device.type)
+        if whole:
+            self._as_arrived.add(name)
+        return whole
+
+    def settle(self) -> None:
+        """Wait for every digest begun: the tensors that were loaded may go now."""
+        for digest in self._expected.values():
+            digest()
+
+    def finish_loading(self) -> None:
+        """Let vLLM do what it does after loading, as verl does after every full sync."""
+        from vllm.model_executor.model_loader.utils import process_weights_after_loading
+
+        for model, config in self._worker._iter_all_models_with_config():
+            process_weights_after_loading(model, config, self.device)
+        addresses = self._addresses()
+        if addresses != self._seen:
+            if not self._worker.model_config.enforce_eager:
+                raise WeightSyncError(
+                    "vLLM replaced parameters after loading, and captured graphs still read the old ones; give "
+                    "actor_rollout_ref.rollout.enforce_eager=true"
+                )
+            # Look where weights are now.
+            self._live, self._seen = {}, addresses
+
+    def _addresses(self) -> list[int]:
+        return [parameter.data_ptr() for parameter in self.model.parameters()]
+
+    # -- adapter ----------------------------------------------------------------------------------------------
+
+    def replace_adapter(self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], header: SyncHeader) -> None:
+        """Replace the engine's adapter by this one.
+
+        Args:
+            factors: A [r, d_in] and B [d_out, r] by module.
+            header: gives rank and alpha.
+
+        Raises:
+            WeightSyncError: the old one stays, or vLLM takes no new one.
+        """
+        self._worker.remove_lora(VLLM_LORA_INT_ID)
+        if VLLM_LORA_INT_ID in self._worker.list_loras():
+            raise WeightSyncError("the rollout engine kept its old adapter when told to remove it")
+        tensors = {}
+        for module, pair in factors.items():
+            for kind, factor in zip("AB", pair, strict=True):
+                # Clones: vLLM multiplies B by alpha / r in place.
+                tensors[f"base_model.model.{module}.lora_{kind}.weight"] = factor.clone()
+        config = {
+            "r": header.lora_rank,
+            "lora_alpha": header.lora_alpha,
+            "target_modules": sorted(factors),
+            "bias": "none",
+        }
+        request = TensorLoRARequest(
+            lora_name=VLLM_LORA_NAME,
+            lora_int_id=VLLM_LORA_INT_ID,
+            lora_path=VLLM_LORA_PATH,
+            peft_config=config,
+            lora_tensors=tensors,
+        )
+        if not self._worker.add_lora(request):
+            raise WeightSyncError("the rollout engine refused the adapter: add_lora returned False")
+        if self._digests:
+            self._adapter = (factors, header)
+
+    # -- proof ------------------------------------------------------------------------------------------------
+
+    def verify(self) -> dict[str, str]:
+        """Read back everything this sync loaded, and samples of what it relies on.
+
+        Returns:
+            Digest by name of each weight that ``will_read_back`` promised, as it is in the model.
+
+        Raises:
+            WeightSyncError: naming the first weight whose live values are not those that arrived.
+        """
+        reading = {name: digest_soon(self.live(name).view) for name in (*self._as_arrived, *self._expected)}
+        found = {name: digest() for name, digest in reading.items()}
+        for name, digest in self._expected.items():
+            if found[name] != digest():
+                raise WeightSyncError(f"{name}: arrived whole, but the rollout engine's model holds other values")
+        for name, sample in self._kept.items():
+            if not torch.equal(self.live(name).sample(), sample):
+                raise WeightSyncError(
+                    f"{name}: changed in the rollout engine without being sent; a sleep that discards weights loses those "
+                    "that a sync does not bring back"
+                )
+        if self._adapter is not None:
+            self._verify_adapter(*self._adapter)
+            # Nothing reads the factors again: vLLM has its own.
+            self._adapter = None
+        return {name: found[name] for name in self._as_arrived}
+
+    def base_proven_for(self, run: str) -> bool:
+        """Whether the weights that this run's syncs leave alone have been compared with the checkpoint."""
+        return self._kept_for == run
+
+    def prove_kept(self, run: str, names: list[str]) -> None:
+        """Compare weights that no sync of ``run`` sends with the checkpoint, once, and remember a sample of each.
+
+        Raises:
+            WeightSyncError: naming the first that differs.
+        """
+        for name in names:
+            live = self.live(name)
+            original = live.part_of(self.checkpoint.read(name)).to(live.view.dtype)
+            if digest_of(live.view.cpu()) != digest_of(original):
+                raise WeightSyncError(
+                    f"{name}: the rollout engine holds other values than its checkpoint {self.checkpoint.folder}; give "
+                    "actor_rollout_ref.rollout.load_format=safetensors"
+                )
+            self._kept[name] = live.sample().clone()
+        self._kept_for = run
+
+    def _verify_adapter(self, factors, header: SyncHeader) -> None:
+        manager = self._worker.model_runner.lora_manager._adapter_manager
+        if VLLM_LORA_INT_ID not in manager.lora_index_to_id:
+            raise WeightSyncError("the adapter arrived, but the rollout engine has not activated it")
+        slot = manager.lora_index_to_id.index(VLLM_LORA_INT_ID)
+        filled = set()
+        for module, (lora_a, lora_b) in factors.items():
+            owner, index = self._packed.find(module)
+            layer = manager.modules.get(owner)
+            if layer is None:
+                raise WeightSyncError(f"{module}: the rollout engine has no adapter slot for it")
+            live_a, live_b = layer.lora_a_stacked[index][slot, 0], layer.lora_b_stacked[index][slot, 0]
+            wanted_a = lora_a.to(live_a.device, live_a.dtype)
+            wanted_b = lora_b.to(live_b.device, live_b.dtype) * header.scaling
+            wanted_a, wanted_b = _adapter_part(layer, index, wanted_a, wanted_b, live_b.shape[0])
+            rank = wanted_a.shape[0]
+            same = torch.equal(live_a[:rank, : wanted_a.shape[1]], wanted_a) and torch.equal(
+                live_b[: wanted_b.shape[0], :rank], wanted_b
+            )
+            if not same:
+                raise WeightSyncError(f"{module}: the rollout engine's adapter holds other factors than arrived")
+            filled.add((owner, index))
+        for name, layer in manager.modules.items():
+            for index, live_b in enumerate(getattr(layer, "lora_b_stacked", ())):
+                if (name, index) not in filled and live_b[slot].any():
+                    raise WeightSyncError(f"{name}: the rollout engine's adapter has factors here that were never sent")
+
+
+def _adapter_part(layer: Any, index: int, lora_a, lora_b, rows: int):
+    """This worker's part of both factors, as ``lora/layers`` of vLLM shards them (without fully sharded LoRA)."""
+    base = layer.base_layer
+    if getattr(base, "tp_size", 1) == 1:
+        return lora_a, lora_b
+    if isinstance(base, linear.RowParallelLinear):
+        width = base.input_size_per_partition
+        return lora_a[:, base.tp_rank * width : (base.tp_rank + 1) * width], lora_b
+    rank = base.tp_rank
+    if isinstance(base, linear.QKVParallelLinear) and index > 0:
+        rank //= base.num_kv_head_replicas
+    return lora_a, lora_b[rank * rows : (rank + 1) * rows]

@@ -1,0 +1,292 @@
+"""The sending end of a weight sync in verl (0.9.1 ``workers/rollout/vllm_rollout/vllm_rollout.py``).
+
+verl calls it a server adapter: it lives in the trainer's process when trainer and rollout engine share their devices, in a
+process of its own beside the engine otherwise. It hands a sync to the transport, compares the engine's report with
+what went out, and raises on every rank when any rank's engine cannot prove its weights.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+from verl.workers.rollout.utils import ensure_async_iterator
+from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
+
+from hybrid_lora_plugin.errors import WeightSyncError
+from hybrid_lora_plugin.sync.wire import (
+    MANIFEST,
+    Entry,
+    OutgoingWeights,
+    SyncHeader,
+    bucket_mebibytes,
+    compare_entries,
+    entries_of,
+    read_header,
+    read_manifest,
+)
+from hybrid_lora_plugin.verl_backend.sender import sync_metrics
+from hybrid_lora_plugin.verl_backend.transport import SYMPTOMS, LimitedSender
+
+#: seconds that workers have to tell what they saw of a sync that has failed
+GRACE = 10.0
+
+
+class PassingWeights:
+    """A sync on its way through this process: counted and looked at, not kept.
+
+    Args:
+        weights: the stream, from the engine in this process or from verl's checkpoint engine.
+        limit: seconds to wait for one tensor from a checkpoint engine.
+    """
+
+    def __init__(self, weights, limit: float):
+        self._limit = limit if hasattr(weights, "__aiter__") else None
+        self._items = ensure_async_iterator(weights)
+        self._first: tuple[str, torch.Tensor] | None = None
+        self._failed_key = ""
+        self.header: SyncHeader | None = None
+        self.manifest: list[Entry] | None = None
+        self.names: set[str] = set()
+
+    async def begin(self) -> SyncHeader:
+        """Read the header."""
+        self._first = await self._next()
+        if self._first is None:
+            raise WeightSyncError("the sync is empty")
+        self.header = read_header(*self._first)
+        self._failed_key = f"hybrid_lora/{self.header.run}/{self.header.number}/failed"
+        return self.header
+
+    async def _next(self) -> tuple[str, torch.Tensor] | None:
+        if self._limit is None:  # a generator of this process: nothing could interrupt it
+            return await anext(self._items, None)
+        return await _within(anext(self._items, None), self._limit, "the checkpoint engine")
+
+    async def __aiter__(self) -> AsyncIterator[tuple[str, torch.Tensor]]:
+        yield self._first
+        while (item := await self._next()) is not None:
+            name, tensor = item
+            # verl's bucket is a dictionary: of two tensors with one name it would send one.
+            if name in self.names:
+                raise WeightSyncError(f"{name}: sent twice in one sync")
+            if name == MANIFEST:
+                self.manifest = read_manifest(tensor)[1]
+            else:
+                self.names.add(name)
+            yield name, tensor
+
+    async def drain(self) -> None:
+        """Draw what is left: with sharded weights every tensor is a collective, and the other ranks wait in it.
+
+        An error here comes after another one, which says more.
+        """
+        with contextlib.suppress(Exception):
+            while await self._next() is not None:
+                pass
+
+    # A rank without a server of its own hears of a failure only from another rank, and the collectives of the stream are
+    # no place to tell it: the process group's store is.
+
+    def tell_other_ranks(self, text: str) -> None:
+        """Let ranks that wait for their receiver know that this sync has failed."""
+        if self._failed_key and _several_ranks():
+            with contextlib.suppress(Exception):
+                _store().set(self._failed_key, text)
+
+    def check_other_ranks(self) -> None:
+        """Raise WeightSyncError, with its text, when another rank has failed."""
+        if self._failed_key and _several_ranks() and _store().check([self._failed_key]):
+            raise WeightSyncError(_store().get(self._failed_key).decode())
+
+
+def _store():
+    return torch.distributed.distributed_c10d._get_default_store()
+
+
+class HybridLoraServerAdapter(ServerAdapter):
+    """verl's server adapter; a model without Hybrid-LoRA goes through verl's own code."""
+
+    _agreement: Any = None
+
+    async def update_weights(self, weights, global_steps=None, wire_format="named_tensors", **kwargs):
+        hybrid = self.model_config.lora.get("hybrid")
+        if not hybrid:
+            return await super().update_weights(weights, global_steps, wire_format, **kwargs)
+        if wire_format != "named_tensors":
+            raise WeightSyncError(f"wire format {wire_format!r} cannot carry a sync, wanted 'named_tensors'")
+        started = time.perf_counter()
+        if isinstance(weights, OutgoingWeights):
+            weights.step = global_steps
+        limit = float(hybrid["sync_timeout"])
+        passing, error = PassingWeights(weights, limit), ""
+        # In two parts: a rank whose stream has no header must not leave the engine's workers waiting for its tensors.
+        for part in (self._begin, self._send):
+            try:
+                await part(passing, global_steps, limit)
+            except Exception as failure:
+                error = _text(failure)
+                # Printed at once: should the other ranks not answer any more, this would be lost.
+                print(f"hybrid_lora: weight sync of step {global_steps}: {error}", flush=True)
+            await self._agree(error, passing, global_steps, limit)
+        difference = None
+        if self._ensure_server_handle():
+            probe = passing.header.probe
+            proving = self.server_handle.end_weight_sync.remote(global_steps, probe)
+            try:
+                difference = await _within(proving, 2 * limit if probe else limit, "the rollout engine's last checks")
+            except Exception as failure:
+                raise WeightSyncError(_ended(passing, global_steps, _text(failure))) from failure
+        sync_metrics.add(time.perf_counter() - started, difference)
+
+    async def _begin(self, passing: PassingWeights, step: int | None, limit: float) -> None:
+        """Lock the engine and read the header."""
+        if self._ensure_server_handle():
+            # Before anything can fail: from here on the engine generates nothing until this sync is proven.
+            await _within(self.server_handle.begin_weight_sync.remote(step), limit, "the rollout engine")
+        await passing.begin()
+
+    async def _send(self, passing: PassingWeights, step: int | None, limit: float) -> None:
+        """Send one sync and compare the report.
+
+        Raises:
+            WeightSyncError: with the receiver's text where it has one. All of ``passing`` has been drawn then, too.
+        """
+        failure: Exception | None = None
+        done = None
+        try:
+            header = passing.header
+            if self._has_server:
+                call = await self._execute_method(
+                    "receive_hybrid_weights",
+                    non_block=True,
+                    kwargs={
+                        "run": header.run,
+                        "number": header.number,
+                        "step": step,
+                        "use_shm": self.use_shm,
+                        "limit": limit,
+                    },
+                )
+                done = call.future()
+            bucket = bucket_mebibytes(
+                header.payload_bytes, self.config.checkpoint_engine.update_weights_bucket_megabytes
+            )
+
+            def still_receiving() -> None:
+                if done is not None and done.done() and done.exception() is not None:
+                    raise WeightSyncError(f"the rollout engine failed: {_last_line(done.exception())}")
+                passing.check_other_ranks()
+
+            sender = LimitedSender(self.zmq_handle, bucket, self.use_shm, limit=limit, check=still_receiving)
+            await sender.async_send_weights(passing)
+        except Exception as raised:
+            failure = raised
+            # The other ranks stand in this rank's collectives, and their workers end only after them.
+            passing.tell_other_ranks(_text(raised))
+            await passing.drain()
+        if done is not None:
+            failure = await self._answers(done, failure, limit)
+        if failure is not None:
+            raise failure
+        self._compare(passing, sender.answer, step)
+
+    async def _answers(self, done, failure: Exception | None, limit: float) -> Exception | None:
+        """What the workers returned: their words say more than a closed connection does."""
+        try:
+            # After a failure only for what they have to say about it: vLLM answers nothing at all for a dead engine.
+            patience = limit + 30 if failure is None else GRACE
+            results = await _within(asyncio.wrap_future(done), patience, "the rollout engine's workers")
+        except Exception as broken:
+            return failure or WeightSyncError(f"the rollout engine failed: {_last_line(broken)}")
+        errors = [result["error"] for result in results if "error" in result]
+        errors.sort(key=lambda text: any(words in text for words in SYMPTOMS))
+        if errors and (failure is None or any(words in str(failure) for words in SYMPTOMS)):
+            return WeightSyncError(errors[0])
+        return failure
+
+    @staticmethod
+    def _compare(passing: PassingWeights, report: dict[str, Any], step: int | None) -> None:
+        """What the engine says it loaded, against what the trainer says it sent."""
+        header = passing.header
+        if passing.manifest is None:
+            raise WeightSyncError("the trainer's stream ended without its manifest")
+        for what, wanted in (("run", header.run), ("number", header.number), ("step", step)):
+            if report.get(what) != wanted:
+                raise WeightSyncError(
+                    f"the rollout engine reports {what} {report.get(what)}, wanted {wanted}: it is stale"
+                )
+        compare_entries(passing.manifest, entries_of(report["tensors"]), "sent", "loaded")
+
+    async def _agree(self, error: str, passing: PassingWeights, step: int | None, limit: float) -> None:
+        """Raise on every rank if any rank has an error: none goes on with an engine that another could not prove.
+
+        Every rank gathers the same tensors, so every rank must also have sent the same ones.
+        """
+        seen = [(error, passing.manifest)]
+        if _several_ranks():
+            # Longer than the longest wait of a rank that is only slow.
+            patience = 1.5 * limit + 40
+            seen = [None] * torch.distributed.get_world_size()
+            try:
+                if self._agreement is None:
+                    self._agreement = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=patience))
+                await asyncio.to_thread(
+                    torch.distributed.all_gather_object, seen, (error, passing.manifest), group=self._agreement
+                )
+            except Exception as broken:
+                text = error or f"another rank did not answer within {patience:g} s: {_last_line(broken)}"
+                raise WeightSyncError(_ended(passing, step, text)) from broken
+        # What a rank lost because another one failed says less than what failed there.
+        causes = [(rank, text) for rank, (text, _) in enumerate(seen) if text]
+        causes.sort(key=lambda cause: any(words in cause[1] for words in SYMPTOMS))
+        if causes:
+            raise WeightSyncError(_ended(passing, step, causes[0][1], causes[0][0]))
+        for rank, (_, manifest) in enumerate(seen):
+            if manifest is None:  # the ranks agree on the beginning only
+                continue
+            try:
+                compare_entries(seen[0][1] or [], manifest, "sent by rank 0", f"sent by rank {rank}")
+            except WeightSyncError as difference:
+                text = f"{difference}: the ranks hold different weights"
+                raise WeightSyncError(_ended(passing, step, text, rank)) from difference
+
+
+def _ended(passing: PassingWeights, step: int | None, text: str, rank: int | None = None) -> str:
+    number = passing.header.number if passing.header else "(unknown)"
+    where = "" if rank is None else f" on rank {rank}"
+    return (
+        f"hybrid_lora: weight sync {number} of step {step} failed{where}: {text}. The run ends here, nothing is generated "
+        "from these weights; continue from the last checkpoint"
+    )
+
+
+def _several_ranks() -> bool:
+    return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
+
+
+async def _within(awaitable, limit: float, whom: str):
+    """Its result; WeightSyncError, naming ``whom``, when there is none after ``limit`` seconds."""
+    try:
+        return await asyncio.wait_for(awaitable, limit)
+    except (asyncio.TimeoutError, TimeoutError) as error:
+        raise WeightSyncError(
+            f"no answer from {whom} for {limit:g} s; if it is only slow, raise sync_timeout"
+        ) from error
+
+
+def _text(error: Exception) -> str:
+    """One line of an error: its own words where it is ours, also when Ray brought it from another process."""
+    if isinstance(error, WeightSyncError):
+        return _last_line(error).removeprefix("hybrid_lora_plugin.errors.WeightSyncError: ")
+    return f"{type(error).__name__}: {_last_line(error)}"
+
+
+def _last_line(error: BaseException) -> str:
+    lines = [line for line in str(error).splitlines() if line.strip()]
+    return lines[-1].strip() if lines else type(error).__name__
