@@ -27,8 +27,8 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from benchmarks.pages import write_page
 from hybrid_lora_plugin.allocation import Allocation
+from hybrid_lora_plugin.allocation.schema import ModelIdentity
 from hybrid_lora_plugin.allocation.select import select_modules
-from hybrid_lora_plugin.allocation.storage import CriterionRecord, ModelIdentity
 from hybrid_lora_plugin.candidates import architecture_of, find_candidates_from_config, model_fingerprint
 from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig, ControlConfig
 from hybrid_lora_plugin.sync import hybrid_weights
@@ -68,14 +68,10 @@ def draw_allocation(config, name: str, *, rank: int, ratio: float, seed: int) ->
         name, architecture_of(config), model_fingerprint(config), config.num_hidden_layers,
         sum(candidate.parameters for candidate in candidates), parameters,
     )  # fmt: skip
-    record = CriterionRecord(
-        name="", direction="", normalise="", objective="none", rank=rank, init="default", warmup_steps=0, lr=0.0,
-        partitions=0, batch_size=0, max_length=0, dtype="float32", seed=0, data={},
-    )  # fmt: skip
     settings = AllocateCommandConfig(
         criterion="random", budget=BudgetConfig(ratio=ratio), control=ControlConfig(seed=seed)
     )
-    return select_modules(settings, model, record, candidates, {}, environment={"torch": torch.__version__})
+    return select_modules(settings, model, candidates, {}, lora_rank=rank, environment={"torch": torch.__version__})
 
 
 class LiveBytes(TorchDispatchMode):
@@ -177,8 +173,8 @@ class PaperModel:
             return apply_allocation(plain, self.allocation, rank=self.rank, alpha=2 * self.rank)
 
     @cached_property
-    def census(self):
-        return parts_of(self.model).census
+    def counts(self):
+        return parts_of(self.model).counts
 
     def _plain_state(self) -> dict[str, torch.Tensor]:
         with torch.device("meta"):
@@ -190,7 +186,7 @@ class PaperModel:
 
     def verl_adapter_bytes(self) -> int:
         """verl's own adapter on all candidates: fp32 factors, nothing fully tuned."""
-        lora = sum(candidate.lora_parameters(self.rank) for candidate in self.allocation.candidates)
+        lora = sum(candidate.lora_parameters(self.rank) for candidate in self.allocation.modules)
         return lora * torch.float32.itemsize
 
     def sync(self, name: str, digest: str = "keyed:" + "0" * 16) -> SyncSize:
@@ -210,7 +206,7 @@ class PaperModel:
             header = SyncHeader(
                 run="0" * 12, number=1, mode=name, dtype=str(ROLLOUT_DTYPE).removeprefix("torch."), digests=True,
                 lora_rank=self.rank, lora_alpha=2.0 * self.rank, lora_modules=parts_of(model).lora_modules, base=base, merged=merged,
-                payload_bytes=mode.payload_bytes(self.census, ROLLOUT_DTYPE),
+                payload_bytes=mode.payload_bytes(self.counts, ROLLOUT_DTYPE),
             )  # fmt: skip
 
             def tensors():
@@ -278,7 +274,7 @@ def table(ratio: float = 0.1, rank: int = 16, seed: int = 0) -> str:
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, model in models.items():
-        allocation, counted = model.allocation, model.census
+        allocation, counted = model.allocation, model.counts
         lines.append(
             f"| {name} | {counted.frozen + counted.full:,} | {allocation.model.candidate_parameters:,} | {counted.full:,} | "
             f"{len(allocation.full_names)} of {len(allocation.modules)} | {counted.lora:,} |"

@@ -67,7 +67,7 @@ def measure(shape: argparse.Namespace) -> None:
         "seconds": {},
         "peak": {},
     }
-    result["parameters"] = vars(parts_of(built["hybrid"].module).census)
+    result["parameters"] = vars(parts_of(built["hybrid"].module).counts)
     for variant in VARIANTS:
         e.update(built[variant], batch, loss)  # lazy parts, and the optimizer's state
         with e.counted_collectives() as counts:
@@ -110,7 +110,7 @@ def measure(shape: argparse.Namespace) -> None:
 
 def floor_of(parameters: dict[str, int], ranks: int) -> float:
     """The floor of docs/training-cost.md in bytes on each rank."""
-    from hybrid_lora_plugin.report.page import ParameterCounts
+    from hybrid_lora_plugin.parameter_counts import ParameterCounts
     from hybrid_lora_plugin.training.memory import least_bytes
 
     return least_bytes(ParameterCounts(**parameters), ranks).total

@@ -18,7 +18,7 @@ from transformers import Qwen2Config
 
 from benchmarks.pages import write_page
 from benchmarks.sync_sizes import SHAPES, PaperModel
-from hybrid_lora_plugin.report.page import ParameterCounts
+from hybrid_lora_plugin.parameter_counts import ParameterCounts
 from hybrid_lora_plugin.training.memory import least_bytes
 
 #: Hugging Face's config.json of Qwen/Qwen2.5-*-Instruct, what decides shapes
@@ -56,14 +56,14 @@ class Sizes:
     """A model's counts.
 
     Attributes:
-        census: frozen, full and adapter parameters.
+        counts: frozen, full and adapter parameters.
         embedding: of ``frozen``, the parameters of the embedding and of the head, where that has its own.
         head: parameters of the product that gives the logits.
         lora_everywhere: adapter parameters were there an adapter on every candidate.
         layers: decoder layers.
     """
 
-    census: ParameterCounts
+    counts: ParameterCounts
     embedding: int
     head: int
     lora_everywhere: int
@@ -72,12 +72,12 @@ class Sizes:
     @property
     def plain(self) -> int:
         """Parameters of the plain model."""
-        return self.census.frozen + self.census.full
+        return self.counts.frozen + self.counts.full
 
     @property
     def layer(self) -> float:
         """Parameters of one decoder layer with its adapters."""
-        return (self.census.total - self.embedding) / self.layers
+        return (self.counts.total - self.embedding) / self.layers
 
 
 def sizes_of(name: str, shape: dict, *, rank: int, ratio: float, seed: int) -> Sizes:
@@ -87,7 +87,7 @@ def sizes_of(name: str, shape: dict, *, rank: int, ratio: float, seed: int) -> S
     model = PaperModel(name, config, rank=rank, ratio=ratio, seed=seed)
     everywhere = sum(rank * (module.in_features + module.out_features) for module in model.allocation.modules)
     embedding = head if config.tie_word_embeddings else 2 * head
-    return Sizes(model.census, embedding, head, everywhere, config.num_hidden_layers)
+    return Sizes(model.counts, embedding, head, everywhere, config.num_hidden_layers)
 
 
 def state_bytes(sizes: Sizes, gpus: int) -> dict[str, float]:
@@ -97,7 +97,7 @@ def state_bytes(sizes: Sizes, gpus: int) -> dict[str, float]:
     the memory of the host.
     """
     return {
-        "hybrid": least_bytes(sizes.census, gpus).total,
+        "hybrid": least_bytes(sizes.counts, gpus).total,
         "lora": (4 * sizes.plain + 16 * sizes.lora_everywhere) / gpus,
         "full": 16 * sizes.plain / gpus,
     }
@@ -114,7 +114,7 @@ def flops_per_token(sizes: Sizes, checkpointing: bool = True) -> dict[str, float
     Forward and activation gradients take 2 for each parameter, weight gradients 2 for each that trains. Recomputing
     activations adds a forward pass of the decoder layers. The embedding is a look-up, the head a product.
     """
-    count, inside = sizes.census, sizes.plain - sizes.embedding
+    count, inside = sizes.counts, sizes.plain - sizes.embedding
     again = int(checkpointing)
     return {
         "hybrid": 2 * ((2 + again) * (inside + count.lora) + 2 * sizes.head + count.full + count.lora),
@@ -124,7 +124,7 @@ def flops_per_token(sizes: Sizes, checkpointing: bool = True) -> dict[str, float
 
 def gathered_bytes(sizes: Sizes) -> float:
     """Bytes that each GPU receives for one micro-batch: all weights in bf16, forward and backward, and the gradients."""
-    return 2 * 2 * sizes.census.total + 4 * (sizes.census.full + sizes.census.lora)
+    return 2 * 2 * sizes.counts.total + 4 * (sizes.counts.full + sizes.counts.lora)
 
 
 def seconds_per_step(sizes: Sizes, tokens: int, gpus: int, micro_batches: int, machine: Machine) -> float:
@@ -140,7 +140,7 @@ def tables(models: dict[str, Sizes], machine: Machine, tokens: int, micro_tokens
         "| --- | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, sizes in models.items():
-        flops, count = flops_per_token(sizes), sizes.census
+        flops, count = flops_per_token(sizes), sizes.counts
         lines.append(
             f"| {name} | {count.frozen:,} | {count.full:,} | {count.lora:,} | {passing_bytes(sizes) / 1e9:.2f} | "
             f"{flops['hybrid'] / flops['full']:.3f} |"

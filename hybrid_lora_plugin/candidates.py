@@ -68,6 +68,11 @@ class Candidate:
         return rank * (self.in_features + self.out_features)
 
 
+def tie_break(candidate: Candidate) -> tuple[int, int]:
+    """What decides between candidates that are equal otherwise: model order."""
+    return candidate.layer, TYPE_ORDER.index(candidate.type)
+
+
 def find_candidates(model: nn.Module) -> list[Candidate]:
     """All candidate modules of a model, by layer and then by ``TYPE_ORDER``.
 
@@ -108,7 +113,7 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
             f"give a text-only causal language model"
         )
     (candidates,) = found.values()
-    return sorted(candidates, key=lambda candidate: (candidate.layer, TYPE_ORDER.index(candidate.type)))
+    return sorted(candidates, key=tie_break)
 
 
 def find_candidates_from_config(config: Any) -> list[Candidate]:
@@ -120,11 +125,20 @@ def find_candidates_from_config(config: Any) -> list[Candidate]:
     Raises:
         ConfigurationError: as ``find_candidates``.
     """
+    return find_candidates(meta_model(config))
+
+
+def meta_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
+    """The causal language model a Hugging Face config describes, without weights.
+
+    Args:
+        config: a ``transformers.PretrainedConfig``.
+        trust_remote_code: as in transformers.
+    """
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(config)
-    return find_candidates(model)
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def architecture_of(config: Any) -> str:

@@ -8,26 +8,13 @@ generated from or checked against this file, so a field is documented here and n
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
 
+from hybrid_lora_plugin.config_field import Bound, above, at_least, documented
 
-def documented(default: Any, help: str, *, source: str, unit: str | None = None, choices: tuple | None = None):
-    """A dataclass field that carries its own documentation.
-
-    Args:
-        default: the default; a list or a dataclass type is turned into a ``default_factory``.
-        help: what the field does, one sentence.
-        source: where the default comes from (paper section, verl default, own measurement).
-        unit: unit of a number.
-        choices: legal values, when they are a fixed set.
-    """
-    metadata = {"help": help, "source": source, "unit": unit, "choices": choices}
-    if isinstance(default, list):
-        return field(default_factory=lambda: list(default), metadata=metadata)
-    if isinstance(default, type):
-        return field(default_factory=default, metadata=metadata)
-    return field(default=default, metadata=metadata)
+#: Budget modes that a user can choose, and the field of ``BudgetConfig`` that says how much; the modes themselves are in
+#: ``allocation/budget_modes.py``.
+BUDGET_AMOUNTS = {"parameters": "ratio", "modules": "ratio", "total_trainable": "total"}
 
 
 @dataclass
@@ -39,19 +26,21 @@ class BudgetConfig:
         "What is limited: `parameters` the share of candidate parameters that is fully fine-tuned, `modules` the share of "
         "candidate modules, `total_trainable` the number of trainable parameters, LoRA included.",
         source="paper Eq. 4",
-        choices=("parameters", "modules", "total_trainable"),
+        choices=tuple(BUDGET_AMOUNTS),
     )
     ratio: float = documented(
         0.10,
         "Share that full fine-tuning may use, in mode `parameters` (weights and biases) or `modules`.",
         source="paper §4.3",
         unit="fraction in (0, 1]",
+        bound=Bound(lambda value: 0 < value <= 1, "a fraction in (0, 1], e.g. 0.1"),
     )
     total: int | None = documented(
         None,
         "Largest number of trainable parameters, full and LoRA together, in mode `total_trainable`.",
         source="none: must be given in that mode",
         unit="parameters",
+        bound=above(0, "the largest number of trainable parameters, e.g. 150000000"),
     )
     overflow: str = documented(
         "stop",
@@ -59,6 +48,11 @@ class BudgetConfig:
         source="paper §3.4",
         choices=("stop", "skip"),
     )
+
+    @property
+    def amount(self) -> float | None:
+        """How much of what ``mode`` limits."""
+        return getattr(self, BUDGET_AMOUNTS.get(self.mode, "ratio"))
 
 
 @dataclass
@@ -85,21 +79,47 @@ class AdaLoraConfig:
         "Warm-up learning rate; at 2.5e-5 this initialisation barely trains.",
         source="AdaLoRA, MNLI script",
         unit="per step",
+        bound=above(0, "a learning rate above 0, e.g. 5e-4"),
     )
     initial_rank: int = documented(24, "Rank of every adapter before pruning.", source="1.5 × target, as in AdaLoRA")
-    target_rank: int = documented(16, "Mean rank of the adapters after pruning.", source="paper §4.3 (LoRA rank)")
+    target_rank: int = documented(
+        16,
+        "Mean rank of the adapters after pruning.",
+        source="paper §4.3 (LoRA rank)",
+        bound=at_least(1, "at least 1, e.g. 16"),
+    )
     start: float = documented(
-        0.1, "Share of the warm-up before pruning begins.", source="AdaLoRA scripts, about 0.1", unit="fraction"
+        0.1,
+        "Share of the warm-up before pruning begins.",
+        source="AdaLoRA scripts, about 0.1",
+        unit="fraction",
+        bound=Bound(lambda value: 0 <= value < 1, "a fraction in [0, 1), e.g. 0.1"),
     )
     final: float = documented(
-        0.3, "Share of the warm-up after pruning ended.", source="AdaLoRA scripts, 0.2 to 0.5", unit="fraction"
+        0.3,
+        "Share of the warm-up after pruning ended.",
+        source="AdaLoRA scripts, 0.2 to 0.5",
+        unit="fraction",
+        bound=at_least(0, "a fraction below 1 - probe.adalora.start"),
     )
-    interval: int = documented(10, "Steps between two prunings.", source="AdaLoRA scripts, 1 to 100", unit="steps")
+    interval: int = documented(
+        10,
+        "Steps between two prunings.",
+        source="AdaLoRA scripts, 1 to 100",
+        unit="steps",
+        bound=at_least(1, "at least 1 step"),
+    )
     beta: float = documented(
-        0.85, "Decay of the moving averages of importance and of its uncertainty.", source="AdaLoRA §4"
+        0.85,
+        "Decay of the moving averages of importance and of its uncertainty.",
+        source="AdaLoRA §4",
+        bound=Bound(lambda value: 0 <= value < 1, "a decay in [0, 1), e.g. 0.85"),
     )
     orthogonal: float = documented(
-        0.1, "Weight of the orthogonality penalty on A and B.", source="AdaLoRA, official scripts"
+        0.1,
+        "Weight of the orthogonality penalty on A and B.",
+        source="AdaLoRA, official scripts",
+        bound=at_least(0, "0 or more, e.g. 0.1"),
     )
 
 
@@ -112,7 +132,11 @@ class AutoLoraConfig:
         "Learning rate of the selection scalars alpha, which are trained on validation batches.",
         source="AutoLoRA, official code",
         unit="per step",
+        bound=above(0, "a learning rate above 0, e.g. 1e-3"),
     )
+
+
+_HALF_OF_THE_PARTITIONS = "1 to half of probe.partitions, so that there are two validation batches or more"
 
 
 @dataclass
@@ -131,33 +155,57 @@ class ProbeConfig:
         "Rows as JSONL, Parquet or a Hugging Face `datasets` folder, each with `messages`, or with `prompt` and `response`.",
         source="none: must be given for objective sft",
     )
-    warmup_steps: int = documented(500, "Optimizer steps before scoring.", source="paper §4.3", unit="steps")
+    warmup_steps: int = documented(
+        500, "Optimizer steps before scoring.", source="paper §4.3", unit="steps", bound=at_least(0, "0 or more steps")
+    )
     partitions: int = documented(
-        20, "Random two-bucket partitions K, one row of sensitivities each, so T = K.", source="paper §4.3", unit="rows"
+        20,
+        "Random two-bucket partitions K, one row of sensitivities each, so T = K.",
+        source="paper §4.3",
+        unit="rows",
+        bound=at_least(2, "at least 2, or no spread can be measured"),
     )
     partitions_per_batch: int = documented(
-        1, "Partitions drawn for one validation batch.", source="paper Algorithm 1: one", unit="partitions"
+        1,
+        "Partitions drawn for one validation batch.",
+        source="paper Algorithm 1: one",
+        unit="partitions",
+        bound=at_least(1, _HALF_OF_THE_PARTITIONS),
     )
     batch_size: int = documented(
-        8, "Rows per warm-up step and per validation batch, over all ranks.", source="own choice", unit="rows"
+        8,
+        "Rows per warm-up step and per validation batch, over all ranks.",
+        source="own choice",
+        unit="rows",
+        bound=at_least(1, "at least 1 row"),
     )
     micro_batch_size: int | None = documented(
         None,
         "Most rows in one pass on one rank; null: as many as hold 4096 tokens. Changes memory, not the result.",
         source="own choice",
         unit="rows",
+        bound=at_least(1, "at least 1 row, or null"),
     )
     max_length: int = documented(
-        2048, "Longest row; the end of a longer one is cut.", source="own choice", unit="tokens"
+        2048,
+        "Longest row; the end of a longer one is cut.",
+        source="own choice",
+        unit="tokens",
+        bound=at_least(2, "at least 2 tokens"),
     )
     lr: float = documented(
-        2.5e-5, "Warm-up learning rate (AdamW, constant).", source="paper §4.3 (LoRA)", unit="per step"
+        2.5e-5,
+        "Warm-up learning rate (AdamW, constant).",
+        source="paper §4.3 (LoRA)",
+        unit="per step",
+        bound=above(0, "a learning rate above 0, e.g. 2.5e-5"),
     )
     full_lr: float = documented(
         1.0e-6,
         "Warm-up learning rate of the full deltas of criterion `full_pruning`.",
         source="paper §4.3 (full fine-tuning)",
         unit="per step",
+        bound=above(0, "a learning rate above 0, e.g. 1e-6"),
     )
     init: str = documented(
         "default",
@@ -197,30 +245,61 @@ CRITERIA = (
     "explicit",
     "spread",
 )
-_CRITERION_HELP = "Criterion that chooses the modules; docs/probe.md explains each."
-_DIRECTION_HELP = "Which end of the score goes to full fine-tuning; auto is the criterion's own."
-_NORMALISE_HELP = (
-    "What is divided out of the score: `none` is the paper, `sqrt_dims` the module's shape, `delta_norm` the norm of its "
-    "probe update, `type_zscore` the mean and spread of its type."
-)
 FROZEN_DTYPES = ("auto", "float32")
 SYNC_MODES = ("merge", "adapter", "receiver_merge")
 NORMALISATIONS = ("none", "sqrt_dims", "delta_norm", "type_zscore")
 
 
 @dataclass
-class AdapterConfig:
-    """The LoRA adapters of the modules that are not fully fine-tuned, and of the probe."""
+class SelectionConfig:
+    """What selects the modules from what was measured: shared by a run and the commands that probe and allocate."""
 
-    rank: int = documented(16, "LoRA rank r.", source="paper §4.3")
-    alpha: int = documented(
-        32, "LoRA alpha; the adapter is scaled by alpha / rank.", source="2r, the paper does not say"
+    criterion: str = documented(
+        "hybrid",
+        "Criterion that chooses the modules; docs/probe.md explains each.",
+        source="paper Eq. 14",
+        choices=CRITERIA,
     )
-    dropout: float = documented(0.0, "Dropout on the adapter input while training.", source="verl default")
+    direction: str = documented(
+        "auto",
+        "Which end of the score goes to full fine-tuning; auto is the criterion's own.",
+        source="paper Algorithm 2: lowest",
+        choices=("auto", "lowest", "highest"),
+    )
+    normalise: str = documented(
+        "none",
+        "What is divided out of the score: `none` is the paper, `sqrt_dims` the module's shape, `delta_norm` the norm of "
+        "its probe update, `type_zscore` the mean and spread of its type.",
+        source="paper",
+        choices=NORMALISATIONS,
+    )
+    budget: BudgetConfig = documented(BudgetConfig, "Full fine-tuning budget.", source="paper Eq. 4")
+    control: ControlConfig = documented(ControlConfig, "Criteria without a probe.", source="own choice")
 
 
 @dataclass
-class HybridLoraConfig:
+class AdapterConfig:
+    """The LoRA adapters of the modules that are not fully fine-tuned, and of the probe."""
+
+    rank: int = documented(
+        16, "LoRA rank r.", source="paper §4.3", bound=at_least(1, "a LoRA rank of at least 1, e.g. 16")
+    )
+    alpha: int = documented(
+        32,
+        "LoRA alpha; the adapter is scaled by alpha / rank.",
+        source="2r, the paper does not say",
+        bound=above(0, "a LoRA alpha above 0, e.g. 32"),
+    )
+    dropout: float = documented(
+        0.0,
+        "Dropout on the adapter input while training.",
+        source="verl default",
+        bound=Bound(lambda value: 0 <= value < 1, "a dropout in [0, 1), e.g. 0.0"),
+    )
+
+
+@dataclass
+class HybridLoraConfig(SelectionConfig):
     """The ``hybrid_lora`` node of a verl configuration."""
 
     enabled: bool = documented(True, "Whether this run trains under an allocation.", source="plugin")
@@ -240,32 +319,18 @@ class HybridLoraConfig:
         source="plugin",
         choices=("train", "probe"),
     )
-    criterion: str = documented("hybrid", _CRITERION_HELP, source="paper Eq. 14", choices=CRITERIA)
-    direction: str = documented(
-        "auto",
-        _DIRECTION_HELP,
-        source="paper Algorithm 2: lowest",
-        choices=("auto", "lowest", "highest"),
-    )
-    normalise: str = documented(
-        "none",
-        _NORMALISE_HELP,
-        source="paper",
-        choices=NORMALISATIONS,
-    )
-    budget: BudgetConfig = documented(BudgetConfig, "Full fine-tuning budget.", source="paper Eq. 4")
     probe: ProbeConfig = documented(ProbeConfig, "Probing run.", source="paper Algorithm 1")
-    control: ControlConfig = documented(ControlConfig, "Criteria without a probe.", source="own choice")
     full_lr: float = documented(
         1.0e-6,
         "Learning rate of the fully fine-tuned modules; that of LoRA is actor_rollout_ref.actor.optim.lr.",
         source="paper §4.3",
         unit="per step",
+        bound=above(0, "a learning rate above 0, e.g. 1e-6"),
     )
     lora: AdapterConfig = documented(AdapterConfig, "LoRA adapters.", source="paper §4.3")
     frozen_dtype: str = documented(
         "auto",
-        "Type that frozen weights are held in: `auto` is the checkpoint's own where that has two bytes, which loses nothing, else float32; what trains is always float32.",
+        "Dtype that frozen weights are held in: `auto` is the checkpoint's own where that has two bytes, which loses nothing, else float32; what trains is always float32.",
         source="own choice: frozen weights are only read",
         choices=FROZEN_DTYPES,
     )
@@ -277,15 +342,16 @@ class HybridLoraConfig:
     )
     sync_check: str = documented(
         "digest",
-        "Proof of every sync: `digest` compares a digest of each tensor at both ends and reads the engine's model back; `probe` also compares log-probabilities of a fixed prompt; `off` compares names, shapes, types and step only.",
+        "Proof of every sync: `digest` compares a digest of each tensor at both ends and reads the engine's model back; `logprobs` also compares log-probabilities of a fixed prompt; `off` compares names, shapes, dtypes and step only.",
         source="own choice",
-        choices=("digest", "probe", "off"),
+        choices=("digest", "logprobs", "off"),
     )
     sync_logprob_limit: float | None = documented(
         None,
-        "Largest difference of a log-probability that `sync_check=probe` accepts; null is 1e-4 for float32, 0.25 for bfloat16 and 0.05 for float16 rollouts.",
+        "Largest difference of a log-probability that `sync_check=logprobs` accepts; null is 1e-4 for float32, 0.25 for bfloat16 and 0.05 for float16 rollouts.",
         source="own choice; float32 and bfloat16 measured",
         unit="nats",
+        bound=above(0, "a difference above 0, e.g. 1e-4, or null"),
     )
     sync_base: str = documented(
         "memory_map",
@@ -294,7 +360,11 @@ class HybridLoraConfig:
         choices=("memory_map", "pinned"),
     )
     sync_timeout: float = documented(
-        600.0, "Longest wait of either side for the other in a sync; then the run ends.", source="own choice", unit="s"
+        600.0,
+        "Longest wait of either side for the other in a sync; then the run ends.",
+        source="own choice",
+        unit="s",
+        bound=above(0, "a number of seconds above 0, e.g. 600"),
     )
 
 
@@ -318,28 +388,21 @@ class ModelConfig:
 
 
 @dataclass
-class ProbeCommandConfig:
+class ProbeCommandConfig(SelectionConfig):
     """What ``hybrid-lora-probe`` takes on the command line as ``key=value``."""
 
     model: ModelConfig = documented(ModelConfig, "The model.", source="plugin")
     output_dir: str | None = documented(
         None, "Folder for the artifact; must not hold another one.", source="none: must be given"
     )
-    criterion: str = documented("hybrid", _CRITERION_HELP, source="paper Eq. 14", choices=CRITERIA)
-    direction: str = documented(
-        "auto", _DIRECTION_HELP, source="paper Algorithm 2", choices=("auto", "lowest", "highest")
-    )
-    normalise: str = documented("none", _NORMALISE_HELP, source="paper", choices=NORMALISATIONS)
-    budget: BudgetConfig = documented(BudgetConfig, "Full fine-tuning budget.", source="paper Eq. 4")
     probe: ProbeConfig = documented(ProbeConfig, "Probing run.", source="paper Algorithm 1")
-    control: ControlConfig = documented(ControlConfig, "Criteria without a probe.", source="own choice")
     lora: AdapterConfig = documented(
         AdapterConfig, "Adapters of the probe (rank only; Eq. 7 has its own scale).", source="paper §4.3"
     )
 
 
 @dataclass
-class AllocateCommandConfig:
+class AllocateCommandConfig(SelectionConfig):
     """What ``hybrid-lora-allocate`` takes on the command line as ``key=value``."""
 
     artifact: str | None = documented(
@@ -348,13 +411,6 @@ class AllocateCommandConfig:
     output_dir: str | None = documented(
         None, "Folder for the new artifact; must not hold another one.", source="none: must be given"
     )
-    criterion: str = documented("hybrid", _CRITERION_HELP, source="paper Eq. 14", choices=CRITERIA)
-    direction: str = documented(
-        "auto", _DIRECTION_HELP, source="paper Algorithm 2", choices=("auto", "lowest", "highest")
-    )
-    normalise: str = documented("none", _NORMALISE_HELP, source="paper", choices=NORMALISATIONS)
-    budget: BudgetConfig = documented(BudgetConfig, "Full fine-tuning budget.", source="paper Eq. 4")
-    control: ControlConfig = documented(ControlConfig, "Criteria without a probe.", source="own choice")
 
 
 @dataclass

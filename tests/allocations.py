@@ -7,11 +7,12 @@ from pathlib import Path
 import torch
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from hybrid_lora_plugin.allocation import Allocation, save_allocation
+from hybrid_lora_plugin.allocation import Allocation
+from hybrid_lora_plugin.allocation.schema import ModelIdentity, ProbeRecord
 from hybrid_lora_plugin.allocation.select import select_modules
-from hybrid_lora_plugin.allocation.storage import CriterionRecord, ModelIdentity
 from hybrid_lora_plugin.candidates import architecture_of, find_candidates_from_config, model_fingerprint
 from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig
+from hybrid_lora_plugin.report.artifact import save_allocation
 
 
 def draw_measurements(modules: int, batches: int = 4, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -27,7 +28,7 @@ def draw_measurements(modules: int, batches: int = 4, seed: int = 0) -> dict[str
 
 
 def decide_for(config, measurements: dict[str, torch.Tensor], settings=None, name: str = "models/tiny") -> Allocation:
-    """The allocation a probe of the model that ``config`` describes would select_modules on, in memory."""
+    """The allocation a probe of the model that ``config`` describes would give, in memory."""
     candidates = find_candidates_from_config(config)
     with torch.device("meta"):
         parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
@@ -35,13 +36,15 @@ def decide_for(config, measurements: dict[str, torch.Tensor], settings=None, nam
         name, architecture_of(config), model_fingerprint(config), config.num_hidden_layers,
         sum(candidate.parameters for candidate in candidates), parameters,
     )  # fmt: skip
-    probe = CriterionRecord(
-        name="", direction="", normalise="", objective="sft", rank=4, init="default", warmup_steps=1, lr=1e-4,
-        partitions=4, batch_size=1, max_length=16, dtype="float32", seed=0,
+    probe = ProbeRecord(
+        method="svd_lora", objective="sft", rank=4, init="default", warmup_steps=1, lr=1e-4, partitions=4,
+        partitions_per_batch=1, batch_size=1, max_length=16, dtype="float32", seed=0,
         data={"files": [{"name": "rows.jsonl", "rows": 100, "sha256": "0" * 64}]},
     )  # fmt: skip
     settings = settings or AllocateCommandConfig(budget=BudgetConfig(ratio=0.3))
-    return select_modules(settings, model, probe, candidates, measurements, environment={"torch": "2"})
+    return select_modules(
+        settings, model, candidates, measurements, lora_rank=4, probe=probe, environment={"torch": "2"}
+    )
 
 
 def make_allocation(model: str | Path, folder: str | Path, ratio: float = 0.3, seed: int = 0) -> Path:

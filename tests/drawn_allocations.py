@@ -3,19 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 
 import torch
 
-from hybrid_lora_plugin.allocation.budget import FULL, LORA, open_account
-from hybrid_lora_plugin.allocation.storage import (
-    Allocation,
-    BudgetRecord,
-    CriterionRecord,
-    ModelIdentity,
-    ModuleRecord,
-)
+from hybrid_lora_plugin.allocation.budget import FULL, LORA
+from hybrid_lora_plugin.allocation.budget_modes import BudgetRecord, budget_mode
+from hybrid_lora_plugin.allocation.schema import Allocation, ModelIdentity, ModuleRecord, ProbeRecord, SelectionRecord
+from hybrid_lora_plugin.allocation.storage import allocation_text
 from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE, TYPE_ORDER
 
 # Widths as different as those of a real model, in TYPE_ORDER.
@@ -49,8 +44,10 @@ def make(
     name: str = "hybrid",
     direction: str = "lowest",
     config_sha256: str = "a" * 64,
-    criterion: dict | None = None,
+    selection: dict | None = None,
+    probe: dict | None = None,
     budget: dict | None = None,
+    probed: bool = True,
 ) -> Allocation:
     """A made allocation.
 
@@ -61,7 +58,8 @@ def make(
         mode: budget mode; limit and used follow it, the limit with room to spare.
         stds: ``[M]``; None: half the score's size where there are scores.
         silent: indices without a signal.
-        criterion, budget: fields to set otherwise.
+        selection, probe, budget: fields to set otherwise.
+        probed: whether there is a record of a probe.
     """
     names = module_names(layers)
     values = scores or [0.0] * len(names)
@@ -91,33 +89,27 @@ def make(
         )
     total = sum(module.parameters for module in modules)
     record = dict(
-        name=name, direction=direction, normalise="none", objective="sft", rank=16, init="default", warmup_steps=500,
-        lr=2.5e-5, partitions=20, batch_size=8, max_length=2048, dtype="float32", seed=0, data={}, options={},
+        method="svd_lora", objective="sft", rank=16, init="default", warmup_steps=500, lr=2.5e-5, partitions=20,
+        partitions_per_batch=1, batch_size=8, max_length=2048, dtype="float32", seed=0, data={},
     )  # fmt: skip
-    record |= criterion or {}
     model = ModelIdentity("models/drawn", "Qwen2ForCausalLM", config_sha256, layers, total, parameters=2 * total)
-    share = sum(module.parameters for module in modules if module.assignment == FULL) / total
-    asked = dict(mode=mode, ratio=0.5 if mode in ("parameters", "modules") else share, overflow="stop")
-    allocation = Allocation(model, CriterionRecord(**record), BudgetRecord(**asked, limit=0, used=0), modules, {})
-    limit = used = round(share * total)
-    if mode != "fixed":
-        account = open_account(allocation.candidates, mode, asked["ratio"], total, record["rank"])
-        taken = zip(account.costs, modules, strict=True)
-        limit, used = account.limit, account.start + sum(cost for cost, m in taken if m.assignment == FULL)
-    asked |= dict(limit=limit, used=used) | (budget or {})
-    return dataclasses.replace(allocation, budget=BudgetRecord(**asked))
+    choice = SelectionRecord(**(dict(criterion=name, direction=direction, normalise="none") | (selection or {})))
+    ratio = 0.5 if mode in ("parameters", "modules") else 0.0
+    asked = BudgetRecord(mode, ratio, "stop", limit=total, used=0, lora_rank=16)
+    spent = budget_mode(mode).expected(asked, modules, [module.assignment == FULL for module in modules])
+    spent = dataclasses.replace(spent, **(budget or {}))
+    return Allocation(model, choice, spent, modules, {}, ProbeRecord(**(record | (probe or {}))) if probed else None)
 
 
 def unprobed(name: str, full: list[str], layers: int = 4, **arguments) -> Allocation:
     """A choice by rule: budget mode ``fixed``, no scores, nothing probed."""
-    criterion = dict(objective="none", warmup_steps=0, partitions=0) | arguments.pop("criterion", {})
-    return make(layers, full=full, mode="fixed", name=name, criterion=criterion, **arguments)
+    return make(layers, full=full, mode="fixed", name=name, probed=False, **arguments)
 
 
 def write(folder: Path, allocation: Allocation) -> Path:
     """Only ``allocation.json``, in a folder of that name."""
     folder.mkdir()
-    (folder / "allocation.json").write_text(json.dumps(dataclasses.asdict(allocation)))
+    (folder / "allocation.json").write_text(allocation_text(allocation))
     return folder
 
 

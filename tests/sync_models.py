@@ -18,10 +18,11 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_lora_plugin import apply_allocation, load_allocation
 from hybrid_lora_plugin.allocation import Allocation
+from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.sync.base_weights import CheckpointWeights
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, ReceivedWeights, SyncHeader, read_header
-from hybrid_lora_plugin.training.apply import parts_of, plain_name, trainable_groups
+from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 40, 41, 2, 3], [90, 80, 70, 60, 50, 40, 30, 20, 10]])
 MODES = ["merge", "adapter", "receiver_merge"]
@@ -124,7 +125,7 @@ def header_for(model, mode, dtype=torch.float32, number=1, **changes):
         lora_rank=RANK,
         lora_alpha=float(ALPHA),
         lora_modules=list(parts_of(model).lora_modules),
-        payload_bytes=sync_mode(mode).payload_bytes(parts_of(model).census, dtype),
+        payload_bytes=sync_mode(mode).payload_bytes(parts_of(model).counts, dtype),
     )
     return SyncHeader(**(fields | changes))
 

@@ -9,10 +9,11 @@ import pytest
 from allocations import decide_for, draw_measurements
 from tiny_models import tiny_qwen2_config
 
-from hybrid_lora_plugin.allocation import allocate, load_allocation, load_measurements, save_allocation
+from hybrid_lora_plugin.allocation import allocate, load_allocation, load_measurements
 from hybrid_lora_plugin.candidates import find_candidates_from_config
 from hybrid_lora_plugin.cli.allocate import main
 from hybrid_lora_plugin.config import BudgetConfig
+from hybrid_lora_plugin.report.artifact import save_allocation
 from hybrid_lora_plugin.scoring import Measured, score_modules
 
 CONFIG = tiny_qwen2_config(50)
@@ -41,15 +42,16 @@ def test_a_criterion_is_read_off_the_measurements(source, tmp_path, criterion):
     wanted = allocate(candidates, scored.scores, BudgetConfig(ratio=0.4), direction, scored.signal, scored.means)
     assert after.full_names == wanted.full_names
     assert [module.score for module in after.modules] == scored.scores.tolist()
-    assert (after.criterion.name, after.criterion.direction, after.budget.ratio) == (criterion, direction, 0.4)
+    assert (after.selection.criterion, after.selection.direction, after.budget.ratio) == (criterion, direction, 0.4)
 
 
 def test_model_environment_and_probing_settings_are_kept_and_the_measurements_go_along(source, tmp_path):
     assert run(source, tmp_path / "new", "criterion=alpha", "normalise=type_zscore", "direction=highest") == 0
     before, after = load_allocation(source), load_allocation(tmp_path / "new")
     assert after.model == before.model and after.environment == before.environment
-    changed = {key for key, value in vars(after.criterion).items() if value != getattr(before.criterion, key)}
-    assert changed == {"name", "direction", "normalise"}
+    assert after.probe == before.probe
+    changed = {key for key, value in vars(after.selection).items() if value != getattr(before.selection, key)}
+    assert changed == {"criterion", "direction", "normalise"}
     files = [folder / "sensitivities.safetensors" for folder in (source, tmp_path / "new")]
     assert files[0].read_bytes() == files[1].read_bytes()
     assert (tmp_path / "new" / "report.md").exists() and (tmp_path / "new" / "scores.png").exists()
@@ -87,7 +89,7 @@ def test_the_budget_is_told_in_the_unit_of_its_mode(source, tmp_path, capsys, ar
 
 def test_the_allocation_file_itself_may_be_given(source, tmp_path):
     assert run(source / "allocation.json", tmp_path / "new", "criterion=snip") == 0
-    assert load_allocation(tmp_path / "new").criterion.name == "snip"
+    assert load_allocation(tmp_path / "new").selection.criterion == "snip"
 
 
 def test_an_artifact_without_measurements_still_serves_the_criteria_without_a_probe(tmp_path, capsys):
@@ -96,7 +98,7 @@ def test_an_artifact_without_measurements_still_serves_the_criteria_without_a_pr
     drawn = decide_for(CONFIG, {}, AllocateCommandConfig(criterion="random", budget=BudgetConfig(ratio=0.4)))
     source = save_allocation(tmp_path / "drawn", drawn, {})
     assert run(source, tmp_path / "again", "criterion=random", "control.seed=1", "budget.ratio=0.4") == 0
-    assert load_allocation(tmp_path / "again").criterion.options == {"seed": 1}
+    assert load_allocation(tmp_path / "again").selection.options == {"seed": 1}
     assert run(source, tmp_path / "hybrid") == 2
     assert "does not hold 'sensitivities' (it holds no measurement)" in capsys.readouterr().err
 

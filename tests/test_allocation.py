@@ -1,18 +1,18 @@
 """An artifact that is complete, reproducible and read strictly."""
 
+import dataclasses
 import json
 import shutil
-from dataclasses import replace
 
 import pytest
 import torch
 from allocations import decide_for, draw_measurements
 from tiny_models import tiny_qwen2_config
 
-from hybrid_lora_plugin.allocation import AllocationError, load_allocation, load_measurements, save_allocation
-from hybrid_lora_plugin.allocation.census import parameter_counts_of
-from hybrid_lora_plugin.candidates import find_candidates_from_config
+from hybrid_lora_plugin.allocation import AllocationError, load_allocation, load_measurements
+from hybrid_lora_plugin.candidates import Candidate, find_candidates_from_config
 from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig, ControlConfig
+from hybrid_lora_plugin.report.artifact import save_allocation
 from hybrid_lora_plugin.scoring import hybrid_score, moments
 
 
@@ -70,12 +70,12 @@ def test_an_existing_artifact_or_a_folder_in_use_is_never_overwritten(artifact, 
 
 
 def test_a_failure_while_writing_leaves_nothing_behind(tmp_path, monkeypatch):
-    from hybrid_lora_plugin.report import page
+    from hybrid_lora_plugin.report import artifact
 
     allocation, measurements = make_allocation()
     with pytest.raises(AllocationError, match=r"sensitivities: shape \[4, 3\]; give \[T, 14\] or \[14\]"):
         save_allocation(tmp_path / "artifact", allocation, {"sensitivities": measurements["sensitivities"][:, :3]})
-    monkeypatch.setattr(page, "write_report", lambda *arguments: 1 / 0)
+    monkeypatch.setattr(artifact, "write_report", lambda *arguments: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         save_allocation(tmp_path / "artifact", allocation, measurements)
     assert list(tmp_path.iterdir()) == []
@@ -134,15 +134,15 @@ def test_a_damaged_total_of_trainable_parameters_is_refused(tmp_path, field, val
 def test_an_artifact_written_before_dimensions_and_options_were_recorded_still_loads(artifact):
     file = artifact / "allocation.json"
     payload = json.loads(file.read_text())
-    del payload["model"]["parameters"], payload["criterion"]["options"]
+    del payload["model"]["parameters"], payload["selection"]["options"], payload["probe"]["options"]
     for module in payload["modules"]:
         del module["in_features"], module["out_features"]
     file.write_text(json.dumps(payload))
     old, new = load_allocation(artifact), make_allocation()[0]
-    assert old.full_names == new.full_names and old.criterion == new.criterion
-    assert old.model.parameters == 0 and {c.in_features for c in old.candidates} == {0}
+    assert old.full_names == new.full_names and (old.selection, old.probe) == (new.selection, new.probe)
+    assert old.model.parameters == 0 and {c.in_features for c in old.modules} == {0}
     with pytest.raises(AllocationError, match="^model.parameters: .*not recorded.*probe again"):
-        parameter_counts_of(old)
+        old.parameter_counts()
 
 
 def test_the_decision_records_moments_scores_signal_and_the_settings_that_made_them():
@@ -153,11 +153,15 @@ def test_the_decision_records_moments_scores_signal_and_the_settings_that_made_t
     assert [(m.mean, m.std) for m in allocation.modules] == list(zip(means.tolist(), stds.tolist(), strict=True))
     assert [m.name for m in allocation.modules if not m.signal] == [allocation.modules[3].name]
     assert allocation.modules[3].assignment == "lora"
-    criterion = allocation.criterion
-    assert (criterion.name, criterion.direction, criterion.normalise) == ("hybrid", "lowest", "none")
-    assert allocation.candidates == find_candidates_from_config(tiny_qwen2_config(50))
+    selection = allocation.selection
+    assert (selection.criterion, selection.direction, selection.normalise) == ("hybrid", "lowest", "none")
+    fields = [field.name for field in dataclasses.fields(Candidate)]
+    candidates = find_candidates_from_config(tiny_qwen2_config(50))
+    assert [[getattr(m, f) for f in fields] for m in allocation.modules] == [
+        [getattr(c, f) for f in fields] for c in candidates
+    ]
     highest, _ = make_allocation(direction="highest")
-    assert highest.criterion.direction == "highest"
+    assert highest.selection.direction == "highest"
     assert max(allocation.modules, key=lambda m: m.score).name in highest.full_names
     assert min((m for m in allocation.modules if m.signal), key=lambda m: m.score).name in allocation.full_names
 
@@ -166,7 +170,7 @@ def test_the_options_a_criterion_read_are_recorded_and_those_of_another_are_not(
     control = ControlConfig(seed=7, type="k_proj", modules=["model.layers.1.mlp.up_proj"])
     options = {}
     for name in ("random", "spread", "explicit", "hybrid"):
-        options[name] = make_allocation(criterion=name, control=control)[0].criterion.options
+        options[name] = make_allocation(criterion=name, control=control)[0].selection.options
     assert options == {
         "random": {"seed": 7},
         "spread": {"type": "k_proj"},
@@ -175,14 +179,28 @@ def test_the_options_a_criterion_read_are_recorded_and_those_of_another_are_not(
     }
 
 
-def test_options_of_the_probe_stay_when_another_criterion_is_read_off():
+def test_the_record_of_the_probe_stays_when_another_criterion_is_read_off():
     from hybrid_lora_plugin.allocation.select import select_modules
 
     allocation, measurements = make_allocation()
-    recorded = replace(allocation.criterion, options={"partitions_per_batch": 2, "seed": 5})
+    recorded = dataclasses.replace(allocation.probe, partitions_per_batch=2, options={"adalora": {"beta": 0.5}})
     settings = AllocateCommandConfig(criterion="spread", budget=BudgetConfig(ratio=0.3))
-    again = select_modules(settings, allocation.model, recorded, allocation.candidates, measurements, environment={})
-    assert again.criterion.options == {"partitions_per_batch": 2, "type": "o_proj"}
+    again = select_modules(
+        settings, allocation.model, allocation.modules, measurements, lora_rank=4, probe=recorded, environment={}
+    )
+    assert again.probe == recorded and again.selection.options == {"type": "o_proj"}
+
+
+def test_what_was_not_probed_has_no_record_of_a_probe_in_memory_and_on_disk(tmp_path):
+    allocation, measurements = make_allocation(criterion="random")
+    unprobed = dataclasses.replace(allocation, probe=None)
+    folder = save_allocation(tmp_path / "artifact", unprobed, measurements)
+    payload = json.loads((folder / "allocation.json").read_text())
+    assert "probe" not in payload and load_allocation(folder) == unprobed
+    payload["probe"] = None
+    (folder / "allocation.json").write_text(json.dumps(payload))
+    with pytest.raises(AllocationError, match="probe: None, an object is wanted"):
+        load_allocation(folder)
 
 
 def test_a_direction_is_refused_where_the_criterion_names_its_modules():
@@ -190,26 +208,26 @@ def test_a_direction_is_refused_where_the_criterion_names_its_modules():
         make_allocation(criterion="lora_ffn", direction="highest")
 
 
-def test_the_census_counts_frozen_full_and_adapter_parameters():
+def test_the_counts_are_of_frozen_full_and_adapter_parameters():
     allocation, _ = make_allocation()
-    census = parameter_counts_of(allocation)
-    by_name = {c.name: c for c in allocation.candidates}
+    counts = allocation.parameter_counts()
+    by_name = {c.name: c for c in allocation.modules}
     full = sum(by_name[name].parameters for name in allocation.full_names)
     lora = sum(4 * (by_name[n].in_features + by_name[n].out_features) for n in allocation.lora_names)
     # Embeddings (tied with the head) and norms belong to the whole: 50 x 32 and 5 x 32.
     whole = allocation.model.candidate_parameters + 50 * 32 + 5 * 32
-    assert (census.full, census.lora, census.frozen) == (full, lora, whole - full)
+    assert (counts.full, counts.lora, counts.frozen) == (full, lora, whole - full)
 
 
-def test_the_report_states_budget_census_modules_doubt_and_use(artifact):
+def test_the_report_states_budget_counts_modules_doubt_and_use(artifact):
     allocation, _ = make_allocation()
     report = (artifact / "report.md").read_text()
     for wanted in (
         f"{allocation.budget.limit:,}",
         f"{allocation.budget.used:,}",
-        f"{parameter_counts_of(allocation).frozen:,}",
-        f"{parameter_counts_of(allocation).full:,}",
-        f"{parameter_counts_of(allocation).lora:,}",
+        f"{allocation.parameter_counts().frozen:,}",
+        f"{allocation.parameter_counts().full:,}",
+        f"{allocation.parameter_counts().lora:,}",
         "unproven",
         "worse than choosing",
         "+hybrid_lora=enabled hybrid_lora.allocation=PATH",
@@ -239,7 +257,7 @@ def give_more(payload):
 
 
 DAMAGE = {
-    "unknown version": (change(["schema_version"], 2), "schema_version: 2, 1 is wanted"),
+    "unknown version": (change(["schema_version"], 3), "schema_version: 3, 2 or 1 is wanted"),
     "version of another type": (change(["schema_version"], True), "schema_version: True"),
     "no version": (lambda p: p.pop("schema_version"), "schema_version: None"),
     "unknown key": (change(["color"], "red"), "unknown key 'color'"),
@@ -267,6 +285,9 @@ DAMAGE = {
     "unknown mode": (change(["budget", "mode"], "bytes"), "budget.mode: 'bytes' is unknown"),
     "fixed with another share": (change(["budget", "mode"], "fixed"), "budget.ratio: 0.3 but the full modules are"),
     "modules counted as parameters": (change(["budget", "mode"], "modules"), "budget.limit: .* allows 4"),
+    "no rank": (change(["budget", "lora_rank"], 0), "budget.lora_rank: 0, more than 0"),
+    "no probe method": (lambda p: p["probe"].pop("method"), "probe: missing key 'method'"),
+    "a version 1 in name only": (change(["schema_version"], 1), "criterion: None, an object is wanted"),
     "no limit": (change(["budget", "limit"], 0), "budget.limit: 0, more than 0"),
     "exceeded": (give_more, "budget.used: .* exceeds the limit"),
 }
@@ -309,7 +330,7 @@ def test_a_missing_file_or_folder_is_refused_with_the_way_out(tmp_path):
 def test_measurements_that_are_damaged_or_of_other_modules_are_refused(artifact):
     allocation, _ = make_allocation()
     with pytest.raises(AllocationError, match="does not list the modules"):
-        load_measurements(artifact, replace(allocation, modules=allocation.modules[1:]))
+        load_measurements(artifact, dataclasses.replace(allocation, modules=allocation.modules[1:]))
     (artifact / "sensitivities.safetensors").write_bytes(b"x")
     with pytest.raises(AllocationError, match="cannot be read"):
         load_measurements(artifact, allocation)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from transformers import Qwen2Config
 
 from hybrid_lora_plugin.allocation import AllocationError, allocate
-from hybrid_lora_plugin.allocation.budget import budget_limit
+from hybrid_lora_plugin.allocation.budget_modes import budget_limit
 from hybrid_lora_plugin.candidates import TYPE_ORDER, Candidate, find_candidates_from_config
 from hybrid_lora_plugin.config import BudgetConfig
 
@@ -31,7 +31,7 @@ def test_lowest_scores_are_taken_until_the_first_that_does_not_fit():
     assignment = allocate(candidates, [1.0, 3.0, 2.0, 4.0], BudgetConfig(ratio=0.45))
     # Limit 45: 10, 10, then 30 does not fit and ends it, though nothing larger was tried.
     assert full(assignment) == [candidates[0].name, candidates[2].name]
-    assert (assignment.total, assignment.limit, assignment.used) == (100, 45, 20)
+    assert (assignment.budget.limit, assignment.budget.used) == (45, 20)
     assert assignment.full_names + assignment.lora_names == full(assignment) + [candidates[1].name, candidates[3].name]
 
 
@@ -91,8 +91,8 @@ def test_every_mode_and_overflow_selects_what_the_slow_reference_selects(
         return
     assignment = allocate(candidates, scores, budget, direction, signal, rank=rank)
     assert assignment.full_names == [candidates[index].name for index in sorted(taken)]
-    assert (assignment.limit, assignment.used, assignment.mode) == (limit, used, mode)
-    assert assignment.used <= assignment.limit and assignment.total == sum(sizes)
+    assert (assignment.budget.limit, assignment.budget.used, assignment.budget.mode) == (limit, used, mode)
+    assert assignment.budget.used <= assignment.budget.limit
     assert list(assignment.modules) == [candidate.name for candidate in candidates]
 
 
@@ -107,15 +107,15 @@ def test_skip_goes_on_to_a_smaller_module():
 def test_a_share_of_modules_counts_modules_whatever_their_size():
     assignment = allocate(candidates_of([1000, 1, 1, 1]), [1, 2, 3, 4], BudgetConfig(mode="modules", ratio=0.5))
     assert full(assignment) == ["layers.0.q_proj", "layers.0.k_proj"]
-    assert (assignment.limit, assignment.used, assignment.ratio) == (2, 2, 0.5)
+    assert (assignment.budget.limit, assignment.budget.used, assignment.budget.ratio) == (2, 2, 0.5)
 
 
 def test_total_trainable_trades_the_adapter_of_a_module_for_its_weight():
     candidates = candidates_of([20, 30, 50])  # LoRA of rank 2: 6 each, 18 in all
     assignment = allocate(candidates, [1, 2, 3], BudgetConfig(mode="total_trainable", total=56), rank=2)
     assert full(assignment) == ["layers.0.q_proj", "layers.0.k_proj"]
-    assert (assignment.limit, assignment.used) == (56, 20 + 30 + 6)
-    assert assignment.ratio == 50 / 100
+    assert (assignment.budget.limit, assignment.budget.used) == (56, 20 + 30 + 6)
+    assert assignment.budget.ratio == 50 / 100
     with pytest.raises(AllocationError, match=r"^budget.total: 17, but LoRA of rank 2 .* alone has 18 parameters"):
         allocate(candidates, [1, 2, 3], BudgetConfig(mode="total_trainable", total=17), rank=2)
     with pytest.raises(AllocationError, match=r"leaves 2 parameters beyond LoRA .*q_proj, .* adds 14, .*at least 32$"):
@@ -133,7 +133,12 @@ def test_named_modules_are_taken_whatever_the_scores_and_the_budget_say():
     candidates = candidates_of([10, 30, 60])
     assignment = allocate(candidates, [0, 0, 0], BudgetConfig(ratio=0.01), fixed=[False, True, True])
     assert full(assignment) == ["layers.0.k_proj", "layers.0.v_proj"]
-    assert (assignment.mode, assignment.ratio, assignment.limit, assignment.used) == ("fixed", 0.9, 90, 90)
+    assert (assignment.budget.mode, assignment.budget.ratio, assignment.budget.limit, assignment.budget.used) == (
+        "fixed",
+        0.9,
+        90,
+        90,
+    )
     with pytest.raises(AllocationError, match="names no candidate"):
         allocate(candidates, [0, 0, 0], BudgetConfig(), fixed=[False] * 3)
 
@@ -229,4 +234,4 @@ def test_qwen25_7b_at_ten_percent_stays_under_its_limit():
     )
     candidates = find_candidates_from_config(config)
     assignment = allocate(candidates, torch.rand(196, generator=torch.Generator().manual_seed(1)) + 1, BudgetConfig())
-    assert assignment.limit == 652_541_747 and 0 < assignment.used <= assignment.limit
+    assert assignment.budget.limit == 652_541_747 and 0 < assignment.budget.used <= assignment.budget.limit

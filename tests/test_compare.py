@@ -10,9 +10,10 @@ from allocations import decide_for, draw_measurements
 from drawn_allocations import SIZES, drawn_scores, make, module_name, module_names, png_size, unprobed, write
 from tiny_models import tiny_qwen2_config
 
-from hybrid_lora_plugin.allocation import AllocationError, save_allocation
+from hybrid_lora_plugin.allocation import AllocationError
 from hybrid_lora_plugin.cli.compare import main
 from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig
+from hybrid_lora_plugin.report.artifact import save_allocation
 from hybrid_lora_plugin.report.compare import compare, make_labels, overlap, rank_agreement
 from hybrid_lora_plugin.report.compare_tables import as_text, comparison_tables
 from hybrid_lora_plugin.report.ranking import average_ranks, find_cut, spearman
@@ -132,7 +133,7 @@ def test_groups_are_components_types_and_depth_thirds_and_count_once():
 
 
 def test_labels_tell_allocations_apart_by_normalisation_and_then_by_folder():
-    plain, zscore = make(4, drawn_scores(4)), make(4, drawn_scores(4), criterion={"normalise": "type_zscore"})
+    plain, zscore = make(4, drawn_scores(4)), make(4, drawn_scores(4), selection={"normalise": "type_zscore"})
     paths = ["runs/one", "runs/two/allocation.json", "runs/three"]
     assert make_labels([plain, plain, zscore], paths) == ["hybrid (one)", "hybrid (two)", "hybrid, type_zscore"]
 

@@ -16,8 +16,8 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from verl_processes import run_engine  # noqa: E402
 
 from hybrid_lora_plugin import load_allocation  # noqa: E402
+from hybrid_lora_plugin.names import plain_name  # noqa: E402
 from hybrid_lora_plugin.sync.base_weights import base_digests  # noqa: E402
-from hybrid_lora_plugin.training.apply import plain_name  # noqa: E402
 from hybrid_lora_plugin.training.export import export_checkpoint  # noqa: E402
 from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
 from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402

@@ -12,7 +12,8 @@ from peft.tuners.lora import Linear
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from hybrid_lora_plugin.training.lora_linear import ADAPTER, LoraLinear, share_inputs
+from hybrid_lora_plugin.names import ADAPTER
+from hybrid_lora_plugin.training.lora_linear import LoraLinear, share_inputs
 
 WIDTH, RANK, ALPHA = 12, 3, 6
 OUT = {"q_proj": 12, "k_proj": 8, "v_proj": 8, "o_proj": 12}

@@ -62,7 +62,7 @@ def sft(request, setting):
 def test_workers_probe_before_the_actor_as_the_command_would(sft):
     kept, wanted = load_allocation(sft["folder"] / "allocation"), load_allocation(sft["command"])
     assert sft["full"] == kept.full_names == wanted.full_names
-    assert kept.criterion.objective == "sft" and kept.budget == wanted.budget
+    assert kept.probe.objective == "sft" and kept.budget == wanted.budget
     measured, alone = (
         load_file(path / "sensitivities.safetensors") for path in (sft["folder"] / "allocation", sft["command"])
     )
@@ -243,7 +243,7 @@ def test_scoring_moves_nothing_and_writes_the_artifact(policy):
     assert all(torch.equal(tensor, policy["warm"][name]) for name, tensor in policy["scored"].items())
     assert policy["gradients_left"] == []
     allocation = load_allocation(policy["folder"] / "allocation")
-    assert allocation.criterion.objective == "policy" and allocation.full_names
+    assert allocation.probe.objective == "policy" and allocation.full_names
     measured = load_file(policy["folder"] / "allocation" / "sensitivities.safetensors")
     assert set(measured) == {"sensitivities", "alpha", "delta_norm"}
     assert torch.equal(measured["sensitivities"], policy["rows"]["sensitivities"])

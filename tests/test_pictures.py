@@ -9,15 +9,13 @@ from allocations import decide_for, draw_measurements
 from drawn_allocations import drawn_scores, make, module_names, png_size, unprobed
 from tiny_models import tiny_qwen2_config
 
-from hybrid_lora_plugin.allocation import save_allocation
 from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig
+from hybrid_lora_plugin.report.artifact import save_allocation
 from hybrid_lora_plugin.report.compare import compare
 from hybrid_lora_plugin.report.compare_plot import draw_comparison
 from hybrid_lora_plugin.report.heatmap import _colouring, draw_heatmap
-from hybrid_lora_plugin.report.page import ParameterCounts, write_report
+from hybrid_lora_plugin.report.page import write_report
 from hybrid_lora_plugin.report.score_plot import draw_scores
-
-CENSUS = ParameterCounts(frozen=1000, full=200, lora=30)
 
 
 def z_scores(layers):
@@ -144,7 +142,7 @@ def test_what_is_full_in_all_has_its_own_colour_in_the_comparison(tmp_path):
 
 
 def report_of(tmp_path, allocation):
-    write_report(allocation, CENSUS, tmp_path / "report.md")
+    write_report(allocation, tmp_path / "report.md")
     return (tmp_path / "report.md").read_text()
 
 
@@ -184,8 +182,8 @@ def test_the_report_of_a_choice_by_rule_states_neither_probe_nor_score_nor_limit
 
 
 def test_the_report_of_random_claims_nothing_about_its_numbers(tmp_path):
-    criterion = dict(objective="none", warmup_steps=0, options={"seed": 7})
-    text = report_of(tmp_path, make(4, drawn_scores(4), name="random", criterion=criterion))
+    allocation = make(4, drawn_scores(4), name="random", selection={"options": {"seed": 7}}, probed=False)
+    text = report_of(tmp_path, allocation)
     assert "| option seed | 7 |" in text and "The scores are random numbers" in text and "A control" in text
     assert "How far to trust it" not in text and "What was probed" not in text
 
@@ -220,7 +218,7 @@ def test_the_report_names_what_overflow_skip_passed_over(tmp_path):
 
 
 def test_the_report_of_signed_scores_uses_differences(tmp_path):
-    text = report_of(tmp_path, make(4, z_scores(4), criterion={"normalise": "type_zscore"}))
+    text = report_of(tmp_path, make(4, z_scores(4), selection={"normalise": "type_zscore"}))
     assert "of the range of all scores" in text and "have a larger difference" in text
     assert "normalise type_zscore" in text
 
@@ -238,14 +236,15 @@ def test_the_report_of_signed_scores_uses_differences(tmp_path):
     ],
 )
 def test_the_report_says_of_each_criterion_only_what_holds_for_it(tmp_path, name, direction, normalise, wanted, absent):
-    allocation = make(4, drawn_scores(4), name=name, direction=direction, criterion={"normalise": normalise})
+    allocation = make(4, drawn_scores(4), name=name, direction=direction, selection={"normalise": normalise})
     trust = report_of(tmp_path, allocation).split("## How far to trust it")[1]
     assert wanted in trust and absent not in trust
 
 
 def test_nested_options_are_listed_and_long_lists_counted(tmp_path):
-    options = {"adalora": {"beta": 0.85, "target_rank": 16}, "modules": list("abcd"), "partitions_per_batch": 4}
-    text = report_of(tmp_path, make(4, drawn_scores(4), criterion={"options": options}))
+    probe = {"options": {"adalora": {"beta": 0.85, "target_rank": 16}}, "partitions_per_batch": 4}
+    allocation = make(4, drawn_scores(4), probe=probe, selection={"options": {"modules": list("abcd")}})
+    text = report_of(tmp_path, allocation)
     assert "| option adalora.beta | 0.85 |" in text and "| option modules | 4 entries, see allocation.json |" in text
     assert "4 random partitions" in text and "one random partition each" not in text
 

@@ -19,7 +19,7 @@ from hybrid_lora_plugin.probing.forward import IGNORED, Batch, Passes, negative_
 from hybrid_lora_plugin.probing.layers import SvdLoraLinear, attach, detach
 from hybrid_lora_plugin.probing.measure import batch_sensitivities, draw_partition, prepare_scoring
 from hybrid_lora_plugin.probing.methods.svd_lora import SvdLoraMethod, check_trained
-from hybrid_lora_plugin.probing.seeding import generator
+from hybrid_lora_plugin.seeding import generator
 
 RANK = 3
 

@@ -9,7 +9,7 @@ from hybrid_lora_plugin.config import ProbeCommandConfig
 from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.probing.forward import negative_log_likelihood
 from hybrid_lora_plugin.probing.methods.autolora import AutoLoraMethod
-from hybrid_lora_plugin.probing.seeding import generator
+from hybrid_lora_plugin.seeding import generator
 
 TRAINING, VALIDATION = ragged_batch(seed=1), ragged_batch(rows=4, seed=2)
 

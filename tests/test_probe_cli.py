@@ -14,7 +14,8 @@ import pytest
 
 from hybrid_lora_plugin.cli import probe as command
 from hybrid_lora_plugin.cli.arguments import help_text, options, parse
-from hybrid_lora_plugin.config import ProbeCommandConfig, documented
+from hybrid_lora_plugin.config import ProbeCommandConfig
+from hybrid_lora_plugin.config_field import documented
 from hybrid_lora_plugin.errors import UsageError
 
 

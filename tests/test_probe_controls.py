@@ -11,7 +11,7 @@ from hybrid_lora_plugin.probing.distributed import Ranks, place
 from hybrid_lora_plugin.probing.forward import IGNORED, negative_log_likelihood
 from hybrid_lora_plugin.probing.layers import attach
 from hybrid_lora_plugin.probing.measure import perturbation, prepare_scoring
-from hybrid_lora_plugin.probing.seeding import generator
+from hybrid_lora_plugin.seeding import generator
 
 NAMES = ["lora_output", "gradient_norm", "snip"]
 

@@ -10,7 +10,7 @@ from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.probing.forward import negative_log_likelihood
 from hybrid_lora_plugin.probing.measure import draw_partition
 from hybrid_lora_plugin.probing.methods.full_delta import FullDeltaLinear, FullDeltaMethod
-from hybrid_lora_plugin.probing.seeding import generator
+from hybrid_lora_plugin.seeding import generator
 
 
 def configured(steps=4):

@@ -147,13 +147,13 @@ def test_direction_highest_takes_the_other_end(tiny_qwen2, tmp_path):
     )
     ranked = sorted(lowest.modules, key=lambda module: module.score)
     assert ranked[0].name in lowest.full_names and ranked[0].name not in highest.full_names
-    assert ranked[-1].name in highest.full_names and highest.criterion.direction == "highest"
+    assert ranked[-1].name in highest.full_names and highest.selection.direction == "highest"
 
 
 def test_a_probe_in_bfloat16_runs(tiny_qwen2, tmp_path):
     config = probe_config(tiny_qwen2, tmp_path)
     config.model.dtype = "bfloat16"
-    assert load_allocation(run_probe(config)).criterion.dtype == "bfloat16"
+    assert load_allocation(run_probe(config)).probe.dtype == "bfloat16"
 
 
 def test_an_existing_artifact_is_refused_before_anything_is_loaded(uninterrupted, tmp_path):
@@ -236,7 +236,7 @@ def test_every_run_is_resumable_to_the_byte_and_fills_its_measurements(tiny_qwen
             run_probe(config("parts"), InterruptAt(stop))
     assert contents(run_probe(config("parts"))) == contents(straight)
     assert set(load_file(straight / "sensitivities.safetensors")) >= names
-    assert load_allocation(straight).criterion.name == criterion
+    assert load_allocation(straight).selection.criterion == criterion
 
 
 @pytest.mark.parametrize("criterion", ["random", "lora_ffn", "spread"])

@@ -20,7 +20,8 @@ from verl_processes import run_engine  # noqa: E402
 
 from hybrid_lora_plugin import apply_allocation, load_allocation  # noqa: E402
 from hybrid_lora_plugin.errors import ConfigurationError  # noqa: E402
-from hybrid_lora_plugin.training.apply import parts_of, plain_name, trainable_groups  # noqa: E402
+from hybrid_lora_plugin.names import plain_name  # noqa: E402
+from hybrid_lora_plugin.training.apply import parts_of, trainable_groups  # noqa: E402
 from hybrid_lora_plugin.training.export import export_checkpoint  # noqa: E402
 from hybrid_lora_plugin.training.memory import least_bytes  # noqa: E402
 from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
@@ -183,7 +184,7 @@ def expected(setting, runs):
         "steps": steps,
         "weights": dict(model.named_parameters()),
         "reference": reference,
-        "census": parts_of(model).census,
+        "counts": parts_of(model).counts,
     }
 
 
@@ -274,7 +275,7 @@ def test_only_what_trains_has_optimizer_state(run, expected):
 
 
 def test_bytes_of_a_rank_are_near_the_floor(run, expected):
-    floor = least_bytes(expected["census"], run["shares"])
+    floor = least_bytes(expected["counts"], run["shares"])
     # Padding: tensors of 32 rows cut in four, and FSDP1's flat parameters.
     assert floor.total <= run["bytes"]["total"] * 1.001
     assert run["bytes"]["total"] <= 1.05 * floor.total

@@ -42,12 +42,12 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_lora_plugin import apply_allocation, load_allocation
 from hybrid_lora_plugin.errors import WeightSyncError
+from hybrid_lora_plugin.names import plain_name, split_factor
 from hybrid_lora_plugin.sync.base_weights import STORAGE
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
-from hybrid_lora_plugin.sync.modes import split_factor, sync_mode
-from hybrid_lora_plugin.sync.receiver_merge import merged_digest
+from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.wire import HEADER, MANIFEST, OutgoingWeights
-from hybrid_lora_plugin.training.apply import parts_of, plain_name, trainable_groups
+from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
 from hybrid_lora_plugin.training.merge import merge_weight
 
 # -- equal models ---------------------------------------------------------------------------------------------------
@@ -327,7 +327,7 @@ def test_receivers_copy_what_they_keep(hybrid, tiny_qwen2, mode):
 @each_dtype
 def test_every_sync_proves_another_modules_merge_to_be_the_trainers(hybrid, tiny_qwen2, dtype):
     modules = parts_of(hybrid).lora_modules
-    mine = [merged_digest(hybrid, module, SCALING, dtype, "cpu") for module in modules]
+    mine = [sync_mode("receiver_merge").merged_digest(hybrid, module, SCALING, dtype, "cpu") for module in modules]
     assert [list(digest) for digest in mine] == [[f"{module}.weight"] for module in modules]
     pairs = list(tensors_of(hybrid, "receiver_merge", dtype).items())
     for merged in mine:
@@ -339,7 +339,9 @@ def test_every_sync_proves_another_modules_merge_to_be_the_trainers(hybrid, tiny
 def test_a_receiver_that_merges_to_other_bits_is_caught(hybrid, tiny_qwen2, monkeypatch):
     """As an engine would whose matrix product is not the trainer's."""
     pairs = list(tensors_of(hybrid, "receiver_merge").items())
-    merged = merged_digest(hybrid, parts_of(hybrid).lora_modules[3], SCALING, torch.float32, "cpu")
+    merged = sync_mode("receiver_merge").merged_digest(
+        hybrid, parts_of(hybrid).lora_modules[3], SCALING, torch.float32, "cpu"
+    )
 
     def rounded(base, lora_a, lora_b, scaling, dtype):
         return merge_weight(base, lora_a.bfloat16(), lora_b.bfloat16(), scaling, dtype)

@@ -15,7 +15,6 @@ from benchmarks.sync_sizes import BEGIN, END, MODES, LiveBytes, PaperModel, tabl
 from hybrid_lora_plugin.sync.base_weights import base_digests
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.sync.modes import sync_mode
-from hybrid_lora_plugin.sync.receiver_merge import merged_digest
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of
 
@@ -38,14 +37,14 @@ def real_stream(paper, name):
     plain = AutoModelForCausalLM.from_config(paper.config, dtype=torch.float32)
     model, mode = apply_allocation(plain, paper.allocation, rank=4, alpha=8), sync_mode(name)
     merged = (
-        merged_digest(model, parts_of(model).lora_modules[1], 2.0, torch.bfloat16, "cpu")
+        sync_mode("receiver_merge").merged_digest(model, parts_of(model).lora_modules[1], 2.0, torch.bfloat16, "cpu")
         if name == "receiver_merge"
         else {}
     )
     header = SyncHeader(
         run="0123456789ab", number=1, mode=name, dtype="bfloat16", digests=True, lora_rank=4, lora_alpha=8.0,
         lora_modules=list(parts_of(model).lora_modules), base=base_digests(original_weights(model, "cpu")) if mode.partial else {},
-        payload_bytes=mode.payload_bytes(parts_of(model).census, torch.bfloat16), merged=merged,
+        payload_bytes=mode.payload_bytes(parts_of(model).counts, torch.bfloat16), merged=merged,
     )  # fmt: skip
     stream = OutgoingWeights(header, mode.outgoing(model, 2.0, torch.bfloat16, "cpu"))
     return stream, [(name, tensor.nbytes) for name, tensor in stream]
@@ -65,10 +64,10 @@ def test_computed_bytes_are_those_streamed(paper, mode):
 def test_real_models_stay_within_two_percent_of_the_formula_and_fifteen_of_verls_merge(model, mode):
     paper = PaperModel(model, sync_sizes.Qwen2Config(**sync_sizes.SHAPES[model]))
     size, factors = paper.sync(mode), {"adapter": 2, "receiver_merge": 4}[mode]
-    assert size.sent <= 1.02 * (2 * paper.census.full + factors * paper.census.lora)
+    assert size.sent <= 1.02 * (2 * paper.counts.full + factors * paper.counts.lora)
     assert size.sent <= 0.15 * paper.verl_merge_bytes()
     # 10 % is the limit, and the greedy rule stops less than one module below it.
-    assert 0.09 < paper.census.full / paper.allocation.model.candidate_parameters <= 0.1
+    assert 0.09 < paper.counts.full / paper.allocation.model.candidate_parameters <= 0.1
 
 
 def test_verls_merge_sends_a_tied_head_twice():

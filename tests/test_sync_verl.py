@@ -154,7 +154,7 @@ def server(**attributes) -> HybridLoraHttpServer:
     """The server's own logic without the process around it."""
     made = object.__new__(HybridLoraHttpServer)
     defaults = dict(
-        node_rank=0, engine=Engine(), _unproven="", _probe={}, _probe_difference=None, _kv_cache_released=False,
+        node_rank=0, engine=Engine(), _unproven="", _fixed_prompt={}, _logprob_difference=None, _kv_cache_released=False,
         _submission_paused=False, _rejecting=False, _admitting=0, global_steps=None,
     )  # fmt: skip
     for name, value in (defaults | attributes).items():
@@ -196,14 +196,14 @@ def test_fixed_prompt_that_differs_locks_the_server_and_names_the_token():
     async def scenario():
         probed = server(_limit=5.0)
         probed.config = type("Config", (), {"dtype": "float32"})
-        probed._probe = {"tokens": [1, 2, 3], "log_probs": [-1.0, -2.0], "limit": 1e-4}
+        probed._fixed_prompt = {"tokens": [1, 2, 3], "log_probs": [-1.0, -2.0], "limit": 1e-4}
 
         async def ours(tokens):
             return [-1.0, -2.5]
 
         probed._prompt_log_probs = ours
         with pytest.raises(WeightSyncError, match="token 2 has log-probability -2.5.*-2.0.*1e-04|0.0001.*float32"):
-            await probed._compare_probe()
+            await probed._compare_fixed_prompt()
         with pytest.raises(WeightSyncError, match="differ from the trainer's"):
             await probed._park_until_admitted("request")
 
@@ -218,14 +218,14 @@ def test_fixed_prompt_waits_until_the_engine_can_generate(attributes, compares):
     async def scenario():
         asked = []
         waiting = server(_limit=5.0, **attributes)
-        waiting._probe = {"tokens": [1, 2], "log_probs": [-1.0], "limit": 1e-4}
+        waiting._fixed_prompt = {"tokens": [1, 2], "log_probs": [-1.0], "limit": 1e-4}
 
         async def ours(tokens):
             asked.append(tokens)
             return [-1.0]
 
         waiting._prompt_log_probs = ours
-        await waiting._compare_probe()
-        assert bool(asked) is compares and bool(waiting._probe) is not compares
+        await waiting._compare_fixed_prompt()
+        assert bool(asked) is compares and bool(waiting._fixed_prompt) is not compares
 
     asyncio.run(scenario())

@@ -14,8 +14,9 @@ from transformers import AutoModelForCausalLM
 
 from hybrid_lora_plugin import apply_allocation, load_allocation
 from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.sync.base_weights import stored_dtypes
-from hybrid_lora_plugin.training.apply import parts_of, plain_name, trainable_groups
+from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
 from hybrid_lora_plugin.training.checkpoint import CheckpointDescription, load_trained, save_trained
 from hybrid_lora_plugin.training.export import export_checkpoint
 from hybrid_lora_plugin.training.lora_linear import SharedInput
@@ -139,7 +140,7 @@ def test_frozen_weights_of_mixed_or_unknown_types_are_fp32(tiny_qwen2, tmp_path)
 
 
 def test_bytes_of_one_rank_are_counted_from_its_parameters(hybrid):
-    counted, snapshot = parts_of(hybrid).census, BaseSnapshot(trainable_groups(hybrid)["full"])
+    counted, snapshot = parts_of(hybrid).counts, BaseSnapshot(trainable_groups(hybrid)["full"])
     said, trains = rank_bytes(hybrid, snapshot), counted.full + counted.lora
     # The tiny model is fp32, and so is what is frozen; its values are no bfloat16 numbers.
     assert (said.frozen, said.trained, said.moments) == (4 * counted.frozen, 4 * trains, 8 * trains)
@@ -149,8 +150,8 @@ def test_bytes_of_one_rank_are_counted_from_its_parameters(hybrid):
     assert str(said).startswith(f"{said.total / 1e6:,.1f} MB on each rank: frozen")
 
 
-def test_census_counts_every_parameter_once(hybrid, tiny_qwen2, allocation):
-    counted = parts_of(hybrid).census
+def test_every_parameter_is_counted_once(hybrid, tiny_qwen2, allocation):
+    counted = parts_of(hybrid).counts
     plain = sum(p.numel() for p in AutoModelForCausalLM.from_pretrained(tiny_qwen2).parameters())
     assert counted.full == allocation.budget.used
     assert counted.frozen + counted.full == plain and counted.total == plain + counted.lora

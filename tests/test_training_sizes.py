@@ -47,7 +47,7 @@ def test_operations_of_an_update_are_those_that_torch_counts(tmp_path, tied):
     hybrid = AutoModelForCausalLM.from_pretrained(folder)
     hybrid.enable_input_require_grads()
     hybrid = apply_allocation(hybrid, allocation, rank=4, alpha=8)
-    sizes = Sizes(parts_of(hybrid).census, head if tied else 2 * head, head, 0, 3)
+    sizes = Sizes(parts_of(hybrid).counts, head if tied else 2 * head, head, 0, 3)
     said = flops_per_token(sizes, checkpointing=False)
     # The formula takes norms and biases for products, and they are few.
     assert full / IDS.numel() == pytest.approx(said["full"], rel=0.03)
@@ -60,7 +60,7 @@ def test_memory_falls_with_the_gpus_and_lies_below_both_others():
         held = state_bytes(sizes, gpus)
         assert held["hybrid"] < held["lora"] < held["full"] and held["hybrid"] < held["full"] * 0.4
         assert held["hybrid"] == pytest.approx(state_bytes(sizes, 1)["hybrid"] / gpus)
-    count = sizes.census
+    count = sizes.counts
     assert state_bytes(sizes, 1)["hybrid"] == 2 * count.frozen + 18 * count.full + 16 * count.lora
 
 

@@ -17,8 +17,10 @@ from omegaconf import OmegaConf, open_dict  # noqa: E402
 from tiny_models import make_tiny_qwen2  # noqa: E402
 from verl_processes import ROOT, run  # noqa: E402
 
+from hybrid_lora_plugin import config as plugin_config  # noqa: E402
 from hybrid_lora_plugin.config import HybridLoraConfig  # noqa: E402
-from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.errors import ConfigurationError  # noqa: E402
+from hybrid_lora_plugin.sync.modes import SYNC_MODES  # noqa: E402
 from hybrid_lora_plugin.verl_backend import registration  # noqa: E402
 from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
 
@@ -45,8 +47,15 @@ def accepted(tiny_qwen2, artifact):
 
 
 def test_group_has_the_defaults_of_the_dataclasses():
+    node = OmegaConf.to_container(composed("+hybrid_lora=enabled").hybrid_lora)
+    assert node == OmegaConf.to_container(OmegaConf.structured(HybridLoraConfig))
+
+
+def test_group_knows_for_every_sync_mode_who_merges():
     text = (ROOT / "hybrid_lora_plugin/conf/hybrid_lora/enabled.yaml").read_text()
-    assert yaml.safe_load(text)["hybrid_lora"] == OmegaConf.to_container(OmegaConf.structured(HybridLoraConfig))
+    merge_for = yaml.safe_load(text)["actor_rollout_ref"]["model"]["lora"]["merge_for"]
+    assert merge_for == {name: not mode.engine_adapter for name, mode in SYNC_MODES.items()}
+    assert tuple(SYNC_MODES) == plugin_config.SYNC_MODES
 
 
 def test_group_is_found_without_a_search_path_flag_and_sets_what_it_needs():

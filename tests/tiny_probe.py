@@ -9,7 +9,7 @@ from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.config import ProbeCommandConfig
 from hybrid_lora_plugin.probing.distributed import Ranks
 from hybrid_lora_plugin.probing.forward import IGNORED, Batch, Passes
-from hybrid_lora_plugin.probing.seeding import generator
+from hybrid_lora_plugin.seeding import generator
 
 VOCABULARY = 40
 

@@ -243,7 +243,7 @@ def counts(actor) -> dict[str, int]:
     """Parameters of the model in training: frozen, full, lora."""
     from hybrid_lora_plugin.training.apply import parts_of
 
-    counted = parts_of(_worker(actor).actor.engine.module).census
+    counted = parts_of(_worker(actor).actor.engine.module).counts
     return {"frozen": counted.frozen, "full": counted.full, "lora": counted.lora}
 
 

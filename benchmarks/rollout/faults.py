@@ -17,7 +17,7 @@ from dataclasses import dataclass, field
 
 import torch
 
-from hybrid_lora_plugin.sync.modes import split_factor
+from hybrid_lora_plugin.names import split_factor
 from hybrid_lora_plugin.sync.wire import HEADER, MANIFEST, packed, unpacked
 
 Pair = tuple[str, torch.Tensor]

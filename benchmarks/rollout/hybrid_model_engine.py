@@ -17,11 +17,11 @@ from verl.checkpoint_engine.base import CheckpointEngine
 from benchmarks.rollout.faults import Fault, Pair
 from hybrid_lora_plugin import load_allocation
 from hybrid_lora_plugin.config import HybridLoraConfig
+from hybrid_lora_plugin.names import is_adapter
 from hybrid_lora_plugin.sync.base_weights import base_digests
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.sync.modes import sync_mode
-from hybrid_lora_plugin.sync.receiver_merge import merged_digest
-from hybrid_lora_plugin.training.apply import apply_allocation, is_adapter, parts_of
+from hybrid_lora_plugin.training.apply import apply_allocation, parts_of
 from hybrid_lora_plugin.verl_backend.sender import server_adapter
 from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource
 from hybrid_lora_plugin.verl_backend.transport import LimitedSender
@@ -139,10 +139,10 @@ class HybridModelEngine(CheckpointEngine):
         stream = source.stream(
             mode.name,
             tensors,
-            payload_bytes=mode.payload_bytes(parts_of(self.model).census, source.dtype),
+            payload_bytes=mode.payload_bytes(parts_of(self.model).counts, source.dtype),
             lora_modules=list(parts_of(self.model).lora_modules),
             base=(lambda: base_digests(original_weights(self.model, "cpu"))) if mode.partial else None,
-            merged=self._merged_digest if mode.name == "receiver_merge" else None,
+            merged=self._merged_digest if mode.receiver_merges else None,
         )
         if fault is not None and fault.where == "network":
             return fault.applied([(name, tensor.clone()) for name, tensor in stream], self._before)
@@ -151,7 +151,7 @@ class HybridModelEngine(CheckpointEngine):
         return iter(stream)
 
     def _merged_digest(self, module: str) -> dict[str, str]:
-        return merged_digest(self.model, module, self.scaling, self._source.dtype, "cpu")
+        return sync_mode("receiver_merge").merged_digest(self.model, module, self.scaling, self._source.dtype, "cpu")
 
     async def send_weights(self, weights, global_steps=None):
         raise NotImplementedError

@@ -9,15 +9,12 @@ from __future__ import annotations
 import json
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.errors import AllocationError
-
-if TYPE_CHECKING:
-    from hybrid_lora_plugin.allocation.storage import Allocation
 
 MEASUREMENTS_FILE = "sensitivities.safetensors"
 
@@ -32,9 +29,14 @@ def check_measurements(measurements: Mapping[str, Tensor], modules: int) -> None
 
 
 def write_measurements(folder: Path, allocation: Allocation, measurements: Mapping[str, Tensor]) -> None:
-    """Write the measurements as float64, or nothing when there are none; equal tensors give equal bytes."""
+    """Write the measurements as float64, or nothing when there are none; equal tensors give equal bytes.
+
+    Raises:
+        AllocationError: as ``check_measurements``.
+    """
     from safetensors.torch import save_file
 
+    check_measurements(measurements, len(allocation.modules))
     if not measurements:
         return
     # Cloned: safetensors refuses tensors that share memory, and rows of one tensor do.

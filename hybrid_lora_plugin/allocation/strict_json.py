@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import types
 import typing
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ def build(kind: Any, payload: Any, *, file: str, field: str = "") -> Any:
     """Turn parsed JSON into ``kind``, a dataclass, ``list[dataclass]``, ``dict`` or a plain type.
 
     Args:
-        kind: the type wanted.
+        kind: the type wanted; of ``X | None`` the X, for what may be None is left out instead.
         payload: the parsed value.
         file: file name for messages.
         field: dotted path of the value, for messages.
@@ -54,11 +55,13 @@ def build(kind: Any, payload: Any, *, file: str, field: str = "") -> Any:
         AllocationError: an unknown key, a missing one without a default, or a value of another type.
     """
     where = f"{file}: {field}" if field else file
+    if typing.get_origin(kind) in (typing.Union, types.UnionType):
+        (kind,) = (option for option in typing.get_args(kind) if option is not type(None))
     if dataclasses.is_dataclass(kind):
         if not isinstance(payload, dict):
             raise AllocationError(f"{where}: {payload!r}, an object is wanted; {_WAY_OUT}")
-        types = typing.get_type_hints(kind)
-        for key in payload.keys() - types.keys():
+        fields = typing.get_type_hints(kind)
+        for key in payload.keys() - fields.keys():
             raise AllocationError(f"{where}: unknown key {key!r}; {_WAY_OUT}")
         for spec in dataclasses.fields(kind):
             # A field with a default came later than the files that lack it.
@@ -66,7 +69,7 @@ def build(kind: Any, payload: Any, *, file: str, field: str = "") -> Any:
             if required and spec.name not in payload:
                 raise AllocationError(f"{where}: missing key {spec.name!r}; {_WAY_OUT}")
         prefix = f"{field}." if field else ""
-        return kind(**{key: build(types[key], payload[key], file=file, field=prefix + key) for key in payload})
+        return kind(**{key: build(fields[key], payload[key], file=file, field=prefix + key) for key in payload})
     if typing.get_origin(kind) is list:
         if not isinstance(payload, list):
             raise AllocationError(f"{where}: {payload!r}, a list is wanted; {_WAY_OUT}")

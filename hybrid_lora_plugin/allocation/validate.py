@@ -2,21 +2,16 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
-from hybrid_lora_plugin.allocation.budget import FIXED, FULL, LORA, MODES, open_account
+from hybrid_lora_plugin.allocation.budget import FULL, LORA
+from hybrid_lora_plugin.allocation.budget_modes import CHOICES, FIXED, budget_mode
+from hybrid_lora_plugin.allocation.schema import PROBE_AGAIN, Allocation
 from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE
 from hybrid_lora_plugin.errors import AllocationError
-
-if TYPE_CHECKING:
-    from hybrid_lora_plugin.allocation.storage import Allocation
-
-_PROBE_AGAIN = "probe again with hybrid-lora-probe"
 
 
 def _require(ok: bool, where: str, field: str, message: str) -> None:
     if not ok:
-        raise AllocationError(f"{where}: {field}: {message}; {_PROBE_AGAIN}")
+        raise AllocationError(f"{where}: {field}: {message}; {PROBE_AGAIN}")
 
 
 def validate_allocation(allocation: Allocation, where: str) -> None:
@@ -63,34 +58,34 @@ def validate_allocation(allocation: Allocation, where: str) -> None:
         "model.candidate_parameters",
         f"{model.candidate_parameters:,} but the modules add up to {total:,}",
     )
-    _check_budget(allocation, total, where)
+    _check_budget(allocation, where)
 
 
-def _check_budget(allocation: Allocation, total: int, where: str) -> None:
+def _check_budget(allocation: Allocation, where: str) -> None:
     """What was asked, allowed and spent agree with the modules, in the unit of the mode."""
-    budget, candidates = allocation.budget, allocation.candidates
-    modes = (*MODES, FIXED)
-    _require(
-        budget.mode in modes, where, "budget.mode", f"{budget.mode!r} is unknown, one of {', '.join(modes)} is wanted"
-    )
+    budget = allocation.budget
+    try:
+        mode = budget_mode(budget.mode)
+    except AllocationError:
+        modes = ", ".join((*CHOICES, FIXED))
+        _require(False, where, "budget.mode", f"{budget.mode!r} is unknown, one of {modes} is wanted")
     _require(0 < budget.ratio <= 1, where, "budget.ratio", f"{budget.ratio}, a fraction in (0, 1] is wanted")
     _require(budget.limit > 0, where, "budget.limit", f"{budget.limit}, more than 0 is wanted")
-    full = sum(module.parameters for module in allocation.modules if module.assignment == FULL)
-    if budget.mode == FIXED:
-        limit = used = full
-    else:
-        account = open_account(candidates, budget.mode, budget.ratio, budget.limit, allocation.criterion.rank)
-        taken = (module.assignment == FULL for module in allocation.modules)
-        limit = account.limit
-        used = account.start + sum(cost for cost, full_ in zip(account.costs, taken, strict=True) if full_)
-    if budget.mode in (FIXED, "total_trainable"):
-        share = full / total
-        _require(budget.ratio == share, where, "budget.ratio", f"{budget.ratio} but the full modules are {share}")
+    _require(budget.lora_rank > 0, where, "budget.lora_rank", f"{budget.lora_rank}, more than 0 is wanted")
+    full = [module.assignment == FULL for module in allocation.modules]
+    expected = mode.expected(budget, allocation.modules, full)
     _require(
-        budget.limit == limit,
+        budget.ratio == expected.ratio,
+        where,
+        "budget.ratio",
+        f"{budget.ratio} but the full modules are {expected.ratio}",
+    )
+    _require(
+        budget.limit == expected.limit,
         where,
         "budget.limit",
-        f"{budget.limit:,} but mode {budget.mode!r} with ratio {budget.ratio} allows {limit:,}",
+        f"{budget.limit:,} but mode {budget.mode!r} with ratio {budget.ratio} allows {expected.limit:,}",
     )
+    used = expected.used
     _require(budget.used == used, where, "budget.used", f"{budget.used:,} but the full modules add up to {used:,}")
-    _require(used <= limit, where, "budget.used", f"{used:,} exceeds the limit of {limit:,}")
+    _require(used <= budget.limit, where, "budget.used", f"{used:,} exceeds the limit of {budget.limit:,}")

@@ -5,12 +5,16 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
 from hybrid_lora_plugin.cli.result import print_result
 from hybrid_lora_plugin.config import AllocateCommandConfig
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from hybrid_lora_plugin.allocation import Allocation
 
 PROGRAM = "hybrid-lora-allocate"
 SUMMARY = (
@@ -31,19 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
             if not getattr(config, name):
                 raise ConfigurationError(f"{name}: not given; write {name}=FOLDER")
         validate(config)
-        changed, modules = reallocate(config)
+        before, after = reallocate(config)
     except ConfigurationError as error:
         return report_error(PROGRAM, error)
-    print_result(Path(config.output_dir))
-    print(f"against {config.artifact}: {changed} of {modules} modules changed their assignment")
+    print_result(Path(config.output_dir), after)
+    changed = len(set(before.full_names) ^ set(after.full_names))
+    print(f"against {config.artifact}: {changed} of {len(after.modules)} modules changed their assignment")
     return 0
 
 
-def reallocate(config: AllocateCommandConfig) -> tuple[int, int]:
-    """Read the artifact, select_modules and write the new one.
+def reallocate(config: AllocateCommandConfig) -> tuple[Allocation, Allocation]:
+    """Read the artifact, select anew and write the new one.
 
     Returns:
-        How many modules changed their assignment, and how many there are.
+        The allocation that was read and the one that was written.
 
     Raises:
         ConfigurationError: the artifact, a setting or the output folder cannot be used.
@@ -51,18 +56,24 @@ def reallocate(config: AllocateCommandConfig) -> tuple[int, int]:
     # Late, so that --help and a mistyped option answer at once.
     from hybrid_lora_plugin.allocation.measurement_file import load_measurements
     from hybrid_lora_plugin.allocation.select import select_modules
-    from hybrid_lora_plugin.allocation.storage import load_allocation, refuse_existing, save_allocation
+    from hybrid_lora_plugin.allocation.storage import load_allocation, refuse_existing
+    from hybrid_lora_plugin.report.artifact import save_allocation
 
     refuse_existing(config.output_dir)
     path = Path(config.artifact)
     source = load_allocation(path)
     measurements = load_measurements(path if path.is_dir() else path.parent, source)
     allocation = select_modules(
-        config, source.model, source.criterion, source.candidates, measurements, environment=source.environment
+        config,
+        source.model,
+        source.modules,
+        measurements,
+        lora_rank=source.budget.lora_rank,
+        probe=source.probe,
+        environment=source.environment,
     )
     save_allocation(config.output_dir, allocation, measurements)
-    before, after = set(source.full_names), set(allocation.full_names)
-    return len(before ^ after), len(source.modules)
+    return source, allocation
 
 
 if __name__ == "__main__":

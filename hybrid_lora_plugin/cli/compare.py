@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import shutil
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -11,6 +9,7 @@ from pathlib import Path
 from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
 from hybrid_lora_plugin.config import CompareCommandConfig
 from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.files import complete_folder
 
 PROGRAM = "hybrid-lora-compare"
 SUMMARY = (
@@ -60,22 +59,16 @@ def write_comparison(comparison, tables, folder: str | Path) -> None:
     from hybrid_lora_plugin.report.compare_plot import draw_comparison
     from hybrid_lora_plugin.report.compare_tables import as_markdown
 
-    folder = Path(folder)
-    temporary = folder.parent / f".{folder.name}.{os.getpid()}.tmp"
     model = comparison.allocations[0].model.name_or_path
     title = f"# {len(comparison.allocations)} allocations for {model} compared"
     picture = "![What each allocation fully fine-tunes, and how much of it pairs share](compare.png)"
     try:
-        shutil.rmtree(temporary, ignore_errors=True)
-        temporary.mkdir(parents=True)
-        text = f"{title}\n\n{picture}\n\n{as_markdown(tables)}\n"
-        (temporary / "compare.md").write_text(text, encoding="utf-8")
-        draw_comparison(comparison, temporary / "compare.png")
-        os.rename(temporary, folder)
+        with complete_folder(Path(folder)) as unfinished:
+            text = f"{title}\n\n{picture}\n\n{as_markdown(tables)}\n"
+            (unfinished / "compare.md").write_text(text, encoding="utf-8")
+            draw_comparison(comparison, unfinished / "compare.png")
     except OSError as error:
         raise ConfigurationError(f"output_dir: {folder} cannot be written ({error}); give another folder") from error
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
 
 
 if __name__ == "__main__":

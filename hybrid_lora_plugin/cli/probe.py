@@ -6,6 +6,7 @@ import shlex
 import signal
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
 from hybrid_lora_plugin.cli.result import print_result
@@ -56,7 +57,7 @@ def probe(config: ProbeCommandConfig, *, resume_command: str, program: str) -> i
     from hybrid_lora_plugin.probing import distributed as processes
     from hybrid_lora_plugin.probing.interrupt import ProbeInterrupted
     from hybrid_lora_plugin.probing.progress import Progress, for_terminal
-    from hybrid_lora_plugin.probing.runner import run_probe
+    from hybrid_lora_plugin.probing.runner import probe_model
 
     try:
         ranks = processes.start()
@@ -64,7 +65,7 @@ def probe(config: ProbeCommandConfig, *, resume_command: str, program: str) -> i
         return report_error(program, error)
     progress = for_terminal() if ranks.first else Progress()
     try:
-        folder = run_probe(config, progress, ranks)
+        allocation = probe_model(config, progress, ranks)
     except ConfigurationError as error:
         progress.close()
         return 2 if getattr(error, "reported_by_first_rank", False) else report_error(program, error)
@@ -77,7 +78,7 @@ def probe(config: ProbeCommandConfig, *, resume_command: str, program: str) -> i
         return 128 + (interrupt.signum if isinstance(interrupt, ProbeInterrupted) else signal.SIGINT)
     progress.close()
     if ranks.first:
-        print_result(folder)
+        print_result(Path(config.output_dir), allocation)
     processes.finish(ranks)
     return 0
 

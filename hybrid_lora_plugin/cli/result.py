@@ -10,34 +10,22 @@ if TYPE_CHECKING:
     from hybrid_lora_plugin.allocation import Allocation
 
 
-def budget_line(allocation: Allocation) -> str:
-    """One line: what was asked, allowed and used, in the unit of the budget mode."""
-    budget, total, count = allocation.budget, allocation.model.candidate_parameters, len(allocation.modules)
-    if budget.mode == "fixed":
-        return (
-            f"budget: none, criterion {allocation.criterion.name} names the modules; they have {budget.used:,} of "
-            f"{total:,} parameters ({100 * budget.ratio:.2f} %)"
-        )
-    if budget.mode == "total_trainable":
-        return f"budget: {budget.limit:,} trainable parameters, LoRA included; used {budget.used:,}"
-    whole, unit = (count, "modules") if budget.mode == "modules" else (total, "parameters")
-    return (
-        f"budget: {100 * budget.ratio:g} % of {whole:,} {unit} = {budget.limit:,}; "
-        f"used {budget.used:,} ({100 * budget.used / whole:.2f} %)"
-    )
+def print_result(folder: Path, allocation: Allocation) -> None:
+    """Say what was selected, where it lies and what to do next.
 
+    Args:
+        folder: the artifact's.
+        allocation: that was written there.
+    """
+    from hybrid_lora_plugin.allocation.budget_modes import budget_mode
 
-def print_result(folder: Path) -> None:
-    """Say what was decided and what to do next."""
-    from hybrid_lora_plugin.allocation import load_allocation
-
-    allocation = load_allocation(folder)
-    full, lora = len(allocation.full_names), len(allocation.lora_names)
+    full, modules = len(allocation.full_names), len(allocation.modules)
     # A choice without scores has no scores.png.
     pages = [name for name in ("report.md", "heatmap.png", "scores.png") if (Path(folder) / name).exists()]
     print(f"allocation written to {folder} ({', '.join(pages)})")
-    print(budget_line(allocation))
-    print(f"full fine-tuning: {full} of {full + lora} modules, LoRA on the other {lora}")
+    total, chosen_by = allocation.model.candidate_parameters, allocation.selection.criterion
+    print(budget_mode(allocation.budget.mode).summary(allocation.budget, total, modules, chosen_by))
+    print(f"full fine-tuning: {full} of {modules} modules, LoRA on the other {modules - full}")
     print(
         f"next: python -m verl.trainer.main_ppo ... +hybrid_lora=enabled hybrid_lora.allocation={shlex.quote(str(folder))}"
     )

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_lora_plugin.candidates import Candidate
-from hybrid_lora_plugin.probing.seeding import generator
+from hybrid_lora_plugin.seeding import generator
 
 
 class SvdLoraLinear(nn.Module):

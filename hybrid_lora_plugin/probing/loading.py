@@ -51,19 +51,6 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
     return _load(AutoModelForCausalLM, config, "model", dtype=getattr(torch, name))
 
 
-def meta_model(model_config: Any, trust_remote_code: bool = False) -> nn.Module:
-    """The causal language model a Hugging Face config describes, without weights.
-
-    Args:
-        model_config: a ``transformers.PretrainedConfig``.
-        trust_remote_code: as in transformers.
-    """
-    from transformers import AutoModelForCausalLM
-
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(model_config, trust_remote_code=trust_remote_code)
-
-
 def _load(factory: Any, config: ModelConfig, what: str, **options: Any) -> Any:
     if config.gguf_file:
         options["gguf_file"] = config.gguf_file

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from hybrid_lora_plugin.probing.forward import Batch, Passes
 from hybrid_lora_plugin.probing.layers import SvdLoraLinear
-from hybrid_lora_plugin.probing.seeding import generator
+from hybrid_lora_plugin.seeding import generator
 
 
 class Maskable(Protocol):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hybrid_lora_plugin import __version__
-from hybrid_lora_plugin.allocation.storage import CriterionRecord, ModelIdentity
+from hybrid_lora_plugin.allocation.schema import ModelIdentity, ProbeRecord
 from hybrid_lora_plugin.candidates import Candidate, architecture_of, model_fingerprint
 from hybrid_lora_plugin.config import ProbeCommandConfig
 from hybrid_lora_plugin.probing.data.batches import ProbeData
@@ -66,32 +66,34 @@ def model_identity(path: str, model: nn.Module, candidates: Sequence[Candidate],
 
 
 def probe_record(
-    config: ProbeCommandConfig, method: str | None, dtype: torch.dtype | None, data: dict[str, Any], lr: float
-) -> CriterionRecord:
-    """The settings that shaped the measurements; the name and direction of the criterion are filled in by ``select_modules``."""
+    config: ProbeCommandConfig, method: str, dtype: torch.dtype | None, data: dict[str, Any], lr: float
+) -> ProbeRecord:
+    """How the measurements of a probe are made.
+
+    Args:
+        config: of the command.
+        method: name of the probe method.
+        dtype: of the frozen base; None where it is not known yet, for a comparison of settings.
+        data: rows and split.
+        lr: learning rate of the warm-up.
+    """
     probe = config.probe
-    options: dict[str, Any] = {"partitions_per_batch": probe.partitions_per_batch} if method is not None else {}
-    if method == "adalora":
-        options["adalora"] = asdict(probe.adalora)
-    if method == "autolora":
-        options["autolora"] = asdict(probe.autolora)
-    probed = method is not None
-    return CriterionRecord(
-        name=config.criterion,
-        direction=config.direction,
-        normalise=config.normalise,
-        objective=probe.objective if probed else "none",
+    own = {"adalora": probe.adalora, "autolora": probe.autolora}
+    return ProbeRecord(
+        method=method,
+        objective=probe.objective,
         rank=config.lora.rank,
-        init=("adalora" if method == "adalora" else probe.init) if probed else "none",
-        warmup_steps=probe.warmup_steps if probed else 0,
+        init="adalora" if method == "adalora" else probe.init,
+        warmup_steps=probe.warmup_steps,
         lr=float(lr),
-        partitions=probe.partitions if probed else 0,
-        batch_size=probe.batch_size if probed else 0,
-        max_length=probe.max_length if probed else 0,
-        dtype=str(dtype).removeprefix("torch.") if probed else "none",
-        seed=probe.seed if probed else 0,
+        partitions=probe.partitions,
+        partitions_per_batch=probe.partitions_per_batch,
+        batch_size=probe.batch_size,
+        max_length=probe.max_length,
+        dtype=str(dtype).removeprefix("torch."),
+        seed=probe.seed,
         data=data,
-        options=options,
+        options={method: asdict(own[method])} if method in own else {},
     )
 
 

@@ -10,7 +10,6 @@ Each file is written beside its place and renamed, so an interruption at any mom
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from hybrid_lora_plugin.errors import ProbeError
+from hybrid_lora_plugin.files import complete_file
 
 
 class PartialState:
@@ -50,7 +50,8 @@ class PartialState:
                 self._compare(json.loads(file.read_text(encoding="utf-8")), settings)
                 return
             self.folder.mkdir(parents=True, exist_ok=True)
-            _replace(file, lambda path: path.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8"))
+            with complete_file(file) as unfinished:
+                unfinished.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise ProbeError(
                 f"output_dir: {self.folder} cannot be written ({error}); give another output_dir"
@@ -72,7 +73,8 @@ class PartialState:
         """Replace the saved warm-up by this one."""
         file = self.folder / "warmup.safetensors"
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        _replace(file, lambda path: save_file(tensors, path, metadata={"step": str(step)}))
+        with complete_file(file) as unfinished:
+            save_file(tensors, unfinished, metadata={"step": str(step)})
 
     def load_warmup(self) -> tuple[int, dict[str, Tensor]] | None:
         """The saved step and tensors, or None if nothing was saved yet."""
@@ -90,7 +92,8 @@ class PartialState:
         if done:
             stacked = {name: torch.stack(values) for name, values in rows.items()}
             file = self.folder / "scores.safetensors"
-            _replace(file, lambda path: save_file(stacked, path, metadata={"rows": str(done)}))
+            with complete_file(file) as unfinished:
+                save_file(stacked, unfinished, metadata={"rows": str(done)})
 
     def load_scores(self) -> tuple[int, dict[str, list[Tensor]]]:
         """How many rows are done, and the measurements."""
@@ -113,9 +116,3 @@ def partial_folder(output_dir: str | Path) -> Path:
     """Where the unfinished state of a probe with this output folder is."""
     output_dir = Path(output_dir)
     return output_dir.parent / f"{output_dir.name}.partial"
-
-
-def _replace(file: Path, write: Any) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    write(temporary)
-    os.replace(temporary, file)

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from hybrid_lora_plugin.allocation.budget import allocate
+from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.select import select_modules
-from hybrid_lora_plugin.allocation.storage import refuse_existing, save_allocation
-from hybrid_lora_plugin.candidates import Candidate, architecture_of, find_candidates
+from hybrid_lora_plugin.allocation.storage import refuse_existing
+from hybrid_lora_plugin.candidates import Candidate, architecture_of, find_candidates, meta_model
 from hybrid_lora_plugin.config import BudgetConfig, ProbeCommandConfig
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ProbeError
@@ -32,7 +33,6 @@ from hybrid_lora_plugin.probing.loading import (
     load_model,
     load_model_config,
     load_tokenizer,
-    meta_model,
     parameter_count,
     weights_digest,
 )
@@ -44,6 +44,7 @@ from hybrid_lora_plugin.probing.methods.svd_lora import SvdLoraMethod
 from hybrid_lora_plugin.probing.progress import Progress
 from hybrid_lora_plugin.probing.provenance import environment, model_identity, probe_record, probe_settings
 from hybrid_lora_plugin.probing.resume import PartialState
+from hybrid_lora_plugin.report.artifact import save_allocation
 from hybrid_lora_plugin.scoring import get_criterion
 
 SAVE_EVERY_SECONDS = 30.0
@@ -56,6 +57,12 @@ METHODS: dict[str, type[ProbeMethod]] = {
 
 
 def run_probe(config: ProbeCommandConfig, progress: Progress | None = None, ranks: Ranks | None = None) -> Path:
+    """As ``probe_model``; returns the artifact's folder, ``config.output_dir``."""
+    probe_model(config, progress, ranks)
+    return Path(config.output_dir)
+
+
+def probe_model(config: ProbeCommandConfig, progress: Progress | None = None, ranks: Ranks | None = None) -> Allocation:
     """Probe a model and write its allocation.
 
     Args:
@@ -64,7 +71,7 @@ def run_probe(config: ProbeCommandConfig, progress: Progress | None = None, rank
         ranks: the processes that share the work, each making this same call; by default this one alone.
 
     Returns:
-        The artifact's folder, ``config.output_dir``.
+        What was written to ``config.output_dir``.
 
     Raises:
         ConfigurationError: a setting, the data or the model cannot be used.
@@ -99,7 +106,7 @@ def _check(config: ProbeCommandConfig, output_dir: Path, processes: int) -> None
     refuse_existing(output_dir)
 
 
-def _choose_without_probe(config: ProbeCommandConfig, output_dir: Path, progress: Progress) -> Path:
+def _choose_without_probe(config: ProbeCommandConfig, output_dir: Path, progress: Progress) -> Allocation:
     """An allocation that needs neither data nor weights."""
     model_config = load_model_config(config.model)
     model = meta_model(model_config, config.model.trust_remote_code)
@@ -109,12 +116,13 @@ def _choose_without_probe(config: ProbeCommandConfig, output_dir: Path, progress
     allocation = select_modules(
         config,
         model_identity(config.model.path, model, candidates, parameter_count(model)),
-        probe_record(config, None, None, {}, 0.0),
         candidates,
         {},
+        lora_rank=config.lora.rank,
         environment=environment(),
     )
-    return save_allocation(output_dir, allocation, {})
+    save_allocation(output_dir, allocation, {})
+    return allocation
 
 
 def check_shapes(candidates: Sequence[Candidate], rank: int) -> None:
@@ -187,13 +195,13 @@ class _Probe:
         settings = probe_settings(self.config, self.method_name, self.model, self.data, weights_digest(self.model))
         self.state = PartialState(self.output_dir, settings)
 
-    def write(self) -> Path:
-        """Take the steps that are missing, select_modules, and write the artifact."""
+    def write(self) -> Allocation:
+        """Take the steps that are missing, select, and write the artifact."""
         with _deterministic(self.ranks.device), StopRequest() as stop, self._memory_explained():
             self._warm_up(stop)
             self.method.finish_warmup()
             measurements = self._score(stop) | self.method.results()
-        return self.ranks.from_first(lambda: self._decide_and_save(measurements))
+        return self.ranks.from_first(lambda: self._select_and_save(measurements))
 
     @contextlib.contextmanager
     def _memory_explained(self) -> Iterator[None]:
@@ -207,16 +215,22 @@ class _Probe:
                 f"command continues"
             ) from error
 
-    def _decide_and_save(self, measurements: dict[str, Tensor]) -> Path:
+    def _select_and_save(self, measurements: dict[str, Tensor]) -> Allocation:
         self.watch.check()
         data = self.data.record | {"checkpoint": self.checkpoint}
         record = probe_record(self.config, self.method_name, self.dtype, data, self.method.lr)
         allocation = select_modules(
-            self.config, self.identity, record, self.candidates, measurements, environment=environment()
+            self.config,
+            self.identity,
+            self.candidates,
+            measurements,
+            lora_rank=self.config.lora.rank,
+            probe=record,
+            environment=environment(),
         )
         save_allocation(self.output_dir, allocation, measurements)
         self.state.delete()
-        return self.output_dir
+        return allocation
 
     def _warm_up(self, stop: StopRequest) -> None:
         method, data = self.method, self.data

@@ -2,12 +2,8 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from hybrid_lora_plugin.allocation.budget import FULL
-
-if TYPE_CHECKING:
-    from hybrid_lora_plugin.allocation.storage import Allocation
+from hybrid_lora_plugin.allocation.schema import Allocation
 
 _TOY = "a toy: a Qwen2 of 0.6 M parameters, six seeds, 10 % budget"
 _COMPARE = "Compare with random allocations of the same budget before you rely on it."
@@ -26,15 +22,15 @@ CONTROLS = ("random", "lora_ffn", "explicit", "spread")
 
 def caveats_title(allocation: Allocation) -> str:
     """Title of the section: a control has no score to trust."""
-    return "What this choice is" if allocation.criterion.name in CONTROLS else "How far to trust it"
+    return "What this choice is" if allocation.selection.criterion in CONTROLS else "How far to trust it"
 
 
 def caveats_text(allocation: Allocation) -> str:
     """The paragraph for this allocation's criterion, direction and normalisation."""
-    criterion = allocation.criterion
-    name = criterion.name
+    selection = allocation.selection
+    name = selection.criterion
     if name == "hybrid":
-        return _hybrid(criterion.direction, criterion.normalise)
+        return _hybrid(selection.direction, selection.normalise)
     if name.startswith("hybrid_"):
         return (
             "This is a variant of the paper's Hybrid-Score, and like it unproven: in the study behind this project "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from itertools import combinations
 from pathlib import Path
 
-from hybrid_lora_plugin.allocation.storage import Allocation
+from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.errors import AllocationError
 from hybrid_lora_plugin.report.groups import module_groups, present_types
 from hybrid_lora_plugin.report.ranking import FEWEST_FOR_RANKS, by_preference, chosen_by_rule, spearman
@@ -126,7 +126,7 @@ def make_labels(allocations: Sequence[Allocation], paths: Sequence[str | Path]) 
     """Criterion, normalisation unless ``none``, and the folder's name where that does not tell them apart."""
     plain = []
     for allocation in allocations:
-        name, normalise = allocation.criterion.name, allocation.criterion.normalise
+        name, normalise = allocation.selection.criterion, allocation.selection.normalise
         plain.append(name if normalise == "none" else f"{name}, {normalise}")
     count = Counter(plain)
     folders = []
@@ -185,7 +185,7 @@ def rank_agreement(first: Allocation, second: Allocation, labels: tuple[str, str
         if not by_preference(allocation):
             why = "chooses without scores" if chosen_by_rule(allocation) else "gives all modules one score"
             return RankAgreement(None, 0, f"{label} {why}")
-        sign = -1 if allocation.criterion.direction == "lowest" else 1
+        sign = -1 if allocation.selection.direction == "lowest" else 1
         scores.append({m.name: sign * m.score for m in allocation.modules if m.signal})
     common = [name for name in scores[0] if name in scores[1]]
     if len(common) < FEWEST_FOR_RANKS:

@@ -95,7 +95,7 @@ def _key(comparison: Comparison, paths: Sequence[str | Path]) -> Table:
     ):
         full = [module for module in allocation.modules if module.assignment == FULL]
         share = sum(module.parameters for module in full) / allocation.model.candidate_parameters
-        order = "by rule" if chosen_by_rule(allocation) else f"{allocation.criterion.direction} first"
+        order = "by rule" if chosen_by_rule(allocation) else f"{allocation.selection.direction} first"
         rows.append([letter, label, order, str(len(full)), f"{100 * share:.2f} %", str(path)])
     model, modules = comparison.allocations[0].model, comparison.allocations[0].modules
     note = (

@@ -3,15 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
-from hybrid_lora_plugin.candidates import TYPE_ORDER
-
-if TYPE_CHECKING:
-    from hybrid_lora_plugin.allocation.storage import ModuleRecord
+from hybrid_lora_plugin.candidates import TYPE_ORDER, Candidate
 
 
-def present_types(modules: Sequence[ModuleRecord]) -> list[str]:
+def present_types(modules: Sequence[Candidate]) -> list[str]:
     """The types that occur, in ``TYPE_ORDER``."""
     found = {module.type for module in modules}
     return [type_ for type_ in TYPE_ORDER if type_ in found]
@@ -28,7 +24,7 @@ def depth_thirds(num_layers: int) -> list[range]:
     return [third for third in thirds if len(third)]
 
 
-def module_groups(modules: Sequence[ModuleRecord], num_layers: int) -> dict[str, frozenset[str]]:
+def module_groups(modules: Sequence[Candidate], num_layers: int) -> dict[str, frozenset[str]]:
     """Group title -> names of its modules: components, then types, then depth thirds (``L0-8``)."""
     groups: dict[str, frozenset[str]] = {}
     for component in dict.fromkeys(module.component for module in modules):

@@ -4,14 +4,11 @@ from __future__ import annotations
 
 import math
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hybrid_lora_plugin.allocation.budget import FULL
+from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.report.groups import present_types, short_type
 from hybrid_lora_plugin.report.ranking import by_preference
-
-if TYPE_CHECKING:
-    from hybrid_lora_plugin.allocation.storage import Allocation
 
 _MARK, _SILENT, _PLAIN = "#ff2b2b", "#d9d9d9", "#dfe5ec"
 
@@ -95,15 +92,16 @@ def _colouring(scores: list[float]) -> tuple[list[float], str, dict]:
 
 
 def _title(allocation: Allocation, scored: bool) -> str:
-    model, criterion = allocation.model, allocation.criterion
-    normalise = "" if criterion.normalise == "none" else f", normalise {criterion.normalise}"
+    model, selection = allocation.model, allocation.selection
+    normalise = "" if selection.normalise == "none" else f", normalise {selection.normalise}"
     how = (
-        f"'{criterion.name}' score{normalise}, {criterion.direction} first" if scored else f"choice '{criterion.name}'"
+        f"'{selection.criterion}' score{normalise}, {selection.direction} first"
+        if scored
+        else f"choice '{selection.criterion}'"
     )
     # The budget may count modules or trainable parameters; the picture always states parameters of the full modules.
-    full = sum(module.parameters for module in allocation.modules if module.assignment == FULL)
     return (
         f"{Path(model.name_or_path).name} ({model.architecture}): {how}\n"
         f"{len(allocation.full_names)} of {len(allocation.modules)} modules fully fine-tuned, "
-        f"{100 * full / model.candidate_parameters:.2f} % of the candidate parameters"
+        f"{100 * allocation.full_parameters / model.candidate_parameters:.2f} % of the candidate parameters"
     )

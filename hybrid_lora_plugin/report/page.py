@@ -4,58 +4,32 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
-from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from hybrid_lora_plugin.allocation.budget import FIXED, FULL
+from hybrid_lora_plugin.allocation.budget import FULL
+from hybrid_lora_plugin.allocation.budget_modes import budget_mode
+from hybrid_lora_plugin.allocation.schema import Allocation, ModuleRecord, ProbeRecord
 from hybrid_lora_plugin.report.caveats import CONTROLS, caveats_text, caveats_title
 from hybrid_lora_plugin.report.groups import depth_thirds, present_types
 from hybrid_lora_plugin.report.ranking import by_preference, chosen_by_rule, find_cut, spearman
 
-if TYPE_CHECKING:
-    from hybrid_lora_plugin.allocation.storage import Allocation, ModuleRecord
 
-
-@dataclass(frozen=True)
-class ParameterCounts:
-    """Parameters of the whole model under the allocation.
-
-    Attributes:
-        frozen: in no group: embeddings, norms, head and the base weights of the LoRA modules.
-        full: fully fine-tuned.
-        lora: adapter parameters ``r (d_in + d_out)`` summed over the LoRA modules.
-    """
-
-    frozen: int
-    full: int
-    lora: int
-
-    @property
-    def total(self) -> int:
-        """All parameters, adapters included."""
-        return self.frozen + self.full + self.lora
-
-    def __str__(self) -> str:
-        return (
-            f"{self.frozen:,} frozen, {self.full:,} full, {self.lora:,} LoRA "
-            f"({(self.full + self.lora) / self.total:.2%} of {self.total:,} trainable)"
-        )
-
-
-def write_report(allocation: Allocation, census: ParameterCounts, file: Path) -> None:
+def write_report(allocation: Allocation, file: Path) -> None:
     """Write ``report.md`` (Markdown, one table an idea).
 
     Args:
-        allocation: the decision.
-        census: the whole model under it.
+        allocation: what was selected.
         file: where to.
+
+    Raises:
+        AllocationError: the artifact does not record what the parameters are counted from.
     """
-    file.write_text("\n".join(_lines(allocation, census)) + "\n", encoding="utf-8")
+    file.write_text("\n".join(_lines(allocation)) + "\n", encoding="utf-8")
 
 
-def _lines(allocation: Allocation, census: ParameterCounts) -> list[str]:
-    modules = allocation.modules
+def _lines(allocation: Allocation) -> list[str]:
+    modules, counts = allocation.modules, allocation.parameter_counts()
     full = [module for module in modules if module.assignment == FULL]
     pictures = "[heatmap.png](heatmap.png) shows every module by layer and type"
     if by_preference(allocation):
@@ -66,21 +40,23 @@ def _lines(allocation: Allocation, census: ParameterCounts) -> list[str]:
         f"{len(full)} of {len(modules)} candidate modules are fully fine-tuned, the other "
         f"{len(modules) - len(full)} get LoRA. {pictures}.",
         "",
-        "## What was probed" if _was_probed(allocation) else "## How it was chosen",
+        "## What was probed" if allocation.probe else "## How it was chosen",
         "",
         *_settings(allocation),
         "",
         "## Budget",
         "",
-        *_budget(allocation),
+        *budget_mode(allocation.budget.mode).table(
+            allocation.budget, allocation.model.candidate_parameters, len(modules), allocation.full_parameters
+        ),
         "",
         "## ParameterCounts of the model to train",
         "",
         "| group | parameters |",
         "| --- | ---: |",
-        f"| frozen | {census.frozen:,} |",
-        f"| full fine-tuning | {census.full:,} |",
-        f"| LoRA (rank {allocation.criterion.rank}) | {census.lora:,} |",
+        f"| frozen | {counts.frozen:,} |",
+        f"| full fine-tuning | {counts.full:,} |",
+        f"| LoRA (rank {allocation.budget.lora_rank}) | {counts.lora:,} |",
         "",
         "## Where full fine-tuning went",
         "",
@@ -104,44 +80,49 @@ def _lines(allocation: Allocation, census: ParameterCounts) -> list[str]:
     ]
 
 
-def _was_probed(allocation: Allocation) -> bool:
-    criterion = allocation.criterion
-    return not (criterion.warmup_steps == 0 and criterion.objective == "none")
-
-
 def _settings(allocation: Allocation) -> list[str]:
-    model, criterion = allocation.model, allocation.criterion
-    options: dict[str, Any] = getattr(criterion, "options", {})
+    model, selection, probe = allocation.model, allocation.selection, allocation.probe
     if chosen_by_rule(allocation):
-        chosen = f"{criterion.name}, by rule, without scores"
+        chosen = f"{selection.criterion}, by rule, without scores"
     else:
-        chosen = f"{criterion.name}, {criterion.direction} score first, normalise {criterion.normalise}"
+        chosen = f"{selection.criterion}, {selection.direction} score first, normalise {selection.normalise}"
     lines = [
         "| setting | value |",
         "| --- | --- |",
         f"| model | {model.architecture}, {model.num_layers} layers, {model.candidate_parameters:,} candidate parameters |",
         f"| criterion | {chosen} |",
+        *(f"| option {name} | {value} |" for name, value in _flattened(selection.options)),
     ]
-    if _was_probed(allocation):
-        each = options.get("partitions_per_batch", 1)
-        policy = criterion.objective == "policy"
-        partitions = "one random partition each" if each == 1 else f"in turns of {each} random partitions of one batch"
+    if probe is None:
+        return lines
+    lines += _probe_settings(probe)
+    if selection.criterion in CONTROLS:
+        # Selected anew from a probe's artifact by hybrid-lora-allocate.
         lines += [
-            f"| objective | {criterion.objective} |",
-            f"| probe adapters | rank {criterion.rank}, init {criterion.init}, base in {criterion.dtype} |",
-            f"| warm-up | {criterion.warmup_steps} steps of {'the run' if policy else f'{criterion.batch_size} rows'} at lr "
-            f"{criterion.lr:g} |",
-            f"| validation | T = {criterion.partitions} batches of "
-            f"{'rollouts of held-out prompts' if policy else f'{criterion.batch_size} rows'}, {partitions} |",
-            *([] if policy else [f"| longest row | {criterion.max_length} tokens |"]),
-            f"| seed | {criterion.seed} |",
+            "",
+            f"The probe was made for another criterion; '{selection.criterion}' uses nothing that was measured.",
         ]
-    lines += [f"| option {name} | {value} |" for name, value in _flattened(options)]
-    for source in criterion.data.get("files", []):
+    return lines
+
+
+def _probe_settings(probe: ProbeRecord) -> list[str]:
+    policy = probe.objective == "policy"
+    each = probe.partitions_per_batch
+    partitions = "one random partition each" if each == 1 else f"in turns of {each} random partitions of one batch"
+    lines = [
+        f"| probe method | {probe.method} |",
+        f"| objective | {probe.objective} |",
+        f"| probe adapters | rank {probe.rank}, init {probe.init}, base in {probe.dtype} |",
+        f"| warm-up | {probe.warmup_steps} steps of {'the run' if policy else f'{probe.batch_size} rows'} at lr "
+        f"{probe.lr:g} |",
+        f"| validation | T = {probe.partitions} batches of "
+        f"{'rollouts of held-out prompts' if policy else f'{probe.batch_size} rows'}, {partitions} |",
+        *([] if policy else [f"| longest row | {probe.max_length} tokens |"]),
+        f"| seed | {probe.seed} |",
+        *(f"| option {name} | {value} |" for name, value in _flattened(probe.options)),
+    ]
+    for source in probe.data.get("files", []):
         lines.append(f"| data | {source['name']}, {source['rows']} rows, sha256 {source['sha256'][:16]}… |")
-    if _was_probed(allocation) and criterion.name in CONTROLS:
-        # Read off a probe's artifact by hybrid-lora-allocate.
-        lines += ["", f"The probe was made for another criterion; '{criterion.name}' uses nothing that was measured."]
     return lines
 
 
@@ -154,43 +135,6 @@ def _flattened(options: dict[str, Any], prefix: str = "") -> Iterator[tuple[str,
             yield prefix + name, f"{len(value)} entries, see allocation.json"
         else:
             yield prefix + name, value if isinstance(value, str) else json.dumps(value)
-
-
-def _budget(allocation: Allocation) -> list[str]:
-    """Limit and use in the unit of the budget mode, and what the full modules weigh in any mode."""
-    budget, modules, total = allocation.budget, allocation.modules, allocation.model.candidate_parameters
-    full = sum(module.parameters for module in modules if module.assignment == FULL)
-    weight = f"The fully fine-tuned modules hold {full:,} parameters, {100 * full / total:.3f} % of the candidates."
-    if budget.mode == FIXED:
-        return [
-            "The criterion itself says which modules are fully fine-tuned; no budget limits them.",
-            "",
-            "| | parameters | of the candidates |",
-            "| --- | ---: | ---: |",
-            f"| fully fine-tuned | {full:,} | {100 * full / total:.3f} % |",
-        ]
-    asked = f"asked ({budget.mode}, overflow {budget.overflow})"
-    if budget.mode == "total_trainable":
-        return [
-            f"Budget mode {budget.mode}, overflow {budget.overflow}: full fine-tuning and LoRA together.",
-            "",
-            "| | trainable parameters | of the limit |",
-            "| --- | ---: | ---: |",
-            f"| limit | {budget.limit:,} | 100.000 % |",
-            f"| used | {budget.used:,} | {100 * budget.used / budget.limit:.3f} % |",
-            "",
-            weight,
-        ]
-    # In mode `modules` the unit is modules, in mode `parameters` parameters.
-    whole = len(modules) if budget.mode == "modules" else total
-    lines = [
-        f"| | {budget.mode} | of the candidates |",
-        "| --- | ---: | ---: |",
-        f"| {asked} | | {100 * budget.ratio:g} % |",
-        f"| limit | {budget.limit:,} | {100 * budget.limit / whole:.3f} % |",
-        f"| used | {budget.used:,} | {100 * budget.used / whole:.3f} % |",
-    ]
-    return [*lines, "", weight] if budget.mode == "modules" else lines
 
 
 def _by_type_and_depth(modules: list[ModuleRecord], num_layers: int) -> list[str]:
@@ -228,11 +172,11 @@ def _separation(allocation: Allocation) -> list[str]:
     order = by_preference(allocation)
     if not order:
         return [
-            f"There is no score: '{allocation.criterion.name}' chooses without one."
+            f"There is no score: '{allocation.selection.criterion}' chooses without one."
             if chosen_by_rule(allocation)
             else "It cannot: no two modules have different scores."
         ]
-    if allocation.criterion.name == "random":
+    if allocation.selection.criterion == "random":
         return ["The scores are random numbers: where the cut lies means nothing."]
     scores = sorted(module.score for module in order)
     levels = {"min": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "max": 1.0}

@@ -5,16 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
-from hybrid_lora_plugin.allocation.budget import FIXED, FULL
-from hybrid_lora_plugin.candidates import TYPE_ORDER
-
-if TYPE_CHECKING:
-    from hybrid_lora_plugin.allocation.storage import Allocation, ModuleRecord
+from hybrid_lora_plugin.allocation.budget import FULL
+from hybrid_lora_plugin.allocation.budget_modes import FIXED
+from hybrid_lora_plugin.allocation.schema import Allocation, ModuleRecord
+from hybrid_lora_plugin.candidates import tie_break
 
 #: Below this many modules a rank correlation says nothing.
 FEWEST_FOR_RANKS = 3
@@ -23,7 +21,7 @@ FEWEST_FOR_RANKS = 3
 def chosen_by_rule(allocation: Allocation) -> bool:
     """Whether a rule or a list chose the modules, so that what stands in ``score`` rates none of them."""
     # `spread` is held to the budget, but its scores are only places in an even order over the depth.
-    return allocation.budget.mode == FIXED or allocation.criterion.name == "spread"
+    return allocation.budget.mode == FIXED or allocation.selection.criterion == "spread"
 
 
 def by_preference(allocation: Allocation) -> list[ModuleRecord]:
@@ -31,11 +29,11 @@ def by_preference(allocation: Allocation) -> list[ModuleRecord]:
 
     Empty for an allocation without scores: chosen by rule, or no two modules that differ in score.
     """
-    sign = 1 if allocation.criterion.direction == "lowest" else -1
+    sign = 1 if allocation.selection.direction == "lowest" else -1
     modules = [module for module in allocation.modules if module.signal]
     if chosen_by_rule(allocation) or len({module.score for module in modules}) < 2:
         return []
-    return sorted(modules, key=lambda m: (sign * m.score, sign * m.mean, m.layer, TYPE_ORDER.index(m.type)))
+    return sorted(modules, key=lambda m: (sign * m.score, sign * m.mean, *tie_break(m)))
 
 
 def average_ranks(values: Sequence[float]) -> Tensor:

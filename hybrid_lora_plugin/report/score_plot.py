@@ -4,15 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from hybrid_lora_plugin.allocation.budget import FULL
+from hybrid_lora_plugin.allocation.schema import Allocation, ModuleRecord
 from hybrid_lora_plugin.candidates import TYPE_ORDER
 from hybrid_lora_plugin.report.groups import present_types, short_type
 from hybrid_lora_plugin.report.ranking import by_preference, find_cut
-
-if TYPE_CHECKING:
-    from hybrid_lora_plugin.allocation.storage import Allocation, ModuleRecord
 
 # Seven colours that stay apart for colour-blind readers (Okabe and Ito), in TYPE_ORDER; then they repeat.
 _COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#8c6bb1", "#7f7f7f")
@@ -83,7 +80,7 @@ def _draw_order(axes, allocation: Allocation, modules: Sequence[ModuleRecord]) -
             color=_RING,
         )
     _scale(axes, axes.set_yscale, scores)
-    axes.set_xlabel(f"modules, {allocation.criterion.direction} score first", fontsize=8)
+    axes.set_xlabel(f"modules, {allocation.selection.direction} score first", fontsize=8)
     axes.set_ylabel(_score_name(allocation), fontsize=8)
 
 
@@ -118,8 +115,8 @@ def _scale(axes, set_scale, values: Sequence[float]) -> None:
 
 
 def _score_name(allocation: Allocation) -> str:
-    criterion = allocation.criterion
-    return f"'{criterion.name}' score" + ("" if criterion.normalise == "none" else f" ({criterion.normalise})")
+    selection = allocation.selection
+    return f"'{selection.criterion}' score" + ("" if selection.normalise == "none" else f" ({selection.normalise})")
 
 
 def _colour(type_: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import hashlib
 
 import torch
 
@@ -11,6 +10,7 @@ from hybrid_lora_plugin.errors import ScoringError
 from hybrid_lora_plugin.scoring.measurements import GRADIENT_NORM, SNIP, Measured
 from hybrid_lora_plugin.scoring.module_scores import ModuleScores
 from hybrid_lora_plugin.scoring.registry import register_criterion
+from hybrid_lora_plugin.seeding import generator_for
 
 
 @register_criterion(
@@ -24,9 +24,8 @@ from hybrid_lora_plugin.scoring.registry import register_criterion
 )
 def score_random(measured: Measured) -> ModuleScores:
     """Uniform in [0, 1), from ``control.seed`` and nothing else; every module may be drawn."""
-    digest = hashlib.sha256(f"random/{measured.control.seed}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
-    drawn = torch.rand(len(measured.candidates), generator=generator, dtype=torch.float64)
+    stream = generator_for(f"random/{measured.control.seed}")
+    drawn = torch.rand(len(measured.candidates), generator=stream, dtype=torch.float64)
     return ModuleScores.of_values(drawn, signal=torch.ones_like(drawn, dtype=torch.bool))
 
 

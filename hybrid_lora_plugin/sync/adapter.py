@@ -7,16 +7,17 @@ from collections.abc import Iterator
 import torch
 
 from hybrid_lora_plugin.errors import WeightSyncError
-from hybrid_lora_plugin.report.page import ParameterCounts
+from hybrid_lora_plugin.names import split_factor, wire_factor
+from hybrid_lora_plugin.parameter_counts import ParameterCounts
 from hybrid_lora_plugin.sync.hybrid_weights import trained_weights
-from hybrid_lora_plugin.sync.modes import RolloutModel, SyncMode, SyncReceiver, split_factor
+from hybrid_lora_plugin.sync.mode_base import RolloutModel, SyncMode, SyncReceiver
 from hybrid_lora_plugin.sync.wire import SyncHeader
 
 
 class FactorReceiver(SyncReceiver):
     """Loads weights of full modules at once and brings the two factors of each other module together."""
 
-    #: what factors travel in; None is the engine's type
+    #: what factors travel in; None is the engine's dtype
     factor_dtype: torch.dtype | None = None
 
     def __init__(self, header: SyncHeader, rollout: RolloutModel):
@@ -38,13 +39,13 @@ class FactorReceiver(SyncReceiver):
             self.rollout.load(plain)
 
     def _check_plain(self, name: str, tensor: torch.Tensor) -> None:
-        self.check_type(name, tensor)
+        self.check_dtype(name, tensor)
         if name.removesuffix(".weight") in self._modules:
             raise WeightSyncError(f"{name}: sent as a weight, and the module has an adapter: one would undo the other")
 
     def _take_factor(self, name: str, module: str, kind: str, tensor: torch.Tensor) -> None:
         self._check_shape(name, module, kind, tensor)
-        self.check_type(name, tensor, self.factor_dtype)
+        self.check_dtype(name, tensor, self.factor_dtype)
         if module not in self._waiting or self._first.get(module, ("",))[0] == kind:
             raise WeightSyncError(f"{name}: received twice in one sync")
         if module not in self._first:
@@ -75,7 +76,7 @@ class FactorReceiver(SyncReceiver):
         if self._waiting:
             module = min(self._waiting)
             kind = "B" if self._first.get(module, ("B",))[0] == "A" else "A"
-            raise WeightSyncError(f"{module}.lora_{kind}.weight: missing from the sync")
+            raise WeightSyncError(f"{wire_factor(module, kind)}: missing from the sync")
 
 
 class AdapterReceiver(FactorReceiver):
@@ -97,10 +98,11 @@ class AdapterReceiver(FactorReceiver):
 class AdapterSync(SyncMode):
     """2·F bytes for F fully tuned and 2·A for A adapter parameters in bf16; the engine runs its LoRA kernels."""
 
-    name, engine_adapter, partial, receiver = "adapter", True, True, AdapterReceiver
+    name, receiver = "adapter", AdapterReceiver
+    engine_adapter = partial = True
 
-    def payload_bytes(self, census: ParameterCounts, dtype: torch.dtype) -> int:
-        return (census.full + census.lora) * dtype.itemsize
+    def payload_bytes(self, counts: ParameterCounts, dtype: torch.dtype) -> int:
+        return (counts.full + counts.lora) * dtype.itemsize
 
     @torch.no_grad()
     def outgoing(

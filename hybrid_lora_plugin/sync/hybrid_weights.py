@@ -6,16 +6,10 @@ from collections.abc import Iterator
 
 import torch
 from torch.distributed.fsdp import FullyShardedDataParallel
-from torch.distributed.tensor import DTensor
 
-from hybrid_lora_plugin.training.apply import ADAPTER, is_adapter, parts_of, plain_name
-
-
-def whole(tensor: torch.Tensor, device) -> torch.Tensor:
-    """The full tensor on ``device``; for a DTensor a collective, so every rank must call it in the same order."""
-    if isinstance(tensor, DTensor):
-        return tensor.detach().to(device, non_blocking=True).full_tensor()
-    return tensor.detach().to(device)
+from hybrid_lora_plugin.names import is_adapter, is_wrapped, peft_factor, plain_name, wire_factor
+from hybrid_lora_plugin.training.apply import parts_of
+from hybrid_lora_plugin.training.dtensor import whole
 
 
 def plain_state(
@@ -45,19 +39,13 @@ def layer_state(model: torch.nn.Module, layer: str) -> dict[str, torch.Tensor]:
     return model.get_submodule(layer).state_dict(prefix=f"{layer}.")
 
 
-def is_wrapped(name: str) -> bool:
-    """Whether this weight, named as in the model, is the base of a LoRA layer."""
-    return name.endswith(".base_layer.weight")
-
-
 def factors_of(state: dict[str, torch.Tensor], name: str, device) -> tuple[torch.Tensor, torch.Tensor]:
     """Factors A [r, d_in] and B [d_out, r] of the LoRA layer whose base weight is ``name``.
 
     Raises:
         KeyError: the layer lacks one. A name that changed must fail here, not send the bare base.
     """
-    factor = name.removesuffix(".base_layer.weight") + ".lora_{}." + ADAPTER + ".weight"
-    return whole(state[factor.format("A")], device), whole(state[factor.format("B")], device)
+    return whole(state[peft_factor(name, "A")], device), whole(state[peft_factor(name, "B")], device)
 
 
 def trained_weights(
@@ -84,7 +72,7 @@ def trained_weights(
     for plain, (name, _) in plain_weights.items():
         if is_wrapped(name):
             for kind, factor in zip("AB", factors_of(state, name, device), strict=True):
-                yield plain.removesuffix("weight") + f"lora_{kind}.weight", factor.to(factor_dtype)
+                yield wire_factor(plain.removesuffix(".weight"), kind), factor.to(factor_dtype)
     for plain, (name, tensor) in plain_weights.items():
         if name in trained:
             yield plain, whole(tensor, device).to(dtype)

@@ -6,9 +6,11 @@ from collections.abc import Iterator
 
 import torch
 
-from hybrid_lora_plugin.report.page import ParameterCounts
-from hybrid_lora_plugin.sync.hybrid_weights import factors_of, is_wrapped, plain_state, whole
-from hybrid_lora_plugin.sync.modes import SyncMode, SyncReceiver
+from hybrid_lora_plugin.names import is_wrapped
+from hybrid_lora_plugin.parameter_counts import ParameterCounts
+from hybrid_lora_plugin.sync.hybrid_weights import factors_of, plain_state
+from hybrid_lora_plugin.sync.mode_base import SyncMode, SyncReceiver
+from hybrid_lora_plugin.training.dtensor import whole
 from hybrid_lora_plugin.training.merge import merge_weight
 
 
@@ -17,7 +19,7 @@ class MergeReceiver(SyncReceiver):
 
     def take(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         for name, tensor in weights:
-            self.check_type(name, tensor)
+            self.check_dtype(name, tensor)
         self.rollout.load(weights)
 
     def finish(self) -> None:
@@ -30,10 +32,10 @@ class MergeSync(SyncMode):
     2·N bytes in bf16 for a model of N parameters. The model itself is never changed.
     """
 
-    name, engine_adapter, partial, receiver = "merge", False, False, MergeReceiver
+    name, receiver = "merge", MergeReceiver
 
-    def payload_bytes(self, census: ParameterCounts, dtype: torch.dtype) -> int:
-        return (census.frozen + census.full) * dtype.itemsize
+    def payload_bytes(self, counts: ParameterCounts, dtype: torch.dtype) -> int:
+        return (counts.frozen + counts.full) * dtype.itemsize
 
     @torch.no_grad()
     def outgoing(

@@ -1,96 +1,15 @@
-"""What a sync mode is; the three of them are one file each, chosen by ``hybrid_lora.sync``."""
+"""The sync modes by name; a new one is a file beside these three and an entry here."""
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from typing import Protocol
+from hybrid_lora_plugin.sync.adapter import AdapterSync
+from hybrid_lora_plugin.sync.merge import MergeSync
+from hybrid_lora_plugin.sync.mode_base import SyncMode
+from hybrid_lora_plugin.sync.receiver_merge import ReceiverMergeSync
 
-import torch
-
-from hybrid_lora_plugin.errors import WeightSyncError
-from hybrid_lora_plugin.report.page import ParameterCounts
-from hybrid_lora_plugin.sync.base_weights import CheckpointWeights
-from hybrid_lora_plugin.sync.wire import SyncHeader
-
-
-class RolloutModel(Protocol):
-    """The rollout engine's side, as a mode needs it; ``verl_backend.receiver.vllm_model`` has it for vLLM."""
-
-    #: where received tensors are worked on
-    device: torch.device
-    #: what the engine's weights were loaded from
-    checkpoint: CheckpointWeights
-
-    def load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
-        """Put whole tensors under plain names into the live model, and remember what must then be there."""
-
-    def replace_adapter(self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], header: SyncHeader) -> None:
-        """Make A [r, d_in] and B [d_out, r] by module the engine's only adapter, and remember them."""
-
-
-class SyncReceiver(ABC):
-    """One mode's receiving end, for one sync."""
-
-    def __init__(self, header: SyncHeader, rollout: RolloutModel):
-        self.header = header
-        self.rollout = rollout
-
-    def check_type(self, name: str, tensor: torch.Tensor, wanted: torch.dtype | None = None) -> None:
-        """Raise WeightSyncError unless a floating tensor has the type this mode sends it in, by default the engine's."""
-        wanted = wanted or self.header.torch_dtype
-        if tensor.is_floating_point() and tensor.dtype != wanted:
-            raise WeightSyncError(f"{name}: received as {tensor.dtype}, wanted {wanted}".replace("torch.", ""))
-
-    @abstractmethod
-    def take(self, weights: list[tuple[str, torch.Tensor]]) -> None:
-        """Use some tensors; they are views of a transfer buffer, gone when this returns."""
-
-    @abstractmethod
-    def finish(self) -> None:
-        """Everything has been taken: do what needs all of it."""
-
-
-class SyncMode(ABC):
-    """One way to bring trained weights to a rollout engine."""
-
-    name: str
-    #: whether the engine runs an adapter of its own, verl's ``lora.merge=false``
-    engine_adapter: bool
-    #: whether weights that never train stay away, so that the engine must keep those it loaded
-    partial: bool
-    receiver: type[SyncReceiver]
-
-    @abstractmethod
-    def payload_bytes(self, census: ParameterCounts, dtype: torch.dtype) -> int:
-        """Bytes of all tensors of one sync together."""
-
-    @abstractmethod
-    def outgoing(
-        self, model: torch.nn.Module, scaling: float, dtype: torch.dtype, device
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        """The trainer's side: (name, whole tensor) pairs of a hybrid model, one module in flight at a time.
-
-        Args:
-            model: the hybrid PEFT model, inside FSDP2 (then every rank must draw every pair) or unsharded.
-            scaling: LoRA's s = alpha / rank.
-            dtype: what the rollout engine computes in.
-            device: where whole tensors are put together.
-        """
+SYNC_MODES: dict[str, SyncMode] = {mode.name: mode for mode in (MergeSync(), AdapterSync(), ReceiverMergeSync())}
 
 
 def sync_mode(name: str) -> SyncMode:
-    """The mode of that name: ``merge``, ``adapter`` or ``receiver_merge``."""
-    from hybrid_lora_plugin.sync.adapter import AdapterSync
-    from hybrid_lora_plugin.sync.merge import MergeSync
-    from hybrid_lora_plugin.sync.receiver_merge import ReceiverMergeSync
-
-    return {mode.name: mode for mode in (MergeSync, AdapterSync, ReceiverMergeSync)}[name]()
-
-
-def split_factor(name: str) -> tuple[str, str] | None:
-    """(module, "A" or "B") of a LoRA factor's name on the wire, None for any other name."""
-    for kind in "AB":
-        if name.endswith(f".lora_{kind}.weight"):
-            return name.removesuffix(f".lora_{kind}.weight"), kind
-    return None
+    """The mode of that name; KeyError where there is none, which ``config`` has refused before."""
+    return SYNC_MODES[name]

@@ -11,13 +11,14 @@ from collections.abc import Iterator
 import torch
 
 from hybrid_lora_plugin.errors import WeightSyncError
-from hybrid_lora_plugin.report.page import ParameterCounts
+from hybrid_lora_plugin.names import BASE_WEIGHT, PEFT_PREFIX
+from hybrid_lora_plugin.parameter_counts import ParameterCounts
 from hybrid_lora_plugin.sync.adapter import FactorReceiver
 from hybrid_lora_plugin.sync.digest import digest_of
-from hybrid_lora_plugin.sync.hybrid_weights import factors_of, layer_state, trained_weights, whole
-from hybrid_lora_plugin.sync.modes import RolloutModel, SyncMode
+from hybrid_lora_plugin.sync.hybrid_weights import factors_of, layer_state, trained_weights
+from hybrid_lora_plugin.sync.mode_base import RolloutModel, SyncMode
 from hybrid_lora_plugin.sync.wire import SyncHeader
-from hybrid_lora_plugin.training.apply import PEFT_PREFIX
+from hybrid_lora_plugin.training.dtensor import whole
 from hybrid_lora_plugin.training.merge import merge_weight
 
 #: bytes of merged weights that are loaded at once: one call of the engine's loader costs more than a small matrix
@@ -64,29 +65,27 @@ class ReceiverMergeReceiver(FactorReceiver):
             self._load()
 
 
-@torch.no_grad()
-def merged_digest(model: torch.nn.Module, module: str, scaling: float, dtype: torch.dtype, device) -> dict[str, str]:
-    """Digest of the merged weight of ``module``, one with an adapter, by its plain name.
-
-    With shards this gathers, so every rank must call it.
-    """
-    layer = PEFT_PREFIX + module
-    name = f"{layer}.base_layer.weight"
-    state = layer_state(model, layer)
-    merged = merge_weight(whole(state[name], device), *factors_of(state, name, device), scaling, dtype)
-    return {f"{module}.weight": digest_of(merged)}
-
-
 class ReceiverMergeSync(SyncMode):
     """2·F bytes for F fully tuned parameters in bf16 and 4·A for A adapter parameters."""
 
-    name, engine_adapter, partial, receiver = "receiver_merge", False, True, ReceiverMergeReceiver
+    name, receiver = "receiver_merge", ReceiverMergeReceiver
+    partial = receiver_merges = True
 
-    def payload_bytes(self, census: ParameterCounts, dtype: torch.dtype) -> int:
-        return census.full * dtype.itemsize + census.lora * torch.float32.itemsize
+    def payload_bytes(self, counts: ParameterCounts, dtype: torch.dtype) -> int:
+        return counts.full * dtype.itemsize + counts.lora * torch.float32.itemsize
 
     @torch.no_grad()
     def outgoing(
         self, model: torch.nn.Module, scaling: float, dtype: torch.dtype, device
     ) -> Iterator[tuple[str, torch.Tensor]]:
         return trained_weights(model, dtype, torch.float32, device)
+
+    @torch.no_grad()
+    def merged_digest(
+        self, model: torch.nn.Module, module: str, scaling: float, dtype: torch.dtype, device
+    ) -> dict[str, str]:
+        layer = PEFT_PREFIX + module
+        name = layer + BASE_WEIGHT
+        state = layer_state(model, layer)
+        merged = merge_weight(whole(state[name], device), *factors_of(state, name, device), scaling, dtype)
+        return {f"{module}.weight": digest_of(merged)}

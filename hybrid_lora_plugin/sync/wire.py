@@ -21,7 +21,7 @@ from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.sync.digest import digest_of, digest_soon
 
 HEADER, MANIFEST = "hybrid_lora.sync.header", "hybrid_lora.sync.manifest"
-VERSION = 1
+VERSION = 2
 #: bytes of the digest in front of header and manifest, and what both together are a multiple of
 _SEAL, _ALIGNMENT = 32, 64
 #: room in a transfer buffer for header, manifest and alignment
@@ -60,7 +60,7 @@ class SyncHeader:
     #: where the receiver keeps the original weights it merges into: memory_map or pinned
     base_storage: str = "memory_map"
     #: a fixed prompt: {"tokens": [...], "log_probs": [...], "limit": ...}; empty unless the check is asked for
-    probe: dict[str, Any] = field(default_factory=dict)
+    fixed_prompt: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
 
     @property

@@ -8,15 +8,15 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 
-from hybrid_lora_plugin.allocation.storage import Allocation
+from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.errors import ConfigurationError
-from hybrid_lora_plugin.report.page import ParameterCounts
-from hybrid_lora_plugin.training.lora_linear import ADAPTER, LoraLinear, share_inputs
+from hybrid_lora_plugin.names import ADAPTER, is_adapter, plain_name
+from hybrid_lora_plugin.parameter_counts import ParameterCounts
+from hybrid_lora_plugin.training.lora_linear import LoraLinear, share_inputs
 
 #: attribute of a hybrid model that holds its ``HybridParts``; FSDP's wrappers pass attributes through
 _PARTS = "hybrid_lora_parts"
-PEFT_PREFIX = "base_model.model."
 
 
 @dataclass(frozen=True)
@@ -26,22 +26,17 @@ class HybridParts:
     Attributes:
         trained: names in ``state_dict()`` of everything that trains.
         lora_modules: plain names of the modules with an adapter, in model order.
-        census: the count of all parameters, tied weights once.
+        counts: the count of all parameters, tied weights once.
     """
 
     trained: frozenset[str]
     lora_modules: tuple[str, ...]
-    census: ParameterCounts
+    counts: ParameterCounts
 
 
 def parts_of(model: torch.nn.Module) -> HybridParts:
     """The record that ``apply_allocation`` left on the model, also when FSDP has wrapped it since."""
     return getattr(model, _PARTS)
-
-
-def plain_name(name: str) -> str:
-    """Name of a parameter or module in the plain Hugging Face model, without PEFT's and FSDP1's additions."""
-    return name.replace("_fsdp_wrapped_module.", "").removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
 
 
 def apply_allocation(
@@ -112,13 +107,8 @@ def _parts(model: PeftModel) -> HybridParts:
     return HybridParts(
         trained=frozenset(name for group in groups.values() for name, _ in group),
         lora_modules=tuple(plain_name(name) for name, module in model.named_modules() if isinstance(module, LoraLayer)),
-        census=ParameterCounts(sum(p.numel() for p in model.parameters()) - full - lora, full=full, lora=lora),
+        counts=ParameterCounts(sum(p.numel() for p in model.parameters()) - full - lora, full=full, lora=lora),
     )
-
-
-def is_adapter(name: str) -> bool:
-    """Whether a parameter name (PEFT's spelling) is a LoRA factor."""
-    return ".lora_A." in name or ".lora_B." in name
 
 
 def trainable_groups(model: torch.nn.Module) -> dict[str, list[tuple[str, torch.nn.Parameter]]]:

@@ -13,7 +13,6 @@ from __future__ import annotations
 
 import json
 import os
-import shutil
 from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 
@@ -21,8 +20,10 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from hybrid_lora_plugin.allocation.storage import Allocation, load_allocation
+from hybrid_lora_plugin.allocation.schema import Allocation
+from hybrid_lora_plugin.allocation.storage import load_allocation
 from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.files import complete_folder
 
 FOLDER = "hybrid_lora"
 TENSORS, DESCRIPTION, ALLOCATION = "trainables.safetensors", "trainables.json", "allocation.json"
@@ -60,15 +61,10 @@ def save_trained(
         allocation_json: text of the allocation file to keep beside them.
     """
     target = Path(folder) / FOLDER
-    partial = target.with_name(FOLDER + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    partial.mkdir(parents=True)
-    save_file(tensors, partial / TENSORS, metadata={"format": "pt"})
-    (partial / DESCRIPTION).write_text(json.dumps(asdict(description), indent=2) + "\n")
-    (partial / ALLOCATION).write_text(allocation_json)
-    if target.exists():
-        shutil.rmtree(target)
-    partial.rename(target)
+    with complete_folder(target, replace=True) as unfinished:
+        save_file(tensors, unfinished / TENSORS, metadata={"format": "pt"})
+        (unfinished / DESCRIPTION).write_text(json.dumps(asdict(description), indent=2) + "\n")
+        (unfinished / ALLOCATION).write_text(allocation_json)
     return target
 
 

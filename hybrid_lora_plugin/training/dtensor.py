@@ -1,10 +1,11 @@
-"""What one rank holds of sharded tensors, and sums over it."""
+"""Sharded tensors: what one rank holds, sums over it, and the whole."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable
 
 import torch
+from torch.distributed.tensor import DTensor
 
 
 def local_tensor(tensor: torch.Tensor) -> torch.Tensor:
@@ -21,3 +22,10 @@ def sum_of_squares(tensors: Iterable[torch.Tensor | None]) -> torch.Tensor:
     if not shards:
         return torch.zeros(())
     return torch.stack(torch._foreach_norm(shards)).float().square().sum()
+
+
+def whole(tensor: torch.Tensor, device) -> torch.Tensor:
+    """The full tensor on ``device``; for a DTensor a collective, so every rank must call it in the same order."""
+    if isinstance(tensor, DTensor):
+        return tensor.detach().to(device, non_blocking=True).full_tensor()
+    return tensor.detach().to(device)

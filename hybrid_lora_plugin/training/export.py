@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 
 import torch
@@ -11,6 +10,8 @@ import torch
 from hybrid_lora_plugin.allocation.storage import load_allocation
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.files import complete_folder
+from hybrid_lora_plugin.names import wire_factor
 from hybrid_lora_plugin.training.checkpoint import load_trained
 from hybrid_lora_plugin.training.merge import merge_weight
 
@@ -54,7 +55,7 @@ def merged_model(checkpoint: str | os.PathLike, base: str | None = None, trust_r
             parameter.copy_(take(f"{name}.{kind}"))
     for name in allocation.lora_names:
         weight = modules[name].weight
-        factors = take(f"{name}.lora_A.weight"), take(f"{name}.lora_B.weight")
+        factors = take(wire_factor(name, "A")), take(wire_factor(name, "B"))
         weight.copy_(merge_weight(weight, *factors, description.scaling, weight.dtype))
     if unused:
         raise ConfigurationError(f"checkpoint: tensor {sorted(unused)[0]!r} belongs to no module of {base!r}")
@@ -80,9 +81,7 @@ def export_checkpoint(
     if output.exists():
         raise ConfigurationError(f"output_dir: {str(output)!r} exists already; give a new folder or remove it")
     model, base = merged_model(checkpoint, base, trust_remote_code)
-    partial = output.with_name(output.name + ".partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    model.save_pretrained(partial)
-    AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code).save_pretrained(partial)
-    partial.rename(output)
+    with complete_folder(output) as unfinished:
+        model.save_pretrained(unfinished)
+        AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code).save_pretrained(unfinished)
     return output

@@ -12,7 +12,8 @@ from typing import Any
 import torch
 from peft.tuners.lora import Linear
 
-ADAPTER = "default"
+from hybrid_lora_plugin.names import ADAPTER
+
 #: children of one module that Qwen2, Llama and their relatives call with one input
 SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 

@@ -6,7 +6,7 @@ from dataclasses import astuple, dataclass
 
 import torch
 
-from hybrid_lora_plugin.report.page import ParameterCounts
+from hybrid_lora_plugin.parameter_counts import ParameterCounts
 from hybrid_lora_plugin.training.dtensor import local_tensor
 from hybrid_lora_plugin.training.reference import BaseSnapshot
 
@@ -50,8 +50,8 @@ def rank_bytes(model: torch.nn.Module, snapshot: BaseSnapshot | None = None) -> 
     return TrainingBytes(frozen, trained, trained, 2 * trained, snapshot.bytes if snapshot is not None else 0)
 
 
-def least_bytes(census: ParameterCounts, ranks: int) -> TrainingBytes:
+def least_bytes(counts: ParameterCounts, ranks: int) -> TrainingBytes:
     """The floor for a bf16 checkpoint: ``(2·N_frozen + 16·(F + A) + 2·F) / R`` for R ranks (docs/training-cost.md)."""
-    trains = census.full + census.lora
-    parts = (2 * census.frozen, 4 * trains, 4 * trains, 8 * trains, 2 * census.full)
+    trains = counts.full + counts.lora
+    parts = (2 * counts.frozen, 4 * trains, 4 * trains, 8 * trains, 2 * counts.full)
     return TrainingBytes(*(part / ranks for part in parts))

@@ -17,16 +17,17 @@ from verl.utils.fsdp_utils import fsdp_version, load_fsdp_model_to_gpu, offload_
 from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine import FSDPEngineWithLMHead
 
-from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE, load_allocation
+from hybrid_lora_plugin.allocation.storage import allocation_file, load_allocation
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.names import plain_name, wire_name
 from hybrid_lora_plugin.sync.base_weights import base_digests, stored_dtypes
-from hybrid_lora_plugin.sync.hybrid_weights import original_weights, whole
+from hybrid_lora_plugin.sync.hybrid_weights import original_weights
+from hybrid_lora_plugin.sync.mode_base import SyncMode
 from hybrid_lora_plugin.sync.modes import sync_mode
-from hybrid_lora_plugin.sync.receiver_merge import merged_digest
-from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, plain_name, trainable_groups
+from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, trainable_groups
 from hybrid_lora_plugin.training.checkpoint import FOLDER, CheckpointDescription, require_same_setting, save_trained
-from hybrid_lora_plugin.training.dtensor import local_tensor, sum_of_squares
+from hybrid_lora_plugin.training.dtensor import local_tensor, sum_of_squares, whole
 from hybrid_lora_plugin.training.memory import rank_bytes
 from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot
@@ -50,8 +51,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         if self.hybrid.allocation:
             self.allocation = load_allocation(self.hybrid.allocation)
             # Kept as text: a checkpoint records what this run trains under, whatever becomes of the file meanwhile.
-            path = Path(self.hybrid.allocation)
-            self._allocation_json = (path / ALLOCATION_FILE if path.is_dir() else path).read_text(encoding="utf-8")
+            self._allocation_json = allocation_file(self.hybrid.allocation).read_text(encoding="utf-8")
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
 
     def initialize(self):
@@ -102,7 +102,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         get_torch_device().synchronize()
         self._base_snapshot = BaseSnapshot(trainable_groups(module)["full"])
         if self.rank == 0:
-            print(f"hybrid_lora: {parts_of(module).census}; {len(self.allocation.full_names)} modules fully tuned")
+            print(f"hybrid_lora: {parts_of(module).counts}; {len(self.allocation.full_names)} modules fully tuned")
             print(f"hybrid_lora: {rank_bytes(module, self._base_snapshot)}")
         return module
 
@@ -197,22 +197,22 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         stream = source.stream(
             mode.name,
             self._while_resident(mode.outgoing(self.module, self.scaling, source.dtype, device)),
-            payload_bytes=mode.payload_bytes(parts.census, source.dtype),
+            payload_bytes=mode.payload_bytes(parts.counts, source.dtype),
             lora_modules=list(parts.lora_modules),
             base=(lambda: base_digests(self._while_resident(original_weights(self.module, device))))
             if mode.partial
             else None,
-            merged=(lambda module: self._merged_digest(module, source.dtype))
-            if mode.name == "receiver_merge"
+            merged=(lambda module: self._merged_digest(mode, module, source.dtype)) if mode.receiver_merges else None,
+            fixed_prompt=fixed_prompt(self, self.hybrid, source.dtype)
+            if self.hybrid.sync_check == "logprobs"
             else None,
-            probe=fixed_prompt(self, self.hybrid, source.dtype) if self.hybrid.sync_check == "probe" else None,
         )
         # verl asks only whether there is one; what the engine needs of it travels in the stream.
         return stream, {"r": self.model_config.lora_rank} if mode.engine_adapter else None
 
-    def _merged_digest(self, module: str, dtype: torch.dtype) -> dict[str, str]:
+    def _merged_digest(self, mode: SyncMode, module: str, dtype: torch.dtype) -> dict[str, str]:
         with self._resident():
-            return merged_digest(self.module, module, self.scaling, dtype, get_device_id())
+            return mode.merged_digest(self.module, module, self.scaling, dtype, get_device_id())
 
     @contextmanager
     def _resident(self):
@@ -238,7 +238,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         for name, tensor in self._while_resident(self._trained_state()):
             gathered = whole(tensor, get_device_id())
             if self.rank == 0:
-                tensors[plain_name(name).replace(".default.", ".")] = gathered.float().cpu().contiguous()
+                tensors[wire_name(name)] = gathered.float().cpu().contiguous()
         if self.rank == 0:
             description = CheckpointDescription(
                 base_model=str(self.model_config.path),

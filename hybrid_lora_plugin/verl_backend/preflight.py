@@ -81,7 +81,7 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     hybrid.probe.files = [os.path.abspath(os.path.expanduser(file)) for file in hybrid.probe.files]
     OmegaConf.update(config, "hybrid_lora.probe.files", hybrid.probe.files)
     if hybrid.phase == "train":
-        if find_kept(Path(hybrid.output_dir), hybrid, data_of_run(config, hybrid)):
+        if find_kept(Path(hybrid.output_dir), hybrid, lambda: data_of_run(config, hybrid)):
             if hybrid.probe.objective == "policy":
                 shutil.rmtree(f"{hybrid.output_dir}.partial", ignore_errors=True)
             return

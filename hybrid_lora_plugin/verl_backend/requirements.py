@@ -165,7 +165,7 @@ def check_sync(settings: Mapping[str, Any], sync: str) -> None:
             "sets it"
         )
     rules = (_PARTIAL_RULES if mode.partial else {}) | (_ADAPTER_RULES if mode.engine_adapter else {})
-    if mode.name == "receiver_merge":
+    if mode.receiver_merges:
         rules = rules | _RECEIVER_MERGE_RULES
     for name, (usable, wanted) in rules.items():
         if settings.get(name) is not None and not usable(settings[name]):

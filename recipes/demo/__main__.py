@@ -101,7 +101,7 @@ def describe(step: Step) -> str:
     return "  ".join(parts)
 
 
-def census_line(log: Path) -> str:
+def counts_line(log: Path) -> str:
     """What the engine printed about its parameters."""
     for line in log.read_text().splitlines():
         _, found, rest = line.partition("hybrid_lora: ")
@@ -195,7 +195,7 @@ def demo(
     findings = Findings(
         steps=results,
         allocation=allocation,
-        census=census_line(run / "verl.log"),
+        counts=counts_line(run / "verl.log"),
         checks=checks,
         seconds=stage.seconds,
         peak_memory=memory.peak,

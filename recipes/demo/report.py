@@ -18,7 +18,7 @@ class Findings:
     Attributes:
         steps: of the verl run, the initial validation as step 0.
         allocation: what it trained under.
-        census: one line, counts of frozen, full and LoRA parameters, as the engine counted them.
+        counts: one line, counts of frozen, full and LoRA parameters, as the engine counted them.
         checks: the claims with their figures.
         seconds: wall time of each stage by name.
         peak_memory: bytes, the largest sum over the demo's processes that was seen; None if unknown.
@@ -27,7 +27,7 @@ class Findings:
 
     steps: list[Step]
     allocation: Allocation
-    census: str
+    counts: str
     checks: list[Check]
     seconds: dict[str, float]
     peak_memory: int | None
@@ -77,7 +77,7 @@ def _facts(findings: Findings) -> list[tuple[str, str]]:
             f"{len(allocation.full_names)} of {len(modules)} modules fully tuned, {budget.used:,} of "
             f"{allocation.model.candidate_parameters:,} candidate parameters (budget {budget.ratio:.0%})",
         ),
-        ("parameters", findings.census),
+        ("parameters", findings.counts),
         ("wall time", ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in findings.seconds.items())),
     ]
     if findings.peak_memory is not None:

@@ -20,7 +20,7 @@ from hybrid_lora_plugin.config import ProbeConfig
 from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.probing.data.rows import Row, Rows, read_rows
 from hybrid_lora_plugin.probing.forward import IGNORED, Batch
-from hybrid_lora_plugin.probing.seeding import generator
+from hybrid_lora_plugin.seeding import generator
 
 
 @dataclass(frozen=True)

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from hybrid_lora_plugin.errors import ProbeError
+from hybrid_lora_plugin.files import file_sha256
 from hybrid_lora_plugin.probing.data.screen import unproven
 
 if TYPE_CHECKING:
@@ -112,7 +113,7 @@ class ParquetFile:
     def scan(self) -> Iterator[tuple[int, Any]]:
         """See ``Store``."""
         with self._open() as parquet:
-            self.sha256 = _sha256(self.file)
+            self.sha256 = file_sha256(self.file)
             groups = range(parquet.num_row_groups)
             self._groups = [parquet.metadata.row_group(group).num_rows for group in groups]
             names = parquet.schema_arrow.names
@@ -166,7 +167,7 @@ class SavedShard:
             ) from error
         with _readable(self.file, "an Arrow"):
             dataset = datasets.Dataset.from_file(str(self.file))
-            self.sha256 = _sha256(self.file)
+            self.sha256 = file_sha256(self.file)
             names = dataset.column_names
             columns = [name for name in _COLUMNS if name in names]
             self._dataset = dataset.select_columns(columns)
@@ -221,11 +222,3 @@ def _readable(file: Path, form: str) -> Iterator[None]:
     except (pyarrow.ArrowException, OSError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ProbeError(f"probe.files: {file} is not {form} file ({reason}); give another file") from error
-
-
-def _sha256(file: Path) -> str:
-    digest = hashlib.sha256()
-    with file.open("rb") as stream:
-        while block := stream.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()

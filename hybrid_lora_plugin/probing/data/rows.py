@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 from bisect import bisect_left
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from hybrid_lora_plugin.errors import ProbeError
+from hybrid_lora_plugin.files import file_sha256
 from hybrid_lora_plugin.probing.data.files import data_files
 from hybrid_lora_plugin.probing.data.formats import Store, open_store
 
@@ -63,7 +63,7 @@ def read_rows(files: Sequence[str]) -> tuple[Rows, list[dict]]:
     """Check every row of every file in one pass, without keeping any.
 
     Args:
-        files: JSONL or Parquet files, or folders of them or saved by ``datasets``; see ``row_files.data_files``.
+        files: JSONL or Parquet files, or folders of them or saved by ``datasets``; see ``files.data_files``.
 
     Returns:
         The rows, and for each data file ``{"name", "rows", "sha256"}``; the name relative to the folder given
@@ -94,16 +94,12 @@ def file_digests(files: Sequence[str]) -> list[dict]:
     """``{"name", "sha256"}`` of each data file, as ``read_rows`` records them, without looking at rows.
 
     Raises:
-        ProbeError: as ``row_files.data_files``.
+        ProbeError: as ``files.data_files``.
     """
     digests = []
     for entry in files:
         for name, file in data_files(entry):
-            digest = hashlib.sha256()
-            with file.open("rb") as stream:
-                while block := stream.read(1 << 20):
-                    digest.update(block)
-            digests.append({"name": name, "sha256": digest.hexdigest()})
+            digests.append({"name": name, "sha256": file_sha256(file)})
     return digests
 
 

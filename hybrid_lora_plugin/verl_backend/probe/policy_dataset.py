@@ -15,7 +15,7 @@ from verl.utils.dataset.rl_dataset import RLHFDataset
 from verl.utils.import_utils import load_extern_object
 
 from hybrid_lora_plugin.errors import ConfigurationError
-from hybrid_lora_plugin.probing.seeding import generator
+from hybrid_lora_plugin.seeding import generator
 
 
 def prompt_order(rows: int, batch_size: int, warmup_steps: int, scoring_steps: int, seed: int) -> list[int]:

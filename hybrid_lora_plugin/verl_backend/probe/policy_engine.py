@@ -16,14 +16,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
-from torch.distributed.tensor import DTensor
 from verl.utils.device import get_device_id
 from verl.utils.torch_functional import get_constant_schedule_with_warmup
 from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine import FSDPEngineWithLMHead
 
 from hybrid_lora_plugin.allocation.select import select_modules
-from hybrid_lora_plugin.allocation.storage import save_allocation
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError
@@ -34,6 +32,8 @@ from hybrid_lora_plugin.probing.method import warmup_rate
 from hybrid_lora_plugin.probing.methods.svd_lora import check_trained, results_of
 from hybrid_lora_plugin.probing.provenance import environment, model_identity, probe_record
 from hybrid_lora_plugin.probing.runner import check_budget, check_shapes
+from hybrid_lora_plugin.report.artifact import save_allocation
+from hybrid_lora_plugin.training.dtensor import whole
 from hybrid_lora_plugin.verl_backend import requirements
 from hybrid_lora_plugin.verl_backend.probe.policy_settings import kept_settings
 from hybrid_lora_plugin.verl_backend.probe.policy_weights import merged_probe_weights
@@ -123,7 +123,7 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
                     layer.active = True
             for total, layer in zip(gradients, layers, strict=True):
                 if layer.e.grad is not None:
-                    total += _whole(layer.e.grad)
+                    total += whole(layer.e.grad, get_device_id())
         self._mini_batches += 1
         self.optimizer_zero_grad()
         if self.is_mp_src_rank_with_outputs():
@@ -154,7 +154,7 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
         return rate
 
     def _finish_scoring_step(self) -> None:
-        values = [_whole(layer.e) + layer.e_origin for layer in self._layers.values()]
+        values = [whole(layer.e, get_device_id()) + layer.e_origin for layer in self._layers.values()]
         for gradients in self._gradients:
             # Mini-batches have losses of their own; their mean is that of the step.
             pairs = [(e, gradient / self._mini_batches) for e, gradient in zip(values, gradients, strict=True)]
@@ -179,7 +179,13 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
             record = probe_record(config, "svd_lora", self._autocast_dtype, data, self._lr)
             record = dataclasses.replace(record, batch_size=int(settings["data.train_batch_size"]), max_length=0)
             allocation = select_modules(
-                config, self._identity, record, self._candidates, measurements, environment=environment()
+                config,
+                self._identity,
+                self._candidates,
+                measurements,
+                lora_rank=self.hybrid.lora.rank,
+                probe=record,
+                environment=environment(),
             )
             save_allocation(Path(self.hybrid.output_dir), allocation, measurements)
             print(f"hybrid_lora: allocation written to {self.hybrid.output_dir}")
@@ -188,15 +194,17 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
     @contextmanager
     def _whole_layers(self):
         """The probe's layers with whole parameters, on every rank; their bases are left out."""
-        whole = {}
+        copies = {}
         for name, layer in self._layers.items():
             copy = SvdLoraLinear.__new__(SvdLoraLinear)
             torch.nn.Module.__init__(copy)
             copy.e_origin, copy.alpha_origin = layer.e_origin, layer.alpha_origin
             for which in _ADAPTER:
-                setattr(copy, which, torch.nn.Parameter(_whole(getattr(layer, which)), requires_grad=False))
-            whole[name] = copy
-        yield whole
+                setattr(
+                    copy, which, torch.nn.Parameter(whole(getattr(layer, which), get_device_id()), requires_grad=False)
+                )
+            copies[name] = copy
+        yield copies
 
     # -- reference policy and rollout -------------------------------------------------------------------------
 
@@ -249,8 +257,3 @@ def _switch_dropout_off(model: torch.nn.Module) -> None:
         # Hugging Face's attention takes its rate from an attribute.
         if getattr(module, "attention_dropout", 0.0):
             module.attention_dropout = 0.0
-
-
-def _whole(tensor: Tensor) -> Tensor:
-    tensor = tensor.detach().to(get_device_id())
-    return tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -7,7 +7,7 @@ from collections.abc import Iterator
 import torch
 
 from hybrid_lora_plugin.probing.layers import SvdLoraLinear
-from hybrid_lora_plugin.sync.hybrid_weights import whole
+from hybrid_lora_plugin.training.dtensor import whole
 from hybrid_lora_plugin.training.merge import merge_weight
 
 

@@ -2,14 +2,24 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE, Allocation, load_allocation
-from hybrid_lora_plugin.config import HybridLoraConfig, ModelConfig, ProbeCommandConfig
+from hybrid_lora_plugin.allocation.budget_modes import FIXED, BudgetRecord, budget_mode
+from hybrid_lora_plugin.allocation.schema import Allocation
+from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE, load_allocation
+from hybrid_lora_plugin.config import (
+    BUDGET_AMOUNTS,
+    BudgetConfig,
+    HybridLoraConfig,
+    ModelConfig,
+    ProbeCommandConfig,
+    SelectionConfig,
+)
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.probing.data.rows import file_digests
 from hybrid_lora_plugin.probing.loading import checkpoint_fingerprint
@@ -19,13 +29,14 @@ from hybrid_lora_plugin.scoring import get_criterion
 from hybrid_lora_plugin.verl_backend.probe.policy_settings import policy_settings
 
 
-def find_kept(folder: Path, hybrid: HybridLoraConfig, data: Mapping[str, Any] | None = None) -> bool:
+def find_kept(folder: Path, hybrid: HybridLoraConfig, data: Callable[[], Mapping[str, Any]] = dict) -> bool:
     """Whether an earlier start of the run has left its allocation in ``folder``.
 
     Args:
         folder: where it would be.
         hybrid: what is asked for now.
-        data: what ``data_of_run`` says of the model and the rows; None compares settings alone.
+        data: gives what ``data_of_run`` says of the model and the rows, once there is something to compare; by default
+            settings alone are compared.
 
     Raises:
         ConfigurationError: it has, but under other settings, of another model or other rows, or the file cannot be
@@ -34,7 +45,7 @@ def find_kept(folder: Path, hybrid: HybridLoraConfig, data: Mapping[str, Any] | 
     if not (folder / ALLOCATION_FILE).exists():
         return False
     allocation = load_allocation(folder)
-    for field, kept, wanted in _settings(allocation, hybrid, data or {}):
+    for field, kept, wanted in _settings(allocation, hybrid, data()):
         if kept != wanted:
             raise ConfigurationError(
                 f"{field}: {wanted!r:.120}, but the allocation that this run made in {folder} has {kept!r:.120}; give "
@@ -44,7 +55,7 @@ def find_kept(folder: Path, hybrid: HybridLoraConfig, data: Mapping[str, Any] | 
 
 
 def data_of_run(config: DictConfig, hybrid: HybridLoraConfig) -> dict[str, Any]:
-    """The model and the rows a probe of this run would see, in the words of an artifact's ``criterion.data``.
+    """The model and the rows a probe of this run would see, in the words of an artifact's ``probe.data``.
 
     What is not on this machine (a model on a hub, rows that were removed since) is left out.
     """
@@ -84,16 +95,13 @@ def allocation_of_checkpoint(config: DictConfig) -> Path | None:
 
 def command_config(hybrid: HybridLoraConfig, path: str, trust_remote_code: bool) -> ProbeCommandConfig:
     """What ``hybrid-lora-probe`` would be given for this run."""
+    shared = {spec.name: getattr(hybrid, spec.name) for spec in fields(SelectionConfig)}
     return ProbeCommandConfig(
         model=ModelConfig(path=path, trust_remote_code=trust_remote_code),
         output_dir=hybrid.output_dir,
-        criterion=hybrid.criterion,
-        direction=hybrid.direction,
-        normalise=hybrid.normalise,
-        budget=hybrid.budget,
         probe=hybrid.probe,
-        control=hybrid.control,
         lora=hybrid.lora,
+        **shared,
     )
 
 
@@ -101,35 +109,39 @@ def _settings(
     allocation: Allocation, hybrid: HybridLoraConfig, data: Mapping[str, Any]
 ) -> Iterator[tuple[str, Any, Any]]:
     """(option, value in the artifact, value asked for), for all that decides an allocation."""
-    criterion, budget, ours = get_criterion(hybrid.criterion), hybrid.budget, "hybrid_lora."
-    record = allocation.criterion
-    yield ours + "criterion", record.name, hybrid.criterion
+    criterion, selection, ours = get_criterion(hybrid.criterion), allocation.selection, "hybrid_lora."
+    yield ours + "criterion", selection.criterion, hybrid.criterion
     direction = criterion.direction if hybrid.direction == "auto" else hybrid.direction
-    yield ours + "direction", record.direction, direction
-    yield ours + "normalise", record.normalise, hybrid.normalise
-    yield ours + "lora.rank", record.rank, hybrid.lora.rank
-    if allocation.budget.mode != "fixed":
-        yield ours + "budget.mode", allocation.budget.mode, budget.mode
-        yield ours + "budget.overflow", allocation.budget.overflow, budget.overflow
-        if budget.mode == "total_trainable":
-            yield ours + "budget.total", allocation.budget.limit, budget.total
-        else:
-            yield ours + "budget.ratio", allocation.budget.ratio, float(budget.ratio)
+    yield ours + "direction", selection.direction, direction
+    yield ours + "normalise", selection.normalise, hybrid.normalise
+    yield ours + "lora.rank", allocation.budget.lora_rank, hybrid.lora.rank
+    if allocation.budget.mode != FIXED:
+        yield from _budget(allocation.budget, hybrid.budget)
+    for name, value in selection.options.items():
+        yield f"{ours}control.{name}", value, getattr(hybrid.control, name)
     if criterion.method is None:
-        for name, value in record.options.items():
-            if hasattr(hybrid.control, name):
-                yield f"{ours}control.{name}", value, getattr(hybrid.control, name)
+        return
+    if allocation.probe is None:
+        yield ours + "probe", None, f"a probe by {criterion.method}"
         return
     # What the same settings would be recorded as today.
     rate = warmup_rate(hybrid.probe, criterion.method)
     expected = probe_record(command_config(hybrid, "", False), criterion.method, None, {}, rate)
-    for name in ("objective", "warmup_steps", "partitions", "batch_size", "max_length", "init", "lr", "seed"):
+    for name, value in vars(expected).items():
+        # The dtype is known once the model is loaded, the rank was compared above, and version 1 has no method.
+        if name in ("method", "rank", "dtype", "data"):
+            continue
         # A policy probe has no rows of its own: its batches are those of the run.
         if hybrid.probe.objective == "sft" or name not in ("batch_size", "max_length"):
-            yield f"{ours}probe.{name}", getattr(record, name), getattr(expected, name)
-    for name, value in expected.options.items():
-        yield f"{ours}probe.{name}", record.options.get(name), value
-    yield from _data(record.data, data)
+            yield f"{ours}probe.{name}", getattr(allocation.probe, name), value
+    yield from _data(allocation.probe.data, data)
+
+
+def _budget(kept: BudgetRecord, wanted: BudgetConfig) -> Iterator[tuple[str, Any, Any]]:
+    ours = "hybrid_lora.budget."
+    yield ours + "mode", kept.mode, wanted.mode
+    yield ours + "overflow", kept.overflow, wanted.overflow
+    yield ours + BUDGET_AMOUNTS[wanted.mode], budget_mode(kept.mode).asked(kept), wanted.amount
 
 
 def _data(kept: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:

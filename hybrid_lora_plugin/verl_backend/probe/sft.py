@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from verl.utils.device import get_device_id, get_torch_device
 
-from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE, Allocation, load_allocation
+from hybrid_lora_plugin.allocation.schema import Allocation
+from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE, load_allocation
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.probing.distributed import Ranks
@@ -41,7 +42,7 @@ def probed_allocation(hybrid: HybridLoraConfig, model_config: Any) -> tuple[Allo
     folder, ranks = Path(hybrid.output_dir), Ranks(torch.device(get_device_id()))
 
     def kept() -> bool:
-        return find_kept(folder, hybrid, {"checkpoint": checkpoint_fingerprint(model_config.local_path)})
+        return find_kept(folder, hybrid, lambda: {"checkpoint": checkpoint_fingerprint(model_config.local_path)})
 
     if not ranks.from_first(kept):
         if hybrid.probe.objective == "policy" and get_criterion(hybrid.criterion).method is not None:

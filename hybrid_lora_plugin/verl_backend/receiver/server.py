@@ -34,8 +34,8 @@ class HybridLoraHttpServer(vLLMHttpServer):
         self._limit = float(self.model_config.lora["hybrid"]["sync_timeout"])
         self._unproven = "no weights have been synced yet"
         #: a fixed prompt that has still to be compared with the trainer
-        self._probe: dict[str, Any] = {}
-        self._probe_difference: float | None = None
+        self._fixed_prompt: dict[str, Any] = {}
+        self._logprob_difference: float | None = None
         self._synced = False
         self._kv_cache_released = False
 
@@ -69,14 +69,14 @@ class HybridLoraHttpServer(vLLMHttpServer):
     async def begin_weight_sync(self, step: int | None) -> None:
         """From here on nothing is generated until ``end_weight_sync``."""
         self._unproven = f"the weight sync of step {step} has not been completed"
-        self._probe = {}
+        self._fixed_prompt = {}
 
-    async def end_weight_sync(self, step: int | None, probe: dict[str, Any]) -> float | None:
+    async def end_weight_sync(self, step: int | None, prompt: dict[str, Any]) -> float | None:
         """The weights of this sync are proven on every worker.
 
         Args:
             step: verl's global step of the weights.
-            probe: tokens, log-probabilities and limit to compare with before the first request; {} for none.
+            prompt: tokens, log-probabilities and limit to compare with before the first request; {} for none.
 
         Returns:
             The difference found by the last comparison, if there was one.
@@ -86,26 +86,26 @@ class HybridLoraHttpServer(vLLMHttpServer):
             raise WeightSyncError("the adapter was loaded, but the rollout engine does not list it")
         if step is not None:
             await self.set_global_steps(step)
-        self._probe, self._synced = probe, True
-        self._unproven = "the log-probabilities of a fixed prompt have not been compared yet" if probe else ""
-        await self._compare_probe()
-        return self._probe_difference
+        self._fixed_prompt, self._synced = prompt, True
+        self._unproven = "the log-probabilities of a fixed prompt have not been compared yet" if prompt else ""
+        await self._compare_fixed_prompt()
+        return self._logprob_difference
 
-    async def _compare_probe(self, resumed: bool = False) -> None:
+    async def _compare_fixed_prompt(self, resumed: bool = False) -> None:
         """Compare the fixed prompt as soon as the engine can generate; it cannot asleep or paused."""
-        if not self._probe or self._kv_cache_released or (self._submission_paused and not resumed):
+        if not self._fixed_prompt or self._kv_cache_released or (self._submission_paused and not resumed):
             return
-        probe, self._probe = self._probe, {}
-        ours = await asyncio.wait_for(self._prompt_log_probs(probe["tokens"]), self._limit)
-        differences = [abs(a - b) for a, b in zip(ours, probe["log_probs"], strict=True)]
+        prompt, self._fixed_prompt = self._fixed_prompt, {}
+        ours = await asyncio.wait_for(self._prompt_log_probs(prompt["tokens"]), self._limit)
+        differences = [abs(a - b) for a, b in zip(ours, prompt["log_probs"], strict=True)]
         worst = max(range(len(differences)), key=differences.__getitem__)
-        self._probe_difference = differences[worst]
-        if not differences[worst] <= probe["limit"]:
+        self._logprob_difference = differences[worst]
+        if not differences[worst] <= prompt["limit"]:
             self._unproven = "the log-probabilities of a fixed prompt differ from the trainer's"
             raise WeightSyncError(
                 f"fixed prompt: token {worst + 1} has log-probability {ours[worst]:.6f} in the rollout engine and "
-                f"{probe['log_probs'][worst]:.6f} in the trainer, a difference of {differences[worst]:.2e}, above "
-                f"{probe['limit']:g}, the limit for {self.config.dtype} (hybrid_lora.sync_logprob_limit)"
+                f"{prompt['log_probs'][worst]:.6f} in the trainer, a difference of {differences[worst]:.2e}, above "
+                f"{prompt['limit']:g}, the limit for {self.config.dtype} (hybrid_lora.sync_logprob_limit)"
             )
         # Its blocks stay in the prefix cache: they are of these weights.
         self._unproven = ""
@@ -118,7 +118,7 @@ class HybridLoraHttpServer(vLLMHttpServer):
         stream = self.engine.generate(
             prompt=TokensPrompt(prompt_token_ids=tokens),
             sampling_params=SamplingParams(max_tokens=1, prompt_logprobs=0, temperature=1.0),
-            request_id=f"hybrid-lora-probe-{uuid.uuid4().hex}",
+            request_id=f"hybrid-lora-logprobs-{uuid.uuid4().hex}",
             lora_request=request,
         )
         result = None
@@ -146,16 +146,16 @@ class HybridLoraHttpServer(vLLMHttpServer):
         await super().wake_up(tags)
         if tags is None or "kv_cache" in tags:
             self._kv_cache_released = False
-            await self._compare_probe()
+            await self._compare_fixed_prompt()
 
     async def resume_kv_cache(self):
         await super().resume_kv_cache()
         self._kv_cache_released = False
-        await self._compare_probe()
+        await self._compare_fixed_prompt()
 
     async def resume_engine_generation(self):
         await super().resume_engine_generation()
-        await self._compare_probe(resumed=True)
+        await self._compare_fixed_prompt(resumed=True)
 
     async def generate(self, *args, **kwargs):
         # Where requests have to wait, verl looks for the adapter before they do, and without one would run none. Where they

@@ -1,121 +1,28 @@
 """The live vLLM model as a weight sync sees it: load by plain name, and read back what the forward pass reads.
 
-Written for vLLM 0.28 (``model_executor/layers/linear.py``, ``lora/model_manager.py``). vLLM packs q, k, v and gate, up
-into one parameter each and shards them over tensor-parallel workers; the layers' own records say where a plain
-weight lies in there.
+Written for vLLM 0.28 (``lora/model_manager.py``, ``v1/worker``); where a plain weight lies is in ``vllm_layout``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
 
 import torch
 from verl.utils.vllm import TensorLoRARequest
 from verl.workers.rollout.vllm_rollout.utils import VLLM_LORA_INT_ID, VLLM_LORA_NAME, VLLM_LORA_PATH
-from vllm.model_executor.layers import linear
 
 from hybrid_lora_plugin.errors import WeightSyncError
+from hybrid_lora_plugin.names import PEFT_PREFIX, split_factor, wire_factor
 from hybrid_lora_plugin.sync.base_weights import CheckpointWeights, checkpoint_folder
 from hybrid_lora_plugin.sync.digest import digest_of, digest_soon
-from hybrid_lora_plugin.sync.modes import split_factor
 from hybrid_lora_plugin.sync.wire import SyncHeader
-
-#: elements of a weight that stand for it where reading all of it at every step would cost more than the sync
-SAMPLES = 256
-
-
-@dataclass(frozen=True)
-class LiveWeight:
-    """Where a plain weight lies in this worker's model."""
-
-    #: [n, …] this worker's part, sharing storage with the model
-    view: torch.Tensor
-    #: shape of the whole weight, over all workers
-    shape: tuple[int, ...]
-    #: dimension that is sharded, None where every worker holds all of it
-    dimension: int | None
-    #: first row or column of this worker's part
-    offset: int
-
-    def part_of(self, whole: torch.Tensor) -> torch.Tensor:
-        """This worker's part of a whole tensor."""
-        if self.dimension is None:
-            return whole
-        return whole.narrow(self.dimension, self.offset, self.view.shape[self.dimension])
-
-    def sample(self) -> torch.Tensor:
-        """[≤ SAMPLES] elements spread evenly over this worker's part, sharing its storage."""
-        flat = self.view.reshape(-1)
-        return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
-
-
-class PackedModules:
-    """Which of vLLM's modules holds a plain module, and at which place: it packs q, k, v and gate, up into one each."""
-
-    def __init__(self, model: torch.nn.Module):
-        self._owner = {
-            part: (owner, index)
-            for owner, parts in model.packed_modules_mapping.items()
-            for index, part in enumerate(parts)
-        }
-
-    def find(self, module: str) -> tuple[str, int]:
-        """(name of vLLM's module, place in it)."""
-        parent, _, last = module.rpartition(".")
-        owner, index = self._owner.get(last, (last, 0))
-        return (f"{parent}.{owner}" if parent else owner), index
-
-
-def find_live_weight(modules: dict[str, torch.nn.Module], packed: PackedModules, name: str) -> LiveWeight:
-    """The live part of the plain weight ``name``.
-
-    Args:
-        modules: those of vLLM's model by name.
-        packed: of the same model.
-        name: plain Hugging Face name of a weight or bias.
-
-    Raises:
-        WeightSyncError: vLLM's model has no such weight in a layout known here.
-    """
-    prefix, _, leaf = name.rpartition(".")
-    owner, index = packed.find(prefix)
-    layer = modules.get(owner)
-    layer = getattr(layer, "base_layer", layer)
-    parameter = getattr(layer, leaf, None)
-    if not isinstance(parameter, torch.Tensor):
-        raise WeightSyncError(
-            f"{name}: cannot be read back from the rollout engine's model, whose layout for it is unknown here; "
-            "hybrid_lora.sync_check=off runs without that proof"
-        )
-    value = parameter.detach()
-    if isinstance(layer, linear.QKVParallelLinear):
-        width = layer.head_size
-        sizes = [layer.num_heads * width, layer.num_kv_heads * width, layer.num_kv_heads * _value_width(layer)]
-        total = [layer.total_num_heads * width, layer.total_num_kv_heads * width]
-        total.append(layer.total_num_kv_heads * _value_width(layer))
-        rank = layer.tp_rank if index == 0 else layer.tp_rank // layer.num_kv_head_replicas
-        view = value.narrow(0, sum(sizes[:index]), sizes[index])
-        return LiveWeight(view, (total[index], *value.shape[1:]), 0, rank * sizes[index])
-    if isinstance(layer, linear.MergedColumnParallelLinear):
-        sizes = [size // layer.tp_size for size in layer.output_sizes]
-        view = value.narrow(0, sum(sizes[:index]), sizes[index])
-        return LiveWeight(view, (layer.output_sizes[index], *value.shape[1:]), 0, layer.tp_rank * sizes[index])
-    if isinstance(layer, linear.ColumnParallelLinear):
-        return LiveWeight(value, (layer.output_size, *value.shape[1:]), 0, layer.tp_rank * value.shape[0])
-    if isinstance(layer, linear.RowParallelLinear) and leaf == "weight":
-        return LiveWeight(value, (value.shape[0], layer.input_size), 1, layer.tp_rank * value.shape[1])
-    if hasattr(layer, "shard_indices"):  # embedding and output head, padded at the end
-        rows = layer.shard_indices
-        view = value.narrow(0, 0, rows.num_org_elements)
-        return LiveWeight(view, (layer.org_vocab_size, *value.shape[1:]), 0, rows.org_vocab_start_index)
-    return LiveWeight(value, tuple(value.shape), None, 0)
-
-
-def _value_width(layer) -> int:
-    return getattr(layer, "v_head_size", layer.head_size)
+from hybrid_lora_plugin.verl_backend.receiver.vllm_layout import (
+    LiveWeight,
+    PackedModules,
+    adapter_part,
+    find_live_weight,
+)
 
 
 class VllmRolloutModel:
@@ -274,7 +181,7 @@ class VllmRolloutModel:
         for module, pair in factors.items():
             for kind, factor in zip("AB", pair, strict=True):
                 # Clones: vLLM multiplies B by alpha / r in place.
-                tensors[f"base_model.model.{module}.lora_{kind}.weight"] = factor.clone()
+                tensors[PEFT_PREFIX + wire_factor(module, kind)] = factor.clone()
         config = {
             "r": header.lora_rank,
             "lora_alpha": header.lora_alpha,
@@ -356,7 +263,7 @@ class VllmRolloutModel:
             live_a, live_b = layer.lora_a_stacked[index][slot, 0], layer.lora_b_stacked[index][slot, 0]
             wanted_a = lora_a.to(live_a.device, live_a.dtype)
             wanted_b = lora_b.to(live_b.device, live_b.dtype) * header.scaling
-            wanted_a, wanted_b = _adapter_part(layer, index, wanted_a, wanted_b, live_b.shape[0])
+            wanted_a, wanted_b = adapter_part(layer, index, wanted_a, wanted_b, live_b.shape[0])
             rank = wanted_a.shape[0]
             same = torch.equal(live_a[:rank, : wanted_a.shape[1]], wanted_a) and torch.equal(
                 live_b[: wanted_b.shape[0], :rank], wanted_b
@@ -368,17 +275,3 @@ class VllmRolloutModel:
             for index, live_b in enumerate(getattr(layer, "lora_b_stacked", ())):
                 if (name, index) not in filled and live_b[slot].any():
                     raise WeightSyncError(f"{name}: the rollout engine's adapter has factors here that were never sent")
-
-
-def _adapter_part(layer: Any, index: int, lora_a, lora_b, rows: int):
-    """This worker's part of both factors, as ``lora/layers`` of vLLM shards them (without fully sharded LoRA)."""
-    base = layer.base_layer
-    if getattr(base, "tp_size", 1) == 1:
-        return lora_a, lora_b
-    if isinstance(base, linear.RowParallelLinear):
-        width = base.input_size_per_partition
-        return lora_a[:, base.tp_rank * width : (base.tp_rank + 1) * width], lora_b
-    rank = base.tp_rank
-    if isinstance(base, linear.QKVParallelLinear) and index > 0:
-        rank //= base.num_kv_head_replicas
-    return lora_a, lora_b[rank * rows : (rank + 1) * rows]

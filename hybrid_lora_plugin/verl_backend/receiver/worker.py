@@ -17,7 +17,8 @@ from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
 
 from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.sync.base_weights import check_base
-from hybrid_lora_plugin.sync.modes import SyncReceiver, sync_mode
+from hybrid_lora_plugin.sync.mode_base import SyncReceiver
+from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.wire import HEADER, ReceivedWeights, SyncHeader, read_header, rows_of
 from hybrid_lora_plugin.verl_backend.receiver.vllm_model import VllmRolloutModel
 from hybrid_lora_plugin.verl_backend.transport import LimitedReceiver
@@ -125,7 +126,7 @@ class Reception:
         checkpoint = self._rollout.checkpoint
         check_base(header.base, checkpoint.read, str(checkpoint.folder))
         sent = set(self._received.entries)
-        if header.mode == "receiver_merge":
+        if sync_mode(header.mode).receiver_merges:
             sent |= {f"{module}.weight" for module in header.lora_modules}
         self._rollout.prove_kept(header.run, [name for name in header.base if name not in sent])
 

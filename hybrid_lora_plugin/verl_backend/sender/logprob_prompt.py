@@ -1,4 +1,4 @@
-"""``sync_check=probe``: log-probabilities of a fixed prompt, from the trainer, for the rollout engine to reproduce."""
+"""``sync_check=logprobs``: log-probabilities of a fixed prompt, from the trainer, for the rollout engine to reproduce."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def fixed_prompt(engine, hybrid: HybridLoraConfig, dtype: torch.dtype) -> dict[s
         dtype: what the rollout engine computes in.
 
     Returns:
-        ``tokens``, ``log_probs`` of every token but the first, and ``limit``, for ``SyncHeader.probe``.
+        ``tokens``, ``log_probs`` of every token but the first, and ``limit``, for ``SyncHeader.fixed_prompt``.
     """
     from verl.utils import tensordict_utils as tu
     from verl.workers.utils.padding import no_padding_2_padding
@@ -57,15 +57,15 @@ def fixed_prompt(engine, hybrid: HybridLoraConfig, dtype: torch.dtype) -> dict[s
     )
     with engine.eval_mode():
         output = engine.infer_batch(batch, loss_function=None)
-    probe: list[dict[str, Any]] = [{}]
+    answer: list[dict[str, Any]] = [{}]
     if "model_output" in output:  # with sequence parallelism only one rank of a group has the outputs
         log_probs = no_padding_2_padding(output["model_output"]["log_probs"], batch)[0, : len(response)]
-        probe[0] = {
+        answer[0] = {
             "tokens": tokens,
             "log_probs": log_probs.float().tolist(),
             "limit": LIMITS[dtype] if hybrid.sync_logprob_limit is None else hybrid.sync_logprob_limit,
         }
     if torch.distributed.is_initialized():
         # One text on all ranks: verl's relays derive the layout of a bucket from their own stream.
-        torch.distributed.broadcast_object_list(probe)
-    return probe[0]
+        torch.distributed.broadcast_object_list(answer)
+    return answer[0]

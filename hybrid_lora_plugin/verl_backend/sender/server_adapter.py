@@ -136,10 +136,10 @@ class HybridLoraServerAdapter(ServerAdapter):
             await self._agree(error, passing, global_steps, limit)
         difference = None
         if self._ensure_server_handle():
-            probe = passing.header.probe
-            proving = self.server_handle.end_weight_sync.remote(global_steps, probe)
+            prompt = passing.header.fixed_prompt
+            proving = self.server_handle.end_weight_sync.remote(global_steps, prompt)
             try:
-                difference = await _within(proving, 2 * limit if probe else limit, "the rollout engine's last checks")
+                difference = await _within(proving, 2 * limit if prompt else limit, "the rollout engine's last checks")
             except Exception as failure:
                 raise WeightSyncError(_ended(passing, global_steps, _text(failure))) from failure
         sync_metrics.add(time.perf_counter() - started, difference)

@@ -27,16 +27,16 @@ def keep(outgoing: OutgoingWeights) -> None:
         _last["sync_tensors_changed"] = changed
 
 
-def add(seconds: float, probe_difference: float | None) -> None:
+def add(seconds: float, logprob_difference: float | None) -> None:
     """What the sending end knows besides.
 
     Args:
         seconds: from the first tensor until the engine was proven to hold the last.
-        probe_difference: largest difference of a log-probability of the fixed prompt, nats.
+        logprob_difference: largest difference of a log-probability of the fixed prompt, nats.
     """
     _last["sync_seconds"] = seconds
-    if probe_difference is not None:
-        _last["sync_logprob_difference"] = probe_difference
+    if logprob_difference is not None:
+        _last["sync_logprob_difference"] = logprob_difference
 
 
 def last_sync(_worker=None) -> dict[str, float]:

@@ -42,7 +42,7 @@ class WeightSource:
         payload_bytes: int = 0,
         lora_modules: list[str] | None = None,
         base: Callable[[], dict[str, str]] | None = None,
-        probe: dict[str, Any] | None = None,
+        fixed_prompt: dict[str, Any] | None = None,
         merged: Callable[[str], dict[str, str]] | None = None,
     ) -> OutgoingWeights:
         """The next sync.
@@ -53,7 +53,7 @@ class WeightSource:
             payload_bytes: of all tensors together.
             lora_modules: modules with an adapter.
             base: computes the digests of the weights that stay away; called once in a run, on every rank.
-            probe: a fixed prompt to compare.
+            fixed_prompt: what the engine compares log-probabilities of, from ``logprob_prompt``.
             merged: from a module with an adapter, the digest of its merged weight, where the receiver merges; the modules
                 take turns, one in each sync. Called on every rank.
         """
@@ -79,7 +79,7 @@ class WeightSource:
             base=self._base or {},
             payload_bytes=payload_bytes,
             base_storage=self._hybrid.sync_base,
-            probe=probe or {},
+            fixed_prompt=fixed_prompt or {},
             merged=proof,
         )
         self._last = OutgoingWeights(header, tensors, self._device, self._before, on_end=sync_metrics.keep)

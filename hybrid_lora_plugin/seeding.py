@@ -15,5 +15,10 @@ def generator(seed: int, purpose: str, index: int = 0) -> torch.Generator:
         purpose: what is drawn, e.g. ``"partition"``.
         index: which draw of that purpose.
     """
-    digest = hashlib.sha256(f"{seed}/{purpose}/{index}".encode()).digest()
+    return generator_for(f"{seed}/{purpose}/{index}")
+
+
+def generator_for(key: str) -> torch.Generator:
+    """A CPU generator determined by a text."""
+    digest = hashlib.sha256(key.encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)

@@ -1,0 +1,182 @@
+"""What an allocation says, as records: the model, how modules were selected, how it was probed, the budget, the modules.
+
+``allocation.json`` holds exactly these fields (schema version 2). ``storage`` reads and writes it, ``schema_v1`` reads
+what earlier versions wrote.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from hybrid_lora_plugin.allocation.budget import FULL, LORA, BudgetRecord
+from hybrid_lora_plugin.candidates import Candidate, architecture_of, model_fingerprint
+from hybrid_lora_plugin.errors import AllocationError
+from hybrid_lora_plugin.parameter_counts import ParameterCounts
+
+SCHEMA_VERSION = 2
+PROBE_AGAIN = "probe again with hybrid-lora-probe"
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """The model an allocation is for.
+
+    Attributes:
+        config_sha256: ``candidates.model_fingerprint``.
+        candidate_parameters: weights and biases of all candidates.
+        parameters: all parameters of the model, tied ones once; 0 in artifacts that do not record it.
+    """
+
+    name_or_path: str
+    architecture: str
+    config_sha256: str
+    num_layers: int
+    candidate_parameters: int
+    parameters: int = 0
+
+
+@dataclass(frozen=True)
+class SelectionRecord:
+    """How the modules were selected, whether or not anything was measured for it.
+
+    Attributes:
+        criterion: name in the registry of ``scoring``.
+        direction: ``lowest`` or ``highest`` score first; never ``auto``.
+        normalise: what was divided out of the score.
+        options: the fields of ``config.ControlConfig`` that this criterion reads, e.g. the seed of ``random``.
+    """
+
+    criterion: str
+    direction: str
+    normalise: str
+    options: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class ProbeRecord:
+    """How the measurements were made. An allocation has none where nothing was probed.
+
+    Attributes:
+        method: name of the probe method, or ``unknown`` where an artifact of version 1 does not tell.
+        rank: of the probe's adapters.
+        lr: learning rate of the warm-up.
+        partitions: T, rows of each series of measurements.
+        batch_size: rows of a batch; of a policy probe, prompts of a step.
+        max_length: longest row in tokens; 0 for a policy probe, whose rollouts set their own length.
+        dtype: of the frozen base.
+        data: rows and split, or the settings of the run whose rollouts were scored.
+        options: settings of this method only.
+    """
+
+    method: str
+    objective: str
+    rank: int
+    init: str
+    warmup_steps: int
+    lr: float
+    partitions: int
+    partitions_per_batch: int
+    batch_size: int
+    max_length: int
+    dtype: str
+    seed: int
+    data: dict
+    options: dict = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModuleRecord(Candidate):
+    """A candidate with its moments over T batches (Eq. 15), its score and its assignment.
+
+    Attributes:
+        signal: whether anything was measured; a module without is never selected.
+        assignment: ``full`` or ``lora``.
+    """
+
+    mean: float
+    std: float
+    score: float
+    signal: bool
+    assignment: str
+
+
+@dataclass(frozen=True)
+class Allocation:
+    """A checked allocation, as written to and read from ``allocation.json``.
+
+    Attributes:
+        modules: the M candidates in model order.
+        environment: versions of the libraries that made it.
+        probe: None where nothing was probed; then the file has no such key.
+    """
+
+    model: ModelIdentity
+    selection: SelectionRecord
+    budget: BudgetRecord
+    modules: list[ModuleRecord]
+    environment: dict
+    probe: ProbeRecord | None = None
+    schema_version: int = SCHEMA_VERSION
+
+    @property
+    def full_names(self) -> list[str]:
+        """Names of the fully fine-tuned modules, in model order."""
+        return [module.name for module in self.modules if module.assignment == FULL]
+
+    @property
+    def lora_names(self) -> list[str]:
+        """Names of the LoRA modules, in model order."""
+        return [module.name for module in self.modules if module.assignment == LORA]
+
+    @property
+    def full_parameters(self) -> int:
+        """Parameters of all fully fine-tuned modules together."""
+        return sum(module.parameters for module in self.modules if module.assignment == FULL)
+
+    def parameter_counts(self) -> ParameterCounts:
+        """The parameters of the whole model under this allocation, adapters at the rank of its budget.
+
+        Raises:
+            AllocationError: the artifact was written before it recorded what this takes.
+        """
+        if self.model.parameters < 1 or any(
+            module.in_features < 1 or module.out_features < 1 for module in self.modules
+        ):
+            raise AllocationError(
+                "model.parameters: the parameters of the model and the dimensions of its modules are not recorded, as in "
+                f"an artifact of an earlier version; {PROBE_AGAIN}"
+            )
+        lora = sum(m.lora_parameters(self.budget.lora_rank) for m in self.modules if m.assignment == LORA)
+        return ParameterCounts(self.model.parameters - self.full_parameters, self.full_parameters, lora)
+
+    def check_model(self, config: Any, candidates: Sequence[Candidate]) -> None:
+        """Refuse to be applied to a model other than the one that was probed.
+
+        Args:
+            config: the Hugging Face config of the model to train.
+            candidates: ``find_candidates`` of that model.
+
+        Raises:
+            AllocationError: naming both models and the first difference.
+        """
+        architecture, fingerprint = architecture_of(config), model_fingerprint(config)
+        mine = {module.name: module.parameters for module in self.modules}
+        theirs = {candidate.name: candidate.parameters for candidate in candidates}
+        if architecture != self.model.architecture:
+            difference = f"architecture {self.model.architecture} against {architecture}"
+        elif mine.keys() != theirs.keys():
+            odd = sorted(mine.keys() ^ theirs.keys())
+            difference = f"{len(mine)} modules against {len(theirs)}, {odd[0]} is in only one of them"
+        elif mine != theirs:
+            odd = next(name for name in mine if mine[name] != theirs[name])
+            difference = f"{odd} has {mine[odd]:,} parameters against {theirs[odd]:,}"
+        elif fingerprint != self.model.config_sha256:
+            difference = f"config_sha256 {self.model.config_sha256[:12]} against {fingerprint[:12]}"
+        else:
+            return
+        raise AllocationError(
+            f"hybrid_lora.allocation: artifact of another model, made for {self.model.name_or_path!r} but used with "
+            f"{getattr(config, '_name_or_path', '')!r}: {difference}; {PROBE_AGAIN} on the model you train"
+        )

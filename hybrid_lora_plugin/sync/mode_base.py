@@ -1,0 +1,97 @@
+"""What a sync mode is: the sending and the receiving end of one way to bring trained weights to a rollout engine."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from typing import Protocol
+
+import torch
+
+from hybrid_lora_plugin.errors import WeightSyncError
+from hybrid_lora_plugin.parameter_counts import ParameterCounts
+from hybrid_lora_plugin.sync.base_weights import CheckpointWeights
+from hybrid_lora_plugin.sync.wire import SyncHeader
+
+
+class RolloutModel(Protocol):
+    """The rollout engine's side, as a mode needs it; ``verl_backend.receiver.vllm_model`` has it for vLLM."""
+
+    #: where received tensors are worked on
+    device: torch.device
+    #: what the engine's weights were loaded from
+    checkpoint: CheckpointWeights
+
+    def load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        """Put whole tensors under plain names into the live model, and remember what must then be there."""
+
+    def replace_adapter(self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], header: SyncHeader) -> None:
+        """Make A [r, d_in] and B [d_out, r] by module the engine's only adapter, and remember them."""
+
+
+class SyncReceiver(ABC):
+    """One mode's receiving end, for one sync."""
+
+    def __init__(self, header: SyncHeader, rollout: RolloutModel):
+        self.header = header
+        self.rollout = rollout
+
+    def check_dtype(self, name: str, tensor: torch.Tensor, wanted: torch.dtype | None = None) -> None:
+        """Raise WeightSyncError unless a floating tensor has the dtype this mode sends it in, by default the engine's."""
+        wanted = wanted or self.header.torch_dtype
+        if tensor.is_floating_point() and tensor.dtype != wanted:
+            raise WeightSyncError(f"{name}: received as {tensor.dtype}, wanted {wanted}".replace("torch.", ""))
+
+    @abstractmethod
+    def take(self, weights: list[tuple[str, torch.Tensor]]) -> None:
+        """Use some tensors; they are views of a transfer buffer, gone when this returns."""
+
+    @abstractmethod
+    def finish(self) -> None:
+        """Everything has been taken: do what needs all of it."""
+
+
+class SyncMode(ABC):
+    """One way to bring trained weights to a rollout engine.
+
+    Nothing outside ``sync`` asks for a mode's name: what is special about one is an attribute or a method here.
+
+    Attributes:
+        name: the value of ``hybrid_lora.sync``.
+        engine_adapter: whether the engine runs an adapter of its own, verl's ``lora.merge=false``.
+        partial: whether weights that never train stay away, so that the engine must keep those it loaded.
+        receiver_merges: whether the receiving end computes merged weights, which must come to the trainer's bits.
+        receiver: the receiving end.
+    """
+
+    name: str
+    engine_adapter: bool = False
+    partial: bool = False
+    receiver_merges: bool = False
+    receiver: type[SyncReceiver]
+
+    @abstractmethod
+    def payload_bytes(self, counts: ParameterCounts, dtype: torch.dtype) -> int:
+        """Bytes of all tensors of one sync together."""
+
+    @abstractmethod
+    def outgoing(
+        self, model: torch.nn.Module, scaling: float, dtype: torch.dtype, device
+    ) -> Iterator[tuple[str, torch.Tensor]]:
+        """The trainer's side: (name, whole tensor) pairs of a hybrid model, one module in flight at a time.
+
+        Args:
+            model: the hybrid PEFT model, inside FSDP2 (then every rank must draw every pair) or unsharded.
+            scaling: LoRA's s = alpha / rank.
+            dtype: what the rollout engine computes in.
+            device: where whole tensors are put together.
+        """
+
+    def merged_digest(
+        self, model: torch.nn.Module, module: str, scaling: float, dtype: torch.dtype, device
+    ) -> dict[str, str]:
+        """Digest of the weight that the receiver must come to for ``module``, by its name; a mode that merges there has it.
+
+        With shards this gathers, so every rank must call it.
+        """
+        raise NotImplementedError(f"sync mode {self.name} merges nothing at the receiver")
