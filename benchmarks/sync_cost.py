@@ -28,8 +28,8 @@ import torch
 from benchmarks.pages import save_figures, write_page
 from benchmarks.rollout import colocated
 from benchmarks.rollout.colocated import ColocatedPair
-from benchmarks.rollout.harness import start_ray, stop_ray
 from benchmarks.sync_sizes import draw_allocation
+from tests.support.rollout_harness import start_ray, stop_ray
 
 RANK, ALPHA = 16, 32
 BEGIN, END = "<!-- measured by benchmarks/sync_cost.py -->", "<!-- end of the measured part -->"

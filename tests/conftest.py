@@ -9,8 +9,9 @@ os.environ.update(CPU_ENVIRONMENT)
 
 import pytest  # noqa: E402
 import torch  # noqa: E402
-from sync_models import case, cases, hybrid  # noqa: E402, F401
-from tiny_models import make_tiny_qwen2  # noqa: E402
+
+from tests.support.sync_models import case, cases, hybrid  # noqa: E402, F401
+from tests.support.tiny_models import make_tiny_qwen2  # noqa: E402
 
 torch.set_num_threads(1)
 

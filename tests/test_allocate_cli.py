@@ -6,8 +6,6 @@ import subprocess
 import sys
 
 import pytest
-from allocations import decide_for, draw_measurements
-from tiny_models import tiny_qwen2_config
 
 from hybrid_lora_plugin.allocation import allocate, load_allocation, load_measurements
 from hybrid_lora_plugin.candidates import find_candidates_from_config
@@ -15,6 +13,8 @@ from hybrid_lora_plugin.cli.allocate import main
 from hybrid_lora_plugin.config import BudgetConfig
 from hybrid_lora_plugin.report.artifact import save_allocation
 from hybrid_lora_plugin.scoring import Measured, score_modules
+from tests.support.allocations import decide_for, draw_measurements
+from tests.support.tiny_models import tiny_qwen2_config
 
 CONFIG = tiny_qwen2_config(50)
 

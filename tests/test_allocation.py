@@ -6,14 +6,14 @@ import shutil
 
 import pytest
 import torch
-from allocations import decide_for, draw_measurements
-from tiny_models import tiny_qwen2_config
 
 from hybrid_lora_plugin.allocation import AllocationError, load_allocation, load_measurements
 from hybrid_lora_plugin.candidates import Candidate, find_candidates_from_config
 from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig, ControlConfig
 from hybrid_lora_plugin.report.artifact import save_allocation
 from hybrid_lora_plugin.scoring import hybrid_score, moments
+from tests.support.allocations import decide_for, draw_measurements
+from tests.support.tiny_models import tiny_qwen2_config
 
 
 def make_allocation(config=None, ratio=0.3, **settings):

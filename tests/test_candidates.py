@@ -4,7 +4,6 @@ import dataclasses
 
 import pytest
 import torch
-from tiny_models import tiny_qwen2_config
 from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
@@ -16,6 +15,7 @@ from hybrid_lora_plugin.candidates import (
     model_fingerprint,
 )
 from hybrid_lora_plugin.errors import ConfigurationError
+from tests.support.tiny_models import tiny_qwen2_config
 
 QWEN25 = {
     # hidden, intermediate, layers, heads, kv heads -> candidate parameters, modules

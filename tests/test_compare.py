@@ -6,9 +6,6 @@ import re
 
 import pytest
 import torch
-from allocations import decide_for, draw_measurements
-from drawn_allocations import SIZES, drawn_scores, make, module_name, module_names, png_size, unprobed, write
-from tiny_models import tiny_qwen2_config
 
 from hybrid_lora_plugin.allocation import AllocationError
 from hybrid_lora_plugin.cli.compare import main
@@ -17,6 +14,18 @@ from hybrid_lora_plugin.report.artifact import save_allocation
 from hybrid_lora_plugin.report.compare import compare, make_labels, overlap, rank_agreement
 from hybrid_lora_plugin.report.compare_tables import as_text, comparison_tables
 from hybrid_lora_plugin.report.ranking import average_ranks, find_cut, spearman
+from tests.support.allocations import decide_for, draw_measurements
+from tests.support.drawn_allocations import (
+    SIZES,
+    drawn_scores,
+    make,
+    module_name,
+    module_names,
+    png_size,
+    unprobed,
+    write,
+)
+from tests.support.tiny_models import tiny_qwen2_config
 
 NAMES = module_names(4)
 

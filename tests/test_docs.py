@@ -6,7 +6,6 @@ import re
 import shlex
 
 import pytest
-from verl_processes import ROOT
 
 from hybrid_lora_plugin.cli.arguments import parse
 from hybrid_lora_plugin.config import (
@@ -15,6 +14,7 @@ from hybrid_lora_plugin.config import (
     ExportCommandConfig,
     ProbeCommandConfig,
 )
+from tests.support.verl_processes import ROOT
 
 PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").glob("*.md"))]
 COMMANDS = {

@@ -9,11 +9,7 @@ import torch
 
 pytest.importorskip("verl", reason="verl is not installed")
 
-from allocations import make_allocation  # noqa: E402
-from engine_worker import make_batch  # noqa: E402
-from tiny_models import make_tiny_qwen2  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
-from verl_processes import run_engine  # noqa: E402
 
 from hybrid_lora_plugin import load_allocation  # noqa: E402
 from hybrid_lora_plugin.names import plain_name  # noqa: E402
@@ -21,6 +17,10 @@ from hybrid_lora_plugin.sync.base_weights import base_digests  # noqa: E402
 from hybrid_lora_plugin.training.export import export_checkpoint  # noqa: E402
 from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
 from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402
+from tests.support.allocations import make_allocation  # noqa: E402
+from tests.support.engine_worker import make_batch  # noqa: E402
+from tests.support.tiny_models import make_tiny_qwen2  # noqa: E402
+from tests.support.verl_processes import run_engine  # noqa: E402
 
 pytestmark = pytest.mark.verl
 

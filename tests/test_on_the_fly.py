@@ -9,13 +9,9 @@ import torch
 
 pytest.importorskip("verl", reason="verl is not installed")
 
-from engine_worker import make_batch  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
-from test_engine import assert_rows_close, base_log_probs  # noqa: E402
-from tiny_models import make_tiny_qwen2, sums, write_jsonl  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
-from verl_processes import run_engine  # noqa: E402
 
 from hybrid_lora_plugin import find_candidates, load_allocation  # noqa: E402
 from hybrid_lora_plugin.cli.probe import main as probe_command  # noqa: E402
@@ -27,8 +23,12 @@ from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
 from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402
 from hybrid_lora_plugin.verl_backend.probe.policy_dataset import prompt_order  # noqa: E402
 from hybrid_lora_plugin.verl_backend.probe.resume import data_of_run, find_kept  # noqa: E402
+from tests.support.engine_worker import make_batch  # noqa: E402
+from tests.support.tiny_models import make_tiny_qwen2, sums, write_jsonl  # noqa: E402
+from tests.support.verl_processes import run_engine  # noqa: E402
+from tests.test_engine import assert_rows_close, base_log_probs  # noqa: E402
 
-WORKER = "tests/probe_engine_worker.py"
+WORKER = "tests/support/probe_engine_worker.py"
 PARTITIONS, PER_BATCH, WARMUP = 5, 2, 3
 
 

@@ -5,9 +5,6 @@ import re
 import numpy as np
 import pytest
 import torch
-from allocations import decide_for, draw_measurements
-from drawn_allocations import drawn_scores, make, module_names, png_size, unprobed
-from tiny_models import tiny_qwen2_config
 
 from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig
 from hybrid_lora_plugin.report.artifact import save_allocation
@@ -16,6 +13,9 @@ from hybrid_lora_plugin.report.compare_plot import draw_comparison
 from hybrid_lora_plugin.report.heatmap import _colouring, draw_heatmap
 from hybrid_lora_plugin.report.page import write_report
 from hybrid_lora_plugin.report.score_plot import draw_scores
+from tests.support.allocations import decide_for, draw_measurements
+from tests.support.drawn_allocations import drawn_scores, make, module_names, png_size, unprobed
+from tests.support.tiny_models import tiny_qwen2_config
 
 
 def z_scores(layers):

@@ -11,8 +11,8 @@ import torch
 
 pytest.importorskip("verl", reason="verl is not installed")
 
-from tiny_models import make_tiny_qwen2  # noqa: E402
-from verl_processes import run, run_engine, torchrun  # noqa: E402
+from tests.support.tiny_models import make_tiny_qwen2  # noqa: E402
+from tests.support.verl_processes import run, run_engine, torchrun  # noqa: E402
 
 pytestmark = pytest.mark.verl
 

@@ -4,12 +4,12 @@ import math
 
 import pytest
 import torch
-from tiny_probe import assert_resumes_bit_for_bit, begin, passes_of, ragged_batch, tiny_model
 
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.config import ProbeCommandConfig
 from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.probing.methods.adalora import AdaLoraMethod, keep_most_important, orthogonality, schedule_of
+from tests.support.tiny_probe import assert_resumes_bit_for_bit, begin, passes_of, ragged_batch, tiny_model
 
 
 def configured(steps=10, **changes):

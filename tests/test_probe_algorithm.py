@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_qwen2_config
 from torch import nn
 from torch.nn import functional
 from transformers import AutoModelForCausalLM
@@ -20,6 +19,7 @@ from hybrid_lora_plugin.probing.layers import SvdLoraLinear, attach, detach
 from hybrid_lora_plugin.probing.measure import batch_sensitivities, draw_partition, prepare_scoring
 from hybrid_lora_plugin.probing.methods.svd_lora import SvdLoraMethod, check_trained
 from hybrid_lora_plugin.seeding import generator
+from tests.support.tiny_models import tiny_qwen2_config
 
 RANK = 3
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_probe import assert_resumes_bit_for_bit, begin, passes_of, ragged_batch
 from torch.func import functional_call
 
 from hybrid_lora_plugin.config import ProbeCommandConfig
@@ -10,6 +9,7 @@ from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.probing.forward import negative_log_likelihood
 from hybrid_lora_plugin.probing.methods.autolora import AutoLoraMethod
 from hybrid_lora_plugin.seeding import generator
+from tests.support.tiny_probe import assert_resumes_bit_for_bit, begin, passes_of, ragged_batch
 
 TRAINING, VALIDATION = ragged_batch(seed=1), ragged_batch(rows=4, seed=2)
 

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_probe import passes_of, ragged_batch, tiny_model
 from torch import distributed, multiprocessing
 
 from hybrid_lora_plugin.candidates import find_candidates
@@ -12,6 +11,7 @@ from hybrid_lora_plugin.probing.forward import IGNORED, negative_log_likelihood
 from hybrid_lora_plugin.probing.layers import attach
 from hybrid_lora_plugin.probing.measure import perturbation, prepare_scoring
 from hybrid_lora_plugin.seeding import generator
+from tests.support.tiny_probe import passes_of, ragged_batch, tiny_model
 
 NAMES = ["lora_output", "gradient_norm", "snip"]
 

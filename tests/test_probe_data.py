@@ -5,7 +5,6 @@ import weakref
 
 import pytest
 import torch
-from tiny_models import make_char_tokenizer, sums, write_jsonl
 
 from hybrid_lora_plugin.config import ProbeConfig
 from hybrid_lora_plugin.errors import ProbeError
@@ -14,6 +13,7 @@ from hybrid_lora_plugin.probing.data import rows as rows_module
 from hybrid_lora_plugin.probing.data.batches import ProbeData, tokenize
 from hybrid_lora_plugin.probing.data.rows import Row, row_of
 from hybrid_lora_plugin.probing.forward import IGNORED
+from tests.support.tiny_models import make_char_tokenizer, sums, write_jsonl
 
 
 def test_all_row_forms_give_the_same_tokens_with_loss_on_the_response_and_its_end():

@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-from tiny_probe import assert_resumes_bit_for_bit, begin, ragged_batch, tiny_model
 from torch import nn
 
 from hybrid_lora_plugin.config import ProbeCommandConfig
@@ -11,6 +10,7 @@ from hybrid_lora_plugin.probing.forward import negative_log_likelihood
 from hybrid_lora_plugin.probing.measure import draw_partition
 from hybrid_lora_plugin.probing.methods.full_delta import FullDeltaLinear, FullDeltaMethod
 from hybrid_lora_plugin.seeding import generator
+from tests.support.tiny_probe import assert_resumes_bit_for_bit, begin, ragged_batch, tiny_model
 
 
 def configured(steps=4):

@@ -7,13 +7,13 @@ import sys
 from pathlib import Path
 
 import pytest
-from processes import free_port
 from safetensors import safe_open
 from safetensors.torch import load_file
-from tiny_models import sums, write_jsonl
 
 from hybrid_lora_plugin.allocation import load_allocation
 from hybrid_lora_plugin.cli.probe import main
+from tests.support.processes import free_port
+from tests.support.tiny_models import sums, write_jsonl
 
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_SECONDS = 240

@@ -8,12 +8,12 @@ import numpy
 import pyarrow
 import pyarrow.parquet
 import pytest
-from tiny_models import sums, write_jsonl
 
 from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.probing.data.formats import ParquetFile
 from hybrid_lora_plugin.probing.data.rows import Row, read_rows, row_of
 from hybrid_lora_plugin.probing.data.screen import unproven
+from tests.support.tiny_models import sums, write_jsonl
 
 CHAT = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
 GOOD = {"prompt": "a", "response": "b"}

@@ -7,7 +7,6 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file
-from tiny_models import make_tiny_qwen2, sums, write_jsonl
 from transformers import AutoModelForCausalLM
 
 from hybrid_lora_plugin.allocation import AllocationError, load_allocation
@@ -25,6 +24,7 @@ from hybrid_lora_plugin.probing import runner
 from hybrid_lora_plugin.probing.interrupt import ProbeInterrupted
 from hybrid_lora_plugin.probing.progress import LineProgress, Progress, clock
 from hybrid_lora_plugin.probing.runner import run_probe
+from tests.support.tiny_models import make_tiny_qwen2, sums, write_jsonl
 
 
 def probe_config(model, tmp_path, name="out", rows=60, **probe):

@@ -13,18 +13,18 @@ import pytest
 
 pytest.importorskip("verl", reason="verl is not installed")
 
-from allocations import make_allocation  # noqa: E402
 from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
-from test_verl_configuration import MAIN_PPO, composed  # noqa: E402
-from tiny_models import make_char_tokenizer, make_tiny_qwen2, sums, write_jsonl  # noqa: E402
-from verl_processes import run  # noqa: E402
 
 from hybrid_lora_plugin.errors import ConfigurationError  # noqa: E402
 from hybrid_lora_plugin.verl_backend import preflight  # noqa: E402
 from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
 from hybrid_lora_plugin.verl_backend.probe import policy  # noqa: E402
 from hybrid_lora_plugin.verl_backend.probe.policy import probe_overrides  # noqa: E402
+from tests.support.allocations import make_allocation  # noqa: E402
+from tests.support.tiny_models import make_char_tokenizer, make_tiny_qwen2, sums, write_jsonl  # noqa: E402
+from tests.support.verl_processes import run  # noqa: E402
+from tests.test_verl_configuration import MAIN_PPO, composed  # noqa: E402
 
 POLICY = "hybrid_lora.probe.objective=policy"
 

@@ -10,13 +10,7 @@ import torch
 
 pytest.importorskip("verl", reason="verl is not installed")
 
-import host_flash_attention  # noqa: E402
-from allocations import make_allocation  # noqa: E402
-from engine_worker import make_batch  # noqa: E402
-from sharding_worker import ROWS, STEPS  # noqa: E402
-from tiny_models import make_tiny_qwen2  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
-from verl_processes import run_engine  # noqa: E402
 
 from hybrid_lora_plugin import apply_allocation, load_allocation  # noqa: E402
 from hybrid_lora_plugin.errors import ConfigurationError  # noqa: E402
@@ -27,6 +21,12 @@ from hybrid_lora_plugin.training.memory import least_bytes  # noqa: E402
 from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
 from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402
 from hybrid_lora_plugin.verl_backend.requirements import check_sharding  # noqa: E402
+from tests.support import host_flash_attention  # noqa: E402
+from tests.support.allocations import make_allocation  # noqa: E402
+from tests.support.engine_worker import make_batch  # noqa: E402
+from tests.support.sharding_worker import ROWS, STEPS  # noqa: E402
+from tests.support.tiny_models import make_tiny_qwen2  # noqa: E402
+from tests.support.verl_processes import run_engine  # noqa: E402
 
 pytestmark = pytest.mark.verl
 
@@ -115,7 +115,7 @@ def runs(setting):
         ranks: run_engine(
             folder / f"ranks-{ranks}",
             ranks,
-            worker="tests/sharding_worker.py",
+            worker="tests/support/sharding_worker.py",
             model=model,
             allocation=allocation,
             settings=SETTINGS | own[ranks],

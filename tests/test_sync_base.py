@@ -11,7 +11,6 @@ import struct
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from sync_models import ALPHA, RANK, each_case, full_names, outgoing, saved_as, tied_and_untied, update
 from transformers import AutoModelForCausalLM
 
 from hybrid_lora_plugin import apply_allocation
@@ -19,6 +18,7 @@ from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.sync.base_weights import STORAGE, CheckpointWeights, base_digests, check_base, value_digest
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.training.apply import parts_of
+from tests.support.sync_models import ALPHA, RANK, each_case, full_names, outgoing, saved_as, tied_and_untied, update
 
 # -- the checkpoint beside the engine -------------------------------------------------------------------------------
 

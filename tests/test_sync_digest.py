@@ -11,9 +11,9 @@ import torch
 import xxhash
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensors import DTYPES, bytes_of, drawn, with_flipped_bit
 
 from hybrid_lora_plugin.sync.digest import _WORDS, _mixed, digest_of, digest_soon, keyed_sum
+from tests.support.tensors import DTYPES, bytes_of, drawn, with_flipped_bit
 
 
 def keyed(tensor):

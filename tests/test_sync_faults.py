@@ -9,10 +9,10 @@ import pytest
 
 pytest.importorskip("verl", reason="verl is not installed")
 
-from benchmarks.rollout import harness as processes  # noqa: E402
-from benchmarks.rollout.faults import KINDS, MODES, combinations, draw_fault, draw_faults  # noqa: E402
-from benchmarks.rollout.harness import RolloutHarness, start_side_by_side, stop_ray  # noqa: E402
-from benchmarks.sync_faults import (  # noqa: E402
+from tests.support import rollout_harness as processes  # noqa: E402
+from tests.support.faults import KINDS, MODES, combinations, draw_fault, draw_faults  # noqa: E402
+from tests.support.rollout_harness import RolloutHarness, start_side_by_side, stop_ray  # noqa: E402
+from tests.support.sync_faults import (  # noqa: E402
     PROMPT,
     Outcome,
     digests,

@@ -8,9 +8,20 @@ import sys
 
 import pytest
 import torch
-from allocations import make_allocation
 from safetensors.torch import load_file
-from sync_models import (
+from transformers import AutoModelForCausalLM
+
+from hybrid_lora_plugin import apply_allocation, load_allocation
+from hybrid_lora_plugin.errors import WeightSyncError
+from hybrid_lora_plugin.names import plain_name, split_factor
+from hybrid_lora_plugin.sync.base_weights import STORAGE
+from hybrid_lora_plugin.sync.hybrid_weights import original_weights
+from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.wire import HEADER, MANIFEST, OutgoingWeights
+from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
+from hybrid_lora_plugin.training.merge import merge_weight
+from tests.support.allocations import make_allocation
+from tests.support.sync_models import (
     ALPHA,
     DTYPES,
     IDS,
@@ -37,18 +48,7 @@ from sync_models import (
     tied_and_untied,
     update,
 )
-from tiny_models import make_tiny_qwen2
-from transformers import AutoModelForCausalLM
-
-from hybrid_lora_plugin import apply_allocation, load_allocation
-from hybrid_lora_plugin.errors import WeightSyncError
-from hybrid_lora_plugin.names import plain_name, split_factor
-from hybrid_lora_plugin.sync.base_weights import STORAGE
-from hybrid_lora_plugin.sync.hybrid_weights import original_weights
-from hybrid_lora_plugin.sync.modes import sync_mode
-from hybrid_lora_plugin.sync.wire import HEADER, MANIFEST, OutgoingWeights
-from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
-from hybrid_lora_plugin.training.merge import merge_weight
+from tests.support.tiny_models import make_tiny_qwen2
 
 # -- equal models ---------------------------------------------------------------------------------------------------
 

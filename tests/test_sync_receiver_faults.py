@@ -4,7 +4,10 @@ from __future__ import annotations
 
 import pytest
 import torch
-from sync_models import (
+
+from hybrid_lora_plugin.errors import WeightSyncError
+from hybrid_lora_plugin.training.apply import parts_of
+from tests.support.sync_models import (
     RANK,
     HuggingFaceRollout,
     each_mode,
@@ -16,9 +19,6 @@ from sync_models import (
     tensors_of,
     without,
 )
-
-from hybrid_lora_plugin.errors import WeightSyncError
-from hybrid_lora_plugin.training.apply import parts_of
 
 
 @pytest.fixture

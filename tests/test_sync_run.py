@@ -10,10 +10,9 @@ import pytest
 
 pytest.importorskip("verl", reason="verl is not installed")
 
-from allocations import make_allocation  # noqa: E402
-from verl_processes import ROOT, run  # noqa: E402
-
 from recipes.demo import base_model, task  # noqa: E402
+from tests.support.allocations import make_allocation  # noqa: E402
+from tests.support.verl_processes import ROOT, run  # noqa: E402
 
 pytestmark = pytest.mark.verl
 
@@ -21,7 +20,7 @@ PLUGIN = "hybrid_lora_plugin.verl_backend.engine_registration"
 #: what ``faulty_stream`` damages in the run's workers
 FAULTY_SYNC, VICTIM = 3, "model.layers.1.mlp.down_proj"
 #: verl 0.9.1: without colocated replicas its trainer logs with an argument that its logger does not take
-ENVIRONMENT = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}", "VERL_LOGGING_LEVEL": "WARN"}
+ENVIRONMENT = {"VERL_LOGGING_LEVEL": "WARN"}
 APART = [
     "trainer.v1.trainer_mode=separate_async",
     "trainer.v1.separate_async.parameter_sync_step=1",
@@ -29,7 +28,7 @@ APART = [
     "actor_rollout_ref.rollout.nnodes=1",
     "actor_rollout_ref.rollout.n_gpus_per_node=1",
     "actor_rollout_ref.rollout.checkpoint_engine.backend=gloo",
-    f"actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=[{PLUGIN},gloo_checkpoint_engine]",
+    f"actor_rollout_ref.rollout.checkpoint_engine.custom_backend_module=[{PLUGIN},tests.support.gloo_checkpoint_engine]",
     "ray_kwargs.ray_init.num_gpus=2",
 ]
 
@@ -57,7 +56,7 @@ def test_run_with_engines_apart_proves_its_syncs_and_ends_at_the_first_that_fail
             "-m", "verl.trainer.main_ppo", "--config-dir", str(ROOT / "recipes"), "+hybrid_lora=enabled", "+recipe=demo",
             f"hybrid_lora.allocation={allocation}", "hybrid_lora.sync=adapter", "hybrid_lora.lora.rank=4",
             f"actor_rollout_ref.model.path={model}",
-            f"actor_rollout_ref.model.external_lib=[faulty_stream,{PLUGIN}]",
+            f"actor_rollout_ref.model.external_lib=[tests.support.faulty_stream,{PLUGIN}]",
             f"data.train_files={files['train']}", f"data.val_files={files['validation']}",
             "data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=8", "actor_rollout_ref.rollout.n=2",
             *(f"actor_rollout_ref.{part}_micro_batch_size_per_gpu=16" for part in ("actor.ppo", "rollout.log_prob", "ref.log_prob")),

@@ -6,7 +6,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_models import tiny_qwen2_config
 from transformers import AutoModelForCausalLM
 
 from benchmarks import sync_sizes
@@ -17,6 +16,7 @@ from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of
+from tests.support.tiny_models import tiny_qwen2_config
 
 PAGE = Path(__file__).parents[1] / "docs/sync-cost.md"
 HOST_DIGEST = "xxh3:" + "0" * 32

@@ -11,7 +11,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tensors import DTYPES, drawn, with_flipped_bit
 
 from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.sync.digest import digest_of
@@ -29,6 +28,7 @@ from hybrid_lora_plugin.sync.wire import (
     read_manifest,
     unpacked,
 )
+from tests.support.tensors import DTYPES, drawn, with_flipped_bit
 
 RUN, NUMBER, STEP = "4f1c9a", 3, 17
 UP, GATE = "model.layers.0.mlp.up_proj.weight", "model.layers.0.mlp.gate_proj.weight"

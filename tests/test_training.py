@@ -7,7 +7,6 @@ from collections import Counter
 
 import pytest
 import torch
-from allocations import make_allocation
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM
@@ -24,6 +23,7 @@ from hybrid_lora_plugin.training.memory import least_bytes, rank_bytes
 from hybrid_lora_plugin.training.merge import merge_weight
 from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot
+from tests.support.allocations import make_allocation
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -163,7 +163,7 @@ def test_apply_refuses_a_model_that_is_wrapped_already(hybrid, allocation):
 
 
 def test_apply_refuses_the_allocation_of_another_model(allocation, tmp_path):
-    from tiny_models import make_tiny_qwen2
+    from tests.support.tiny_models import make_tiny_qwen2
 
     other = AutoModelForCausalLM.from_pretrained(make_tiny_qwen2(tmp_path / "other", layers=3))
     with pytest.raises(ConfigurationError, match="artifact of another model"):

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from allocations import make_allocation
-from tiny_models import make_tiny_qwen2
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoModelForCausalLM
 
@@ -22,6 +20,8 @@ from benchmarks.training_sizes import (
 )
 from hybrid_lora_plugin import apply_allocation, load_allocation
 from hybrid_lora_plugin.training.apply import parts_of
+from tests.support.allocations import make_allocation
+from tests.support.tiny_models import make_tiny_qwen2
 
 IDS = torch.arange(5, 17)[None]
 SHAPE = dict(
@@ -73,7 +73,7 @@ def test_time_is_the_longer_of_computing_and_gathering():
 
 def test_page_is_what_the_command_computes(tmp_path):
     page = tmp_path / "page.md"
-    from test_docs import ROOT
+    from tests.test_docs import ROOT
 
     page.write_text((ROOT / "docs/training-cost.md").read_text())
     assert main(["--write", str(page)]) == 0

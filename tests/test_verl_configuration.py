@@ -11,11 +11,8 @@ import yaml
 
 pytest.importorskip("verl", reason="verl is not installed")
 
-from allocations import make_allocation  # noqa: E402
 from hydra import compose, initialize_config_module  # noqa: E402
 from omegaconf import OmegaConf, open_dict  # noqa: E402
-from tiny_models import make_tiny_qwen2  # noqa: E402
-from verl_processes import ROOT, run  # noqa: E402
 
 from hybrid_lora_plugin import config as plugin_config  # noqa: E402
 from hybrid_lora_plugin.config import HybridLoraConfig  # noqa: E402
@@ -23,6 +20,9 @@ from hybrid_lora_plugin.errors import ConfigurationError  # noqa: E402
 from hybrid_lora_plugin.sync.modes import SYNC_MODES  # noqa: E402
 from hybrid_lora_plugin.verl_backend import registration  # noqa: E402
 from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
+from tests.support.allocations import make_allocation  # noqa: E402
+from tests.support.tiny_models import make_tiny_qwen2  # noqa: E402
+from tests.support.verl_processes import ROOT, run  # noqa: E402
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes" / "recipe").glob("*.yaml"))
 MAIN_PPO = ["-m", "verl.trainer.main_ppo"]

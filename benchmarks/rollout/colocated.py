@@ -20,8 +20,8 @@ from typing import Any
 
 import torch
 
-from benchmarks.rollout.harness import compose, start_ray
 from benchmarks.rollout.stopwatch import Stopwatch, watch_engine, watch_trainer
+from tests.support.rollout_harness import compose, start_ray
 
 ROLE = "actor_rollout"
 

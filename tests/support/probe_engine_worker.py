@@ -11,8 +11,17 @@ import sys
 from pathlib import Path
 
 import torch
-from engine_worker import build_engine, gather_log_probs, make_batch, policy_loss, share_of, weights_of, whole
 from safetensors.torch import save_file
+
+from tests.support.engine_worker import (
+    build_engine,
+    gather_log_probs,
+    make_batch,
+    policy_loss,
+    share_of,
+    weights_of,
+    whole,
+)
 
 
 def sft(arguments: dict) -> tuple[dict, dict]:

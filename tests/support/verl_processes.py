@@ -7,11 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-from processes import free_port
-
 from recipes.demo.environment import cpu_environment
+from tests.support.processes import free_port
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 
 def run(
@@ -21,7 +20,7 @@ def run(
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=cpu_environment(**environment),
+        env=cpu_environment(**{"PYTHONPATH": str(ROOT)} | environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
@@ -40,7 +39,7 @@ def torchrun(ranks: int, arguments: list[str], **options) -> subprocess.Complete
 
 
 def run_engine(
-    out: Path, ranks: int, environment: dict | None = None, worker: str = "tests/engine_worker.py", **arguments
+    out: Path, ranks: int, environment: dict | None = None, worker: str = "tests/support/engine_worker.py", **arguments
 ) -> dict:
     """Run a worker on gloo ranks; returns its results, its tensors under their file names, and ``folder``."""
     from safetensors.torch import load_file

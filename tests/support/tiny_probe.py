@@ -1,7 +1,6 @@
 """What the tests of the probing runs share: a tiny model, a ragged batch, a run on it, and its resumption."""
 
 import torch
-from tiny_models import tiny_qwen2_config
 from transformers import AttentionInterface, AttentionMaskInterface, AutoModelForCausalLM
 from transformers.masking_utils import eager_mask
 
@@ -10,6 +9,7 @@ from hybrid_lora_plugin.config import ProbeCommandConfig
 from hybrid_lora_plugin.probing.distributed import Ranks
 from hybrid_lora_plugin.probing.forward import IGNORED, Batch, Passes
 from hybrid_lora_plugin.seeding import generator
+from tests.support.tiny_models import tiny_qwen2_config
 
 VOCABULARY = 40
 

@@ -14,11 +14,11 @@ from pathlib import Path
 from typing import Any
 from unittest import mock
 
-from benchmarks.rollout.faults import Fault
 from recipes.demo.environment import CPU_ENVIRONMENT
+from tests.support.faults import Fault
 
 ROOT = Path(__file__).parents[2]
-ENGINE_MODULE = "benchmarks.rollout.hybrid_model_engine"
+ENGINE_MODULE = "tests.support.hybrid_model_engine"
 PLUGIN_MODULE = "hybrid_lora_plugin.verl_backend.engine_registration"
 #: of Ray's processes only
 RAY_ENVIRONMENT = {

@@ -12,8 +12,17 @@ import sys
 from pathlib import Path
 
 import torch
-from engine_worker import build_engine, gather_log_probs, make_batch, policy_loss, share_of, train, weights_of
 from safetensors.torch import save_file
+
+from tests.support.engine_worker import (
+    build_engine,
+    gather_log_probs,
+    make_batch,
+    policy_loss,
+    share_of,
+    train,
+    weights_of,
+)
 
 ROWS, STEPS = 16, 3
 

@@ -14,7 +14,6 @@ from transformers import AutoModelForCausalLM
 from verl.checkpoint_engine import CheckpointEngineRegistry
 from verl.checkpoint_engine.base import CheckpointEngine
 
-from benchmarks.rollout.faults import Fault, Pair
 from hybrid_lora_plugin import load_allocation
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.names import is_adapter
@@ -25,6 +24,7 @@ from hybrid_lora_plugin.training.apply import apply_allocation, parts_of
 from hybrid_lora_plugin.verl_backend.sender import server_adapter
 from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource
 from hybrid_lora_plugin.verl_backend.transport import LimitedSender
+from tests.support.faults import Fault, Pair
 
 BACKEND = "hybrid_model"
 

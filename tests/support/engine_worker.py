@@ -1,6 +1,6 @@
 """Runs under torchrun: the real engine from verl's registry through training, reference, sync and checkpoint.
 
-``python -m torch.distributed.run --nproc-per-node N tests/engine_worker.py ARGUMENTS.json`` writes what it saw to
+``python -m torch.distributed.run --nproc-per-node N tests/support/engine_worker.py ARGUMENTS.json`` writes what it saw to
 ``OUT/results.json`` and ``OUT/*.safetensors`` (rank 0), for ``tests/test_engine.py`` to compare.
 """
 
@@ -12,9 +12,10 @@ import sys
 from functools import partial
 from pathlib import Path
 
-import host_flash_attention
 import torch
 from safetensors.torch import save_file
+
+from tests.support import host_flash_attention
 
 #: of 16 rows, eight unless more are asked for
 PROMPTS = 2 * [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14], [15, 16], [17, 18, 19], [20, 21], [22, 23, 24]]

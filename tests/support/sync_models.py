@@ -11,9 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from allocations import make_allocation
 from peft import LoraConfig, get_peft_model
-from tiny_models import make_tiny_qwen2
 from transformers import AutoModelForCausalLM
 
 from hybrid_lora_plugin import apply_allocation, load_allocation
@@ -23,6 +21,8 @@ from hybrid_lora_plugin.sync.base_weights import CheckpointWeights
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, ReceivedWeights, SyncHeader, read_header
 from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
+from tests.support.allocations import make_allocation
+from tests.support.tiny_models import make_tiny_qwen2
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 40, 41, 2, 3], [90, 80, 70, 60, 50, 40, 30, 20, 10]])
 MODES = ["merge", "adapter", "receiver_merge"]

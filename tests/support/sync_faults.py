@@ -1,6 +1,6 @@
 """Faults in real weight syncs: is each one caught before the next rollout, and named?
 
-    python -m benchmarks.sync_faults [--faults 120] [--seed 0] [--modes merge,adapter,receiver_merge]
+    python -m tests.support.sync_faults [--faults 120] [--seed 0] [--modes merge,adapter,receiver_merge]
                                      [--tensor-parallel 1|2] [--kills 2] [--output outputs/sync-faults]
 
 Real replicas of verl with vLLM on the CPU, fed by a small hybrid model through the plugin's own sender. Before every
@@ -31,10 +31,10 @@ from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
-from benchmarks.rollout import harness as processes
-from benchmarks.rollout.faults import KINDS, MODES, Fault, draw_fault, draw_faults, part_of
-from benchmarks.rollout.harness import ROOT, RolloutHarness, SyncHangs, SyncRefused, start_side_by_side, stop_ray
 from recipes.demo.environment import cpu_environment
+from tests.support import rollout_harness as processes
+from tests.support.faults import KINDS, MODES, Fault, draw_fault, draw_faults, part_of
+from tests.support.rollout_harness import ROOT, RolloutHarness, SyncHangs, SyncRefused, start_side_by_side, stop_ray
 
 PROMPT = list(range(5, 45))
 #: largest difference of a log-probability in fp32, of a model whose logits have grown over hundreds of large updates
@@ -240,9 +240,8 @@ class Replicas:
 
 def make_inputs(folder: Path) -> tuple[Path, Path]:
     """A small model whose syncs take several buckets, and an allocation with full modules with and without bias."""
-    sys.path.append(str(ROOT / "tests"))
-    from allocations import make_allocation
-    from tiny_models import make_tiny_qwen2
+    from tests.support.allocations import make_allocation
+    from tests.support.tiny_models import make_tiny_qwen2
 
     model = make_tiny_qwen2(folder / "model", layers=3, hidden=256, heads=4, kv_heads=2)
     return model, make_allocation(model, folder / "allocation")
@@ -321,7 +320,7 @@ def report(outcomes: list[Outcome], modes: tuple[str, ...], seconds: float) -> s
 def arguments_of(arguments: list[str] | None) -> argparse.Namespace:
     """The command line; errors end the process with one line and status 2."""
     parser = argparse.ArgumentParser(
-        prog="python -m benchmarks.sync_faults", description=__doc__.splitlines()[0], usage=argparse.SUPPRESS
+        prog="python -m tests.support.sync_faults", description=__doc__.splitlines()[0], usage=argparse.SUPPRESS
     )
     parser.add_argument("--faults", type=int, default=120, help="faults besides the kills, one of every kind at least")
     parser.add_argument("--seed", type=int, default=0, help="draws the faults")
@@ -383,7 +382,15 @@ def main(arguments: list[str] | None = None) -> int:
     for leftover in ("model", "allocation"):
         shutil.rmtree(options.output / leftover, ignore_errors=True)
     options.output.mkdir(parents=True, exist_ok=True)
-    command = [sys.executable, "-m", "benchmarks.sync_faults", *arguments, "--output", str(options.output), "--inside"]
+    command = [
+        sys.executable,
+        "-m",
+        "tests.support.sync_faults",
+        *arguments,
+        "--output",
+        str(options.output),
+        "--inside",
+    ]
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     process = subprocess.Popen(command, cwd=ROOT, env=cpu_environment(), start_new_session=True)
     try:
