@@ -38,6 +38,5 @@ def print_result(folder: Path) -> None:
     print(f"allocation written to {folder} ({', '.join(pages)})")
     print(budget_line(allocation))
     print(f"full fine-tuning: {full} of {full + lora} modules, LoRA on the other {lora}")
-    print(
-        f"next: python -m verl.trainer.main_ppo ... +hybrid_lora=enabled hybrid_lora.allocation={shlex.quote(str(folder))}"
-    )
+    allocated = f"+hybrid_lora=enabled hybrid_lora.allocation={shlex.quote(str(folder))}"
+    print(f"next: python -m verl.trainer.main_ppo YOUR_ARGUMENTS {allocated}")
