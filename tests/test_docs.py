@@ -1,4 +1,4 @@
-"""Commands in README and docs are true: targets exist, options are known, verl commands compose."""
+"""Commands in README and docs are true: targets exist, options are known, verl commands compose, shells take them."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ import shlex
 
 import pytest
 
+from hybrid_lora_plugin.cli import allocate, compare, export, probe
 from hybrid_lora_plugin.cli.arguments import parse
 from hybrid_lora_plugin.config import (
     AllocateCommandConfig,
@@ -16,7 +17,10 @@ from hybrid_lora_plugin.config import (
 )
 from tests.support.verl_processes import ROOT
 
-PAGES = [ROOT / "README.md", ROOT / "recipes/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [
+    *(ROOT / name for name in ("README.md", "CONTRIBUTING.md", "recipes/README.md")),
+    *sorted((ROOT / "docs").glob("*.md")),
+]
 COMMANDS = {
     "hybrid-lora-probe": ProbeCommandConfig,
     "hybrid-lora-allocate": AllocateCommandConfig,
@@ -25,17 +29,39 @@ COMMANDS = {
 }
 # Under torchrun a command is the module that its entry point names.
 MODULES = {"hybrid_lora_plugin.cli.probe": ProbeCommandConfig}
+EXAMPLES = [module.EXAMPLE for module in (probe, allocate, compare, export)]
+SHELL_BLOCKS = ("bash", "sh", "zsh", "shell", "console")
+#: what a shell reads as part of a pattern or of its own grammar
+GLOB = "*?[]{}()^"
+
+
+def fenced(page):
+    """Lines of fenced blocks with the block's language, continuation lines joined."""
+    text = page.read_text().replace("\\\n", " ")
+    blocks = re.findall(r"^```(\w*)\n(.*?)^```", text, re.S | re.M)
+    return [(language, line.strip()) for language, block in blocks for line in block.splitlines() if line.strip()]
 
 
 def code_of(page):
-    """Commands of fenced blocks and of inline code, continuation lines joined."""
-    text = page.read_text().replace("\\\n", " ")
-    blocks = re.findall(r"^```\n(.*?)^```", text, re.S | re.M)
-    inline = re.findall(r"`([^`\n]+)`", text)
-    return [line.split("  #")[0].strip() for block in blocks for line in block.splitlines() if line.strip()] + inline
+    """Lines of fenced blocks in no language or a shell's, and inline code."""
+    inline = re.findall(r"`([^`\n]+)`", page.read_text())
+    return [line for language, line in fenced(page) if language in ("", *SHELL_BLOCKS)] + inline
+
+
+def is_command(language, line):
+    """Whether a fenced line is one to paste into a shell: by its block's language, or by its first word."""
+    program = re.match(r"(?:[A-Z_]+=\S* )*(\S+)", line)[1].rpartition("/")[2]
+    known = {*COMMANDS, "python", "torchrun", "pip", "uv", "make", "pytest", "ruff", "git", "cd", "export", "source"}
+    return language in SHELL_BLOCKS or (not language and program in known)
+
+
+def unquoted(line):
+    """The line with every quoted character as ``_``, as POSIX shells quote: backslash, '...', "..."."""
+    return re.sub(r"\\.|'[^']*'|\"(?:\\.|[^\"\\])*\"", lambda found: "_" * len(found[0]), line)
 
 
 ALL = [(page, line) for page in PAGES for line in code_of(page)]
+PASTED = sorted({line for page in PAGES for language, line in fenced(page) if is_command(language, line)})
 
 
 def test_make_targets_exist():
@@ -51,6 +77,37 @@ def test_plugin_commands_use_known_options(line):
     parse(arguments, COMMANDS[program])
 
 
+@pytest.mark.parametrize("example", EXAMPLES)
+def test_examples_of_the_commands_use_known_options(example):
+    program, *arguments = shlex.split(example)
+    parse(arguments, COMMANDS[program])
+
+
+def test_every_page_with_commands_is_searched():
+    assert len(EXAMPLES) == len(COMMANDS)
+    assert {"make demo", "make test"} <= set(PASTED)
+
+
+@pytest.mark.parametrize("line", [*PASTED, *EXAMPLES])
+def test_a_command_can_be_pasted_into_bash_and_zsh(line):
+    shlex.split(line)
+    # zsh stops at a pattern that matches no file, and takes no comment where commands are typed.
+    assert not set(unquoted(line)) & set(GLOB), f"unquoted pattern: {line}"
+    assert not re.search(r"(^|\s)#", unquoted(line)), f"comment: {line}"
+
+
+@pytest.mark.parametrize(
+    "line, rest",
+    [
+        ("probe 'files=[a]' x", "probe ___________ x"),
+        ("pip install '.[gpu]'  # comment", "pip install ________  # comment"),
+        ('say "it\'s [a]" \\[b\\]', "say __________ __b__"),
+    ],
+)
+def test_quoted_characters_are_told_from_others(line, rest):
+    assert unquoted(line) == rest
+
+
 @pytest.mark.parametrize("line", sorted({line for _, line in ALL if line.startswith("torchrun ")}))
 def test_torchrun_commands_use_known_options(line):
     words = shlex.split(line)
@@ -63,7 +120,7 @@ def test_verl_commands_compose(line):
     pytest.importorskip("verl", reason="verl is not installed")
     from hydra import compose, initialize_config_module
 
-    arguments = [word for word in shlex.split(line)[3:] if word != "..."]
+    arguments = [word for word in shlex.split(line)[3:] if word not in ("...", "YOUR_ARGUMENTS")]
     search = []
     if "--config-dir" in arguments:
         at = arguments.index("--config-dir")

@@ -16,7 +16,7 @@ SUMMARY = (
     "Shows which modules two or more allocations of one model both fully fine-tune, how much of that chance would give, "
     "and how far their orders of preference agree."
 )
-EXAMPLE = f"{PROGRAM} allocations=[runs/hybrid,runs/random] output_dir=comparison"
+EXAMPLE = f"{PROGRAM} 'allocations=[runs/hybrid,runs/random]' output_dir=comparison"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -20,7 +20,7 @@ SUMMARY = (
     "state; the same command continues. Several GPUs: torchrun --nproc-per-node=8 -m hybrid_lora_plugin.cli.probe "
     "key=value ..., with the base model sharded over them."
 )
-EXAMPLE = f"{PROGRAM} model.path=Qwen/Qwen2.5-1.5B-Instruct probe.files=[train.jsonl] output_dir=outputs/probe"
+EXAMPLE = f"{PROGRAM} model.path=Qwen/Qwen2.5-1.5B-Instruct 'probe.files=[train.jsonl]' output_dir=outputs/probe"
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -26,6 +26,5 @@ def print_result(folder: Path, allocation: Allocation) -> None:
     total, chosen_by = allocation.model.candidate_parameters, allocation.selection.criterion
     print(budget_mode(allocation.budget.mode).summary(allocation.budget, total, modules, chosen_by))
     print(f"full fine-tuning: {full} of {modules} modules, LoRA on the other {modules - full}")
-    print(
-        f"next: python -m verl.trainer.main_ppo ... +hybrid_lora=enabled hybrid_lora.allocation={shlex.quote(str(folder))}"
-    )
+    allocated = f"+hybrid_lora=enabled hybrid_lora.allocation={shlex.quote(str(folder))}"
+    print(f"next: python -m verl.trainer.main_ppo YOUR_ARGUMENTS {allocated}")

@@ -74,9 +74,9 @@ def _lines(allocation: Allocation) -> list[str]:
         "",
         "## How to use it",
         "",
-        "Add to your verl command, with PATH the folder of this report:",
+        "Add two arguments to your verl command, with PATH the folder of this report:",
         "",
-        "    python -m verl.trainer.main_ppo ... +hybrid_lora=enabled hybrid_lora.allocation=PATH",
+        "    python -m verl.trainer.main_ppo YOUR_ARGUMENTS +hybrid_lora=enabled hybrid_lora.allocation=PATH",
     ]
 
 
