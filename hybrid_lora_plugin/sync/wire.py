@@ -327,7 +327,8 @@ class ReceivedWeights:
         if manifest is None:
             last = next(reversed(self.entries), "nothing")
             raise WeightSyncError(
-                f"the sync ended after {last!r} without its manifest: {len(self.entries)} tensors came, the rest is missing",
+                f"the sync ended after {last!r} without its manifest: {len(self.entries)} tensors came, the rest is "
+                "missing",
                 see="sync-with-parts-missing-or-repeated",
             )
         if (manifest["run"], manifest["number"]) != (self.header.run, self.header.number):

@@ -56,7 +56,8 @@ def register() -> None:
             raise RuntimeError(
                 with_reference(
                     f"hybrid_lora: the {backend} engine for {key[1]} is already registered as {holder.__module__}."
-                    f"{holder.__name__}; uninstall that verl plugin or exclude it with VERL_USE_EXTERNAL_PLUGINS=hybrid_lora",
+                    f"{holder.__name__}; uninstall that verl plugin or exclude it with "
+                    "VERL_USE_EXTERNAL_PLUGINS=hybrid_lora",
                     "engine-already-registered",
                 )
             )

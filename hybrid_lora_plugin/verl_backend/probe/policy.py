@@ -46,7 +46,8 @@ def check_policy_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
         )
     if hybrid.probe.warmup_steps < 1:
         raise ConfigurationError(
-            f"hybrid_lora.probe.warmup_steps: {hybrid.probe.warmup_steps} steps leave every adapter at 0; give at least 1",
+            f"hybrid_lora.probe.warmup_steps: {hybrid.probe.warmup_steps} steps leave every adapter at 0; give at "
+            "least 1",
             see="policy-probe-not-possible",
         )
     for name, usable in (

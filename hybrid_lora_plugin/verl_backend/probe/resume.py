@@ -39,7 +39,8 @@ def find_kept(folder: Path, hybrid: HybridLoraConfig, data: Mapping[str, Any] | 
         if kept != wanted:
             raise ConfigurationError(
                 f"{field}: {wanted!r:.120}, but the allocation that this run made in {folder} has {kept!r:.120}; give "
-                f"hybrid_lora.allocation={folder} to train under it, or another trainer.default_local_dir to probe again",
+                f"hybrid_lora.allocation={folder} to train under it, or another trainer.default_local_dir to probe "
+                "again",
                 see="allocation-of-other-settings",
             )
     return True
