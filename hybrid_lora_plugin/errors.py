@@ -16,6 +16,8 @@ An error that stops a verl run names its entry in ``docs/troubleshooting.md`` by
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 TROUBLESHOOTING = "docs/troubleshooting.md"
 _REFERENCE = re.compile(rf" \[{re.escape(TROUBLESHOOTING)}#([a-z0-9-]+)\]")
@@ -32,6 +34,28 @@ class HybridLoraError(Exception):
     def __init__(self, message: str, *, see: str | None = None) -> None:
         # The reference is part of the message, because errors travel between processes as text.
         super().__init__(message if see is None else with_reference(message, see))
+
+    @classmethod
+    def relayed(cls, text: str, *, otherwise: str) -> HybridLoraError:
+        """An error that says what another one said, in whole or in part; the message ends with one reference.
+
+        Args:
+            text: one line with the other error's words somewhere in it, and with their reference if they have one.
+            otherwise: anchor where ``text`` has no reference, e.g. because the other error is none of this package.
+        """
+        message, anchor = split_reference(text)
+        return cls(message, see=anchor or otherwise)
+
+
+@contextmanager
+def explained(*, otherwise: str) -> Iterator[None]:
+    """Let errors of this package that are raised inside refer to the entry ``otherwise``, if they refer to none yet."""
+    try:
+        yield
+    except HybridLoraError as error:
+        # The same error goes on: another one around it would print its traceback twice.
+        error.args = error.relayed(str(error), otherwise=otherwise).args
+        raise
 
 
 class ConfigurationError(HybridLoraError, ValueError):

@@ -535,12 +535,18 @@ def test_any_random_fault_in_random_weights_is_caught_and_named(seed):
 def test_reports_are_compared_like_streams():
     # The engine's report of what it loaded goes through the same comparison, in the trainer.
     sent = [Entry.of(name, tensor, True) for name, tensor in some_weights().items()]
-    compare_entries(sent, list(sent), "sent", "loaded")
+    compare_entries(sent, list(sent), "sent", "loaded", see="engine-holds-other-weights")
     with pytest.raises(WeightSyncError, match=f"{sent[2].name}: was sent.* not loaded"):
-        compare_entries(sent, sent[:2] + sent[3:], "sent", "loaded")
+        compare_entries(sent, sent[:2] + sent[3:], "sent", "loaded", see="engine-holds-other-weights")
     with pytest.raises(WeightSyncError, match=f"{sent[1].name}: was loaded.* never sent"):
-        compare_entries(sent[:1] + sent[2:], sent, "sent", "loaded")
+        compare_entries(sent[:1] + sent[2:], sent, "sent", "loaded", see="engine-holds-other-weights")
     with pytest.raises(WeightSyncError, match=f"{sent[0].name}: sent with digest"):
-        compare_entries(sent, [dataclasses.replace(sent[0], digest="xxh3:0"), *sent[1:]], "sent", "loaded")
+        compare_entries(
+            sent,
+            [dataclasses.replace(sent[0], digest="xxh3:0"), *sent[1:]],
+            "sent",
+            "loaded",
+            see="engine-holds-other-weights",
+        )
     with pytest.raises(WeightSyncError, match=f"{sent[0].name}|{sent[1].name}"):
-        compare_entries(sent, [sent[1], sent[0], *sent[2:]], "sent", "loaded")
+        compare_entries(sent, [sent[1], sent[0], *sent[2:]], "sent", "loaded", see="engine-holds-other-weights")

@@ -178,5 +178,6 @@ class Allocation:
             return
         raise AllocationError(
             f"hybrid_lora.allocation: artifact of another model, made for {self.model.name_or_path!r} but used with "
-            f"{getattr(config, '_name_or_path', '')!r}: {difference}; {PROBE_AGAIN} on the model you train"
+            f"{getattr(config, '_name_or_path', '')!r}: {difference}; {PROBE_AGAIN} on the model you train",
+            see="allocation-of-another-model",
         )

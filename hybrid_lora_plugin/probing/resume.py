@@ -54,12 +54,15 @@ class PartialState:
                 unfinished.write_text(json.dumps(settings, indent=1) + "\n", encoding="utf-8")
         except OSError as error:
             raise ProbeError(
-                f"output_dir: {self.folder} cannot be written ({error}); give another output_dir"
+                f"output_dir: {self.folder} cannot be written ({error}); give another output_dir",
+                see="unfinished-probe-cannot-be-used",
             ) from error
         except ValueError as error:
             if isinstance(error, ProbeError):
                 raise
-            raise ProbeError(f"output_dir: {file} is damaged ({error}); {self._way_out}") from error
+            raise ProbeError(
+                f"output_dir: {file} is damaged ({error}); {self._way_out}", see="unfinished-probe-cannot-be-used"
+            ) from error
 
     def _compare(self, before: dict[str, Any], now: dict[str, Any]) -> None:
         # Through JSON, so that a tuple equals the list it was saved as.
@@ -67,7 +70,10 @@ class PartialState:
         for key in [*now, *(before.keys() - now.keys())]:
             if before.get(key) != now.get(key):
                 old, new = (f"{value!r:.80}" for value in (before.get(key), now.get(key)))
-                raise ProbeError(f"{key}: {self.folder} was begun with {old}, this run has {new}; {self._way_out}")
+                raise ProbeError(
+                    f"{key}: {self.folder} was begun with {old}, this run has {new}; {self._way_out}",
+                    see="unfinished-probe-of-other-settings",
+                )
 
     def save_warmup(self, step: int, tensors: dict[str, Tensor]) -> None:
         """Replace the saved warm-up by this one."""
@@ -85,7 +91,9 @@ class PartialState:
             with safe_open(file, framework="pt") as saved:
                 return int(saved.metadata()["step"]), {name: saved.get_tensor(name) for name in saved.keys()}
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise ProbeError(f"output_dir: {file} is damaged ({error}); {self._way_out}") from error
+            raise ProbeError(
+                f"output_dir: {file} is damaged ({error}); {self._way_out}", see="unfinished-probe-cannot-be-used"
+            ) from error
 
     def save_scores(self, done: int, rows: dict[str, list[Tensor]]) -> None:
         """Replace the saved measurements by these: after ``done`` rows, each name has a list of ``[M]``."""
@@ -105,7 +113,9 @@ class PartialState:
                 rows = {name: list(saved.get_tensor(name)) for name in saved.keys()}
                 return int(saved.metadata()["rows"]), rows
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
-            raise ProbeError(f"output_dir: {file} is damaged ({error}); {self._way_out}") from error
+            raise ProbeError(
+                f"output_dir: {file} is damaged ({error}); {self._way_out}", see="unfinished-probe-cannot-be-used"
+            ) from error
 
     def delete(self) -> None:
         """Remove the folder."""

@@ -41,13 +41,16 @@ class FactorReceiver(SyncReceiver):
     def _check_plain(self, name: str, tensor: torch.Tensor) -> None:
         self.check_dtype(name, tensor)
         if name.removesuffix(".weight") in self._modules:
-            raise WeightSyncError(f"{name}: sent as a weight, and the module has an adapter: one would undo the other")
+            raise WeightSyncError(
+                f"{name}: sent as a weight, and the module has an adapter: one would undo the other",
+                see="adapter-factors-disagree",
+            )
 
     def _take_factor(self, name: str, module: str, kind: str, tensor: torch.Tensor) -> None:
         self._check_shape(name, module, kind, tensor)
         self.check_dtype(name, tensor, self.factor_dtype)
         if module not in self._waiting or self._first.get(module, ("",))[0] == kind:
-            raise WeightSyncError(f"{name}: received twice in one sync")
+            raise WeightSyncError(f"{name}: received twice in one sync", see="sync-with-parts-missing-or-repeated")
         if module not in self._first:
             # Cloned: the buffer it came in is written again.
             self._first[module] = (kind, tensor.clone())
@@ -58,14 +61,15 @@ class FactorReceiver(SyncReceiver):
 
     def _check_shape(self, name: str, module: str, kind: str, tensor: torch.Tensor) -> None:
         if module not in self._modules:
-            raise WeightSyncError(f"{name}: {module} has no adapter in this run")
+            raise WeightSyncError(f"{name}: {module} has no adapter in this run", see="adapter-factors-disagree")
         out_features, in_features = self.rollout.checkpoint.shape(f"{module}.weight")
         rank = self.header.lora_rank
         wanted = (rank, in_features) if kind == "A" else (out_features, rank)
         if tuple(tensor.shape) != wanted:
             raise WeightSyncError(
                 f"{name}: received with shape {tuple(tensor.shape)}, wanted {wanted}: an adapter of another rank, or a "
-                "shard of one"
+                "shard of one",
+                see="tensor-of-another-shape-or-type",
             )
 
     def take_pair(self, module: str, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
@@ -76,7 +80,7 @@ class FactorReceiver(SyncReceiver):
         if self._waiting:
             module = min(self._waiting)
             kind = "B" if self._first.get(module, ("B",))[0] == "A" else "A"
-            raise WeightSyncError(f"{wire_factor(module, kind)}: missing from the sync")
+            raise WeightSyncError(f"{wire_factor(module, kind)}: missing from the sync", see="adapter-factors-disagree")
 
 
 class AdapterReceiver(FactorReceiver):

@@ -40,7 +40,8 @@ def checkpoint_folder(model: str, revision: str | None = None) -> Path:
     except Exception as error:
         raise WeightSyncError(
             f"{model}: neither a folder nor a model in the local Hugging Face cache; give a folder as "
-            "actor_rollout_ref.model.path, or hybrid_lora.sync=merge"
+            "actor_rollout_ref.model.path, or hybrid_lora.sync=merge",
+            see="no-safetensors-checkpoint",
         ) from error
 
 
@@ -82,7 +83,8 @@ class CheckpointWeights:
         else:
             raise WeightSyncError(
                 f"{self.folder}: no safetensors weights there to merge into or to compare with; save the model as "
-                "safetensors, or give hybrid_lora.sync=merge"
+                "safetensors, or give hybrid_lora.sync=merge",
+                see="no-safetensors-checkpoint",
             )
         self._open: dict[str, object] = {}
         self._kept: dict[str, torch.Tensor] = {}
@@ -149,10 +151,12 @@ def check_base(wanted: dict[str, str], original: Callable[[str], torch.Tensor], 
         except KeyError:
             raise WeightSyncError(
                 f"{name}: the trainer has this weight and the checkpoint of the rollout engine, {where}, has not; give "
-                "hybrid_lora.sync=merge, which needs no checkpoint there"
+                "hybrid_lora.sync=merge, which needs no checkpoint there",
+                see="checkpoints-of-trainer-and-engine-differ",
             ) from None
         if value_digest(tensor) != digest:
             raise WeightSyncError(
                 f"{name}: the rollout engine's checkpoint {where} holds other values than the trainer started from; "
-                "start both from one checkpoint"
+                "start both from one checkpoint",
+                see="checkpoints-of-trainer-and-engine-differ",
             )

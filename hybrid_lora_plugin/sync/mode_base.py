@@ -40,7 +40,10 @@ class SyncReceiver(ABC):
         """Raise WeightSyncError unless a floating tensor has the dtype this mode sends it in, by default the engine's."""
         wanted = wanted or self.header.torch_dtype
         if tensor.is_floating_point() and tensor.dtype != wanted:
-            raise WeightSyncError(f"{name}: received as {tensor.dtype}, wanted {wanted}".replace("torch.", ""))
+            raise WeightSyncError(
+                f"{name}: received as {tensor.dtype}, wanted {wanted}".replace("torch.", ""),
+                see="tensor-of-another-shape-or-type",
+            )
 
     @abstractmethod
     def take(self, weights: list[tuple[str, torch.Tensor]]) -> None:

@@ -48,7 +48,8 @@ class ReceiverMergeReceiver(FactorReceiver):
         if name in self.header.merged and digest_of(merged) != self.header.merged[name]:
             raise WeightSyncError(
                 f"{name}: merged here to other bits than in the trainer, though from the same factors: the two compute their "
-                "products differently; give hybrid_lora.sync=merge"
+                "products differently; give hybrid_lora.sync=merge",
+                see="merged-to-other-bits",
             )
         self._merged.append((name, merged))
         self._bytes += merged.nbytes

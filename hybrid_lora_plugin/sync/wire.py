@@ -117,7 +117,10 @@ def unpacked(tensor: torch.Tensor, what: str) -> dict[str, Any]:
     """What ``packed`` packed; WeightSyncError, calling it ``what``, where it is not that any more."""
     data = bytes(tensor.cpu().numpy()) if tensor.dtype == torch.uint8 else b""
     if data[:_SEAL] != _seal(data[_SEAL:]):
-        raise WeightSyncError(f"the {what} of the sync is damaged: {tensor.nbytes} bytes, not those that were sent")
+        raise WeightSyncError(
+            f"the {what} of the sync is damaged: {tensor.nbytes} bytes, not those that were sent",
+            see="tensors-changed-on-the-way",
+        )
     return json.loads(data[_SEAL:])
 
 
@@ -128,12 +131,16 @@ def read_header(name: str, tensor: torch.Tensor) -> SyncHeader:
         WeightSyncError: the first tensor is another one, is damaged, or is of a version this plugin does not read.
     """
     if name != HEADER:
-        raise WeightSyncError(f"the sync begins with {name!r}, wanted its header: the start of the stream was lost")
+        raise WeightSyncError(
+            f"the sync begins with {name!r}, wanted its header: the start of the stream was lost",
+            see="sync-with-parts-missing-or-repeated",
+        )
     content = unpacked(tensor, "header")
     if content.get("version") != VERSION:
         raise WeightSyncError(
             f"the sync has format version {content.get('version')}, this side reads {VERSION}; install one version of "
-            "hybrid-lora-plugin for trainer and rollout engine"
+            "hybrid-lora-plugin for trainer and rollout engine",
+            see="another-format-version",
         )
     return SyncHeader(**content)
 
@@ -248,13 +255,17 @@ class ReceivedWeights:
     ):
         if run is not None and header.run != run:
             raise WeightSyncError(
-                f"received a sync of run {header.run}, wanted run {run}: another training run sends to this engine"
+                f"received a sync of run {header.run}, wanted run {run}: another training run sends to this engine",
+                see="sync-of-another-run",
             )
         if number is not None and header.number != number:
-            raise WeightSyncError(f"received sync {header.number}, wanted sync {number}: the weights are stale")
+            raise WeightSyncError(
+                f"received sync {header.number}, wanted sync {number}: the weights are stale", see="stale-weights"
+            )
         if last is not None and header.run == last[0] and header.number <= last[1]:
             raise WeightSyncError(
-                f"received sync {header.number} again, the last one was sync {last[1]}: the weights are stale"
+                f"received sync {header.number} again, the last one was sync {last[1]}: the weights are stale",
+                see="stale-weights",
             )
         self.header = header
         self.entries: dict[str, Entry | None] = {}
@@ -286,12 +297,15 @@ class ReceivedWeights:
             WeightSyncError: it came twice, or after the manifest.
         """
         if self._manifest is not None:
-            raise WeightSyncError(f"{name}: came after the manifest, which is the last tensor of a sync")
+            raise WeightSyncError(
+                f"{name}: came after the manifest, which is the last tensor of a sync",
+                see="sync-with-parts-missing-or-repeated",
+            )
         if name == MANIFEST:
             self._manifest, self._sent = read_manifest(tensor)
             return None
         if name in self.entries:
-            raise WeightSyncError(f"{name}: received twice in one sync")
+            raise WeightSyncError(f"{name}: received twice in one sync", see="sync-with-parts-missing-or-repeated")
         self.entries[name] = None  # its place in the order
         if read_back:
             self._read_back.add(name)
@@ -313,17 +327,22 @@ class ReceivedWeights:
         if manifest is None:
             last = next(reversed(self.entries), "nothing")
             raise WeightSyncError(
-                f"the sync ended after {last!r} without its manifest: {len(self.entries)} tensors came, the rest is missing"
+                f"the sync ended after {last!r} without its manifest: {len(self.entries)} tensors came, the rest is "
+                "missing",
+                see="sync-with-parts-missing-or-repeated",
             )
         if (manifest["run"], manifest["number"]) != (self.header.run, self.header.number):
             raise WeightSyncError(
                 f"header and manifest are of different syncs: {self.header.run} {self.header.number} and "
-                f"{manifest['run']} {manifest['number']}"
+                f"{manifest['run']} {manifest['number']}",
+                see="stale-weights",
             )
         if None not in (step, manifest["step"]) and manifest["step"] != step:
-            raise WeightSyncError(f"the weights are of step {manifest['step']}, wanted step {step}: they are stale")
+            raise WeightSyncError(
+                f"the weights are of step {manifest['step']}, wanted step {step}: they are stale", see="stale-weights"
+            )
         sent = [replace(entry, digest="") if entry.name in self._read_back else entry for entry in self._sent]
-        compare_entries(sent, list(self.entries.values()), "sent", "received")
+        compare_entries(sent, list(self.entries.values()), "sent", "received", see="tensors-changed-on-the-way")
         return list(self.entries.values())
 
     def prove(self, read_back: dict[str, str]) -> list[Entry]:
@@ -341,29 +360,38 @@ class ReceivedWeights:
         for name in self._read_back:
             self.entries[name] = replace(self.entries[name], digest=read_back.get(name, ""))
         entries = list(self.entries.values())
-        compare_entries(self._sent, entries, "sent", "in the rollout engine's model")
+        compare_entries(self._sent, entries, "sent", "in the rollout engine's model", see="engine-holds-other-weights")
         return entries
 
 
-def compare_entries(wanted: list[Entry], seen: list[Entry], sent: str, received: str) -> None:
-    """Raise WeightSyncError, naming the tensor, unless both lists are equal in content and order."""
+def compare_entries(wanted: list[Entry], seen: list[Entry], sent: str, received: str, *, see: str) -> None:
+    """Refuse lists that differ in content or order.
+
+    Args:
+        wanted, seen: both ends' tensors.
+        sent, received: what happened to them at either end, for the message.
+        see: entry of the troubleshooting page; what a difference means depends on the two ends.
+
+    Raises:
+        WeightSyncError: naming the first tensor that differs.
+    """
     if wanted == seen:
         return
     by_name = {entry.name: entry for entry in seen}
     for entry in wanted:
         other = by_name.get(entry.name)
         if other is None:
-            raise WeightSyncError(f"{entry.name}: was {sent}, but not {received}")
+            raise WeightSyncError(f"{entry.name}: was {sent}, but not {received}", see=see)
         for what in ("shape", "dtype", "digest"):
             ours, theirs = getattr(entry, what), getattr(other, what)
             if ours != theirs:
-                raise WeightSyncError(f"{entry.name}: {sent} with {what} {ours}, {received} with {theirs}")
+                raise WeightSyncError(f"{entry.name}: {sent} with {what} {ours}, {received} with {theirs}", see=see)
     names = {entry.name for entry in wanted}
     for entry in seen:
         if entry.name not in names:
-            raise WeightSyncError(f"{entry.name}: was {received}, but never {sent}")
+            raise WeightSyncError(f"{entry.name}: was {received}, but never {sent}", see=see)
     for ours, theirs in zip_longest(wanted, seen):
         if ours is None or theirs is None:
-            raise WeightSyncError(f"{(ours or theirs).name}: {sent if ours else received} twice")
+            raise WeightSyncError(f"{(ours or theirs).name}: {sent if ours else received} twice", see=see)
         if ours.name != theirs.name:
-            raise WeightSyncError(f"{theirs.name}: {received} in the place of {ours.name}")
+            raise WeightSyncError(f"{theirs.name}: {received} in the place of {ours.name}", see=see)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.storage import load_allocation
-from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.files import complete_folder
 
 FOLDER = "hybrid_lora"
@@ -81,7 +81,8 @@ def load_description(folder: Path) -> CheckpointDescription:
         return CheckpointDescription(**{f.name: raw[f.name] for f in fields(CheckpointDescription)})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
-            f"checkpoint: {str(folder)!r} cannot be read ({error}); use another checkpoint"
+            f"checkpoint: {str(folder)!r} cannot be read ({error}); use another checkpoint",
+            see="checkpoint-cannot-be-read",
         ) from error
 
 
@@ -95,16 +96,19 @@ def require_same_setting(folder: Path, allocation: Allocation, rank: int, alpha:
     Raises:
         ConfigurationError: modules are assigned differently, or the adapters would be scaled differently.
     """
-    saved, description = load_allocation(folder / ALLOCATION), load_description(folder)
+    with explained(otherwise="checkpoint-cannot-be-read"):
+        saved, description = load_allocation(folder / ALLOCATION), load_description(folder)
     if (saved.full_names, saved.lora_names) != (allocation.full_names, allocation.lora_names):
         raise ConfigurationError(
             f"hybrid_lora.allocation: it assigns modules differently from the checkpoint in {str(folder)!r}; resume with "
-            f"hybrid_lora.allocation={folder / ALLOCATION}"
+            f"hybrid_lora.allocation={folder / ALLOCATION}",
+            see="checkpoint-of-another-setting",
         )
     if (description.rank, description.alpha) != (rank, alpha):
         raise ConfigurationError(
             f"hybrid_lora.lora: rank {rank} and alpha {alpha} differ from the checkpoint in {str(folder)!r}; resume with "
-            f"hybrid_lora.lora.rank={description.rank} hybrid_lora.lora.alpha={description.alpha}"
+            f"hybrid_lora.lora.rank={description.rank} hybrid_lora.lora.alpha={description.alpha}",
+            see="checkpoint-of-another-setting",
         )
 
 
@@ -126,12 +130,14 @@ def load_trained(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Ch
     if found is None:
         raise ConfigurationError(
             f"checkpoint: {str(folder)!r} holds no {FOLDER}/{TENSORS}; give a global_step_N folder that a run with "
-            "+hybrid_lora=enabled saved"
+            "+hybrid_lora=enabled saved",
+            see="checkpoint-cannot-be-read",
         )
     description = load_description(found)
     try:
         return load_file(found / TENSORS), description, found / ALLOCATION
     except (OSError, SafetensorError) as error:
         raise ConfigurationError(
-            f"checkpoint: {str(found)!r} cannot be read ({error}); use another checkpoint"
+            f"checkpoint: {str(found)!r} cannot be read ({error}); use another checkpoint",
+            see="checkpoint-cannot-be-read",
         ) from error

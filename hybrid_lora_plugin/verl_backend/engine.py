@@ -267,7 +267,9 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         if changed:
             raise ConfigurationError(
                 f"actor_rollout_ref.model.path: {self.model_config.path!r} is not the base model of the checkpoint in "
-                f"{str(local_path)!r}, first difference {plain_name(changed[0])!r}; give the model the run started from"
+                f"{str(local_path)!r}, first difference {plain_name(changed[0])!r}; give the model the run "
+                "started from",
+                see="checkpoint-of-another-base-model",
             )
 
     def _frozen_sums(self) -> dict[str, tuple[float, float]]:

@@ -14,6 +14,7 @@ from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.rollout import base as rollout_base
 from verl.workers.rollout.replica import RolloutReplicaRegistry
 
+from hybrid_lora_plugin.errors import with_reference
 from hybrid_lora_plugin.verl_backend import patches, registration
 from hybrid_lora_plugin.verl_backend.engine import HybridLoraEngine
 from hybrid_lora_plugin.verl_backend.probe.policy_engine import PolicyProbeEngine
@@ -53,8 +54,12 @@ def register() -> None:
             continue
         if holder is not None:
             raise RuntimeError(
-                f"hybrid_lora: the {backend} engine for {key[1]} is already registered as {holder.__module__}."
-                f"{holder.__name__}; uninstall that verl plugin or exclude it with VERL_USE_EXTERNAL_PLUGINS=hybrid_lora"
+                with_reference(
+                    f"hybrid_lora: the {backend} engine for {key[1]} is already registered as {holder.__module__}."
+                    f"{holder.__name__}; uninstall that verl plugin or exclude it with "
+                    "VERL_USE_EXTERNAL_PLUGINS=hybrid_lora",
+                    "engine-already-registered",
+                )
             )
         EngineRegistry.register("language_model", backend=backend, device=device, vendor=key[1])(EngineForModel)
     # Both behave as verl's own for a model without Hybrid-LoRA, e.g. a reward model of the same run.

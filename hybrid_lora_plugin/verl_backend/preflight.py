@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from hybrid_lora_plugin.config import HybridLoraConfig
-from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.errors import ConfigurationError, HybridLoraError, explained
 
 
 def check_configuration(config: DictConfig) -> HybridLoraConfig:
@@ -37,14 +37,16 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
     if "algorithm" not in config or "rollout" not in config.get("actor_rollout_ref", {}):
         raise ConfigurationError(
             "+hybrid_lora=enabled: this is not the configuration of a reinforcement learning run; use it with "
-            "verl.trainer.main_ppo"
+            "verl.trainer.main_ppo",
+            see="not-a-reinforcement-learning-run",
         )
     hybrid = requirements.hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
     requirements.check_run(config)
     if hybrid.allocation:
         from hybrid_lora_plugin.allocation.storage import load_allocation
 
-        allocation = load_allocation(hybrid.allocation)
+        with explained(otherwise="allocation-cannot-be-read"):
+            allocation = load_allocation(hybrid.allocation)
         OmegaConf.update(config, "hybrid_lora.allocation", os.path.abspath(hybrid.allocation))
         model = _local_model(config)
         if model is not None:
@@ -65,7 +67,8 @@ def _local_model(config: DictConfig) -> tuple[Any, list] | None:
 
     trust = bool(OmegaConf.select(config, "actor_rollout_ref.model.trust_remote_code", default=False))
     model_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-    return model_config, find_candidates_from_config(model_config)
+    with explained(otherwise="model-without-known-modules"):
+        return model_config, find_candidates_from_config(model_config)
 
 
 def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
@@ -92,7 +95,8 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
             OmegaConf.update(config, "hybrid_lora.allocation", hybrid.allocation)
             return
     # Before hours of probing, whose result would have no place.
-    refuse_existing(hybrid.output_dir)
+    with explained(otherwise="output-folder-in-use"):
+        refuse_existing(hybrid.output_dir)
     if get_criterion(hybrid.criterion).method is not None:
         _check_probe_data(config, hybrid)
     model = _local_model(config)
@@ -102,7 +106,9 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
             check_budget(model[1], hybrid.budget, hybrid.lora.rank)
         except ConfigurationError as error:
             # The probe's own command has these options without the prefix.
-            raise ConfigurationError(f"hybrid_lora.{error}") from error
+            raise ConfigurationError.relayed(
+                f"hybrid_lora.{error}", otherwise="rank-or-budget-does-not-fit-the-model"
+            ) from error
 
 
 def _check_probe_data(config: DictConfig, hybrid: HybridLoraConfig) -> None:
@@ -115,11 +121,14 @@ def _check_probe_data(config: DictConfig, hybrid: HybridLoraConfig) -> None:
         raise ConfigurationError(
             "hybrid_lora.allocation: None, and hybrid_lora.probe.files names no rows to probe with; give "
             "hybrid_lora.allocation=FOLDER written by hybrid-lora-probe, hybrid_lora.probe.files=[rows.jsonl], or "
-            "hybrid_lora.probe.objective=policy"
+            "hybrid_lora.probe.objective=policy",
+            see="nothing-to-probe-with",
         )
     for file in hybrid.probe.files:
         if not os.path.exists(file):
-            raise ConfigurationError(f"hybrid_lora.probe.files: {file!r} does not exist; give existing files")
+            raise ConfigurationError(
+                f"hybrid_lora.probe.files: {file!r} does not exist; give existing files", see="nothing-to-probe-with"
+            )
 
 
 def _check_or_exit(config: DictConfig, may_probe: bool) -> None:
@@ -129,15 +138,21 @@ def _check_or_exit(config: DictConfig, may_probe: bool) -> None:
             if not may_probe:
                 raise ConfigurationError(
                     "hybrid_lora.probe.objective: 'policy' cannot be probed inside a sweep; probe once in a single run and "
-                    "give hybrid_lora.allocation"
+                    "give hybrid_lora.allocation",
+                    see="policy-probe-not-possible",
                 )
             from hybrid_lora_plugin.verl_backend.probe.policy import run_policy_probe
 
             run_policy_probe(config, hybrid)
     except (ConfigurationError, ImportError) as error:
-        raise SystemExit(f"hybrid_lora: {str(error).removeprefix('hybrid_lora: ')}") from error
+        raise SystemExit(_line_of(str(error).removeprefix("hybrid_lora: "))) from error
     except Exception as error:  # Hydra would turn it into a warning and start the run unchecked
-        raise SystemExit(f"hybrid_lora: the configuration could not be checked: {error!r}") from error
+        raise SystemExit(_line_of(f"the configuration could not be checked: {error!r}")) from error
+
+
+def _line_of(text: str) -> str:
+    """The line that ends the run, with a reference at its end also where the error has none."""
+    return str(HybridLoraError.relayed(f"hybrid_lora: {text}", otherwise="configuration-not-checked"))
 
 
 def _policy_probe_is_due(hybrid: HybridLoraConfig) -> bool:

@@ -16,6 +16,8 @@ import verl
 import wrapt
 from packaging.specifiers import SpecifierSet
 
+from hybrid_lora_plugin.errors import with_reference
+
 #: verl versions whose hooks this plugin was read and tested against.
 SUPPORTED_VERL = SpecifierSet(">=0.9.1,<0.10", prereleases=True)
 
@@ -35,8 +37,11 @@ def require_supported_verl(version: str) -> None:
     """Raise ImportError, in one line, unless ``version`` of verl is one whose hooks are known."""
     if version not in SUPPORTED_VERL:
         raise ImportError(
-            f"hybrid_lora: verl {version} is installed, but this plugin is for verl {SUPPORTED_VERL}; "
-            "install verl==0.9.1 or leave out +hybrid_lora=enabled"
+            with_reference(
+                f"hybrid_lora: verl {version} is installed, but this plugin is for verl {SUPPORTED_VERL}; "
+                "install verl==0.9.1 or leave out +hybrid_lora=enabled",
+                "verl-version-not-supported",
+            )
         )
 
 

@@ -6,14 +6,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.config_validation import validate
-from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.sync.modes import sync_mode
 
 ACTOR, MODEL, ROLLOUT = "actor_rollout_ref.actor.", "actor_rollout_ref.model.", "actor_rollout_ref.rollout."
@@ -31,10 +31,16 @@ def hybrid_config(node: Mapping[str, Any]) -> HybridLoraConfig:
     except OmegaConfBaseException as error:
         field = f"hybrid_lora.{error.full_key}" if error.full_key else "hybrid_lora"
         reason = str(error).splitlines()[0]
-        raise ConfigurationError(f"{field}: {reason}; see docs/configuration.md for the options") from error
-    validate(config, "hybrid_lora.")
+        raise ConfigurationError(
+            f"{field}: {reason}; see docs/configuration.md for the options", see="option-not-usable"
+        ) from error
+    with explained(otherwise="option-not-usable"):
+        validate(config, "hybrid_lora.")
     if not config.enabled:
-        raise ConfigurationError("hybrid_lora.enabled: False cannot undo +hybrid_lora=enabled; leave that argument out")
+        raise ConfigurationError(
+            "hybrid_lora.enabled: False cannot undo +hybrid_lora=enabled; leave that argument out",
+            see="option-not-usable",
+        )
     return config
 
 
@@ -42,103 +48,157 @@ def _is_fp32(value: Any) -> bool:
     return value is None or str(value).removeprefix("torch.") in ("fp32", "float32", "float")
 
 
-#: setting -> (is it usable, what would be); a setting that a caller does not know is not checked
-_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    ACTOR + "strategy": (
+class Rule(NamedTuple):
+    """What a setting must be."""
+
+    #: whether a value is usable
+    usable: Callable[[Any], bool]
+    #: usable values in words
+    wanted: str
+    #: entry of the troubleshooting page
+    see: str
+
+
+#: by setting; one that a caller does not know is not checked
+_RULES: dict[str, Rule] = {
+    ACTOR + "strategy": Rule(
         lambda v: v in ("fsdp", "fsdp2"),
         "fsdp2 or fsdp, the strategies this version supports: leave it out or give actor_rollout_ref.actor.strategy=fsdp2",
+        see="strategy-not-supported",
     ),
     # None: not given, which verl itself refuses.
-    ROLLOUT + "name": (lambda v: v in (None, "vllm"), "vllm, the rollout engine this version supports"),
+    ROLLOUT + "name": Rule(
+        lambda v: v in (None, "vllm"),
+        "vllm, the rollout engine this version supports",
+        see="rollout-not-supported",
+    ),
     # Read in verl 0.9.1: mooncake and kimi cast every tensor to one dtype, kimi also loses their order.
-    ROLLOUT + "checkpoint_engine.backend": (
+    ROLLOUT + "checkpoint_engine.backend": Rule(
         lambda v: not str(v).startswith("delta") and v not in ("mooncake", "kimi_ckpt_engine"),
         "one that carries named tensors as they are, naive, nccl, nixl or hccl, with any hybrid_lora.sync: this one changes "
         "or splits them",
+        see="checkpoint-engine-changes-tensors",
     ),
-    ROLLOUT + "checkpoint_engine.custom_backend_module": (
+    ROLLOUT + "checkpoint_engine.custom_backend_module": Rule(
         lambda v: v is None or _names(v, ENGINE_MODULE) or v == ENGINE_MODULE,
         f"a list that names the plugin's too, [YOUR_MODULE,{ENGINE_MODULE}]: engines apart from the trainer load it there",
+        see="set-by-the-plugin",
     ),
-    ROLLOUT + "disaggregation.enabled": (
+    ROLLOUT + "disaggregation.enabled": Rule(
         lambda v: not v,
         "false: engines split into prefill and decode are not supported by any sync mode",
+        see="rollout-not-supported",
     ),
-    ROLLOUT + "quantization": (
+    ROLLOUT + "quantization": Rule(
         lambda v: v is None,
         "null: quantized weights cannot be compared with the trainer's, so no sync could be proven",
+        see="rollout-not-supported",
     ),
-    ROLLOUT + "engine_kwargs.vllm.worker_extension_cls": (
+    ROLLOUT + "engine_kwargs.vllm.worker_extension_cls": Rule(
         lambda v: v is None,
         "null: the plugin's own worker extension receives the weights",
+        see="rollout-not-supported",
     ),
-    ROLLOUT + "data_parallel_size": (
+    ROLLOUT + "data_parallel_size": Rule(
         lambda v: v in (None, 1),
         "1: vLLM answers for one of several data-parallel engines only; more replicas do the same work",
+        see="rollout-not-supported",
     ),
-    ROLLOUT + "mtp.enable_rollout": (
+    ROLLOUT + "mtp.enable_rollout": Rule(
         lambda v: not v,
         "false: the weights of a drafting head are not part of a sync",
+        see="rollout-not-supported",
     ),
-    MODEL + "lora_rank": (lambda v: isinstance(v, int) and v > 0, "a LoRA rank of at least 1, e.g. 16"),
-    MODEL + "lora_alpha": (lambda v: v > 0, "a LoRA alpha above 0, e.g. 32"),
-    MODEL + "lora.merge": (
+    MODEL + "lora_rank": Rule(
+        lambda v: isinstance(v, int) and v > 0,
+        "a LoRA rank of at least 1, e.g. 16",
+        see="lora-setting-of-verl-not-usable",
+    ),
+    MODEL + "lora_alpha": Rule(
+        lambda v: v > 0,
+        "a LoRA alpha above 0, e.g. 32",
+        see="lora-setting-of-verl-not-usable",
+    ),
+    MODEL + "lora.merge": Rule(
         lambda v: isinstance(v, bool),
         "leave it as +hybrid_lora=enabled sets it: it follows from hybrid_lora.sync",
+        see="set-by-the-plugin",
     ),
-    MODEL + "lora.hybrid": (
+    MODEL + "lora.hybrid": Rule(
         lambda v: isinstance(v, Mapping) and bool(v),
         "leave it as +hybrid_lora=enabled sets it: without it workers train plain LoRA",
+        see="set-by-the-plugin",
     ),
-    MODEL + "lora.rollout_dtype": (
+    MODEL + "lora.rollout_dtype": Rule(
         lambda v: v in ("bfloat16", "bf16", "float16", "fp16", "float32", "fp32"),
         "a type for merged weights: actor_rollout_ref.rollout.dtype=bfloat16, float16 or float32",
+        see="type-of-weights-not-supported",
     ),
-    MODEL + "lora_adapter_path": (lambda v: v is None, "null: training starts from the base model"),
-    MODEL + "target_modules": (
+    MODEL + "lora_adapter_path": Rule(
+        lambda v: v is None,
+        "null: training starts from the base model",
+        see="lora-setting-of-verl-not-usable",
+    ),
+    MODEL + "target_modules": Rule(
         lambda v: v == "all-linear",
         "all-linear: the allocation decides which modules get LoRA",
+        see="lora-setting-of-verl-not-usable",
     ),
-    MODEL + "external_lib": (
+    MODEL + "external_lib": Rule(
         lambda v: v == ENGINE_MODULE or ENGINE_MODULE in (v or []),
         f"a list that names it too, [YOUR_LIB,{ENGINE_MODULE}]: without it workers train plain LoRA",
+        see="set-by-the-plugin",
     ),
-    ACTOR + "fsdp_config.model_dtype": (
+    ACTOR + "fsdp_config.model_dtype": Rule(
         _is_fp32,
         "fp32, the type of what trains: in bfloat16 a step of 1e-6 leaves 98 % of the fully tuned weights unchanged (frozen "
         "weights have hybrid_lora.frozen_dtype)",
+        see="type-of-weights-not-supported",
     ),
-    ACTOR + "fsdp_config.mixed_precision.param_dtype": (
+    ACTOR + "fsdp_config.mixed_precision.param_dtype": Rule(
         lambda v: str(v) not in ("fp16", "float16", "half"),
         "bf16 or fp32: float16 is not supported here",
+        see="type-of-weights-not-supported",
     ),
-    ACTOR + "fsdp_config.qat.enable": (lambda v: not v, "false: quantization-aware training is not supported here"),
-    ACTOR + "checkpoint.save_lora_only": (lambda v: not v, "false: it would drop the fully tuned weights"),
+    ACTOR + "fsdp_config.qat.enable": Rule(
+        lambda v: not v,
+        "false: quantization-aware training is not supported here",
+        see="type-of-weights-not-supported",
+    ),
+    ACTOR + "checkpoint.save_lora_only": Rule(
+        lambda v: not v,
+        "false: it would drop the fully tuned weights",
+        see="lora-setting-of-verl-not-usable",
+    ),
 }
 
 
-_RECEIVER_MERGE_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    ROLLOUT + "full_determinism": (
+_RECEIVER_MERGE_RULES: dict[str, Rule] = {
+    ROLLOUT + "full_determinism": Rule(
         lambda v: not v,
         "false, or hybrid_lora.sync=merge: it replaces the rollout engine's matrix product, and merged weights would not be "
         "the trainer's bit for bit",
+        see="setting-does-not-fit-the-sync-mode",
     ),
 }
 #: the same, for sync modes that leave weights to the rollout engine; with the mode that needs none of it
-_PARTIAL_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    ROLLOUT + "load_format": (
+_PARTIAL_RULES: dict[str, Rule] = {
+    ROLLOUT + "load_format": Rule(
         lambda v: v in (None, "auto", "safetensors"),
         "safetensors: the rollout engine must start from the checkpoint's weights, or hybrid_lora.sync=merge",
+        see="setting-does-not-fit-the-sync-mode",
     ),
 }
-_ADAPTER_RULES: dict[str, tuple[Callable[[Any], bool], str]] = {
-    MODEL + "lora.fully_sharded_loras": (
+_ADAPTER_RULES: dict[str, Rule] = {
+    MODEL + "lora.fully_sharded_loras": Rule(
         lambda v: not v,
         "false: a fully sharded adapter cannot be read back here, or hybrid_lora.sync=receiver_merge",
+        see="setting-does-not-fit-the-sync-mode",
     ),
-    MODEL + "lora_rank": (
+    MODEL + "lora_rank": Rule(
         lambda v: v <= 512,
         "at most 512, the largest rank of vLLM's adapters, or hybrid_lora.sync=receiver_merge",
+        see="setting-does-not-fit-the-sync-mode",
     ),
 }
 
@@ -162,15 +222,17 @@ def check_sync(settings: Mapping[str, Any], sync: str) -> None:
     if merge is not None and merge is mode.engine_adapter:
         raise ConfigurationError(
             f"{MODEL}lora.merge: {merge!r} does not work with hybrid_lora.sync={sync}; leave it as +hybrid_lora=enabled "
-            "sets it"
+            "sets it",
+            see="set-by-the-plugin",
         )
     rules = (_PARTIAL_RULES if mode.partial else {}) | (_ADAPTER_RULES if mode.engine_adapter else {})
     if mode.receiver_merges:
         rules = rules | _RECEIVER_MERGE_RULES
-    for name, (usable, wanted) in rules.items():
-        if settings.get(name) is not None and not usable(settings[name]):
+    for name, rule in rules.items():
+        if settings.get(name) is not None and not rule.usable(settings[name]):
             raise ConfigurationError(
-                f"{name}: {settings[name]!r} does not work with hybrid_lora.sync={sync}; give {wanted}"
+                f"{name}: {settings[name]!r} does not work with hybrid_lora.sync={sync}; give {rule.wanted}",
+                see=rule.see,
             )
 
 
@@ -183,9 +245,11 @@ def check(settings: Mapping[str, Any]) -> None:
     Raises:
         ConfigurationError: naming the setting, its value and a usable one.
     """
-    for name, (usable, wanted) in _RULES.items():
-        if name in settings and not usable(settings[name]):
-            raise ConfigurationError(f"{name}: {settings[name]!r} does not work with hybrid_lora; give {wanted}")
+    for name, rule in _RULES.items():
+        if name in settings and not rule.usable(settings[name]):
+            raise ConfigurationError(
+                f"{name}: {settings[name]!r} does not work with hybrid_lora; give {rule.wanted}", see=rule.see
+            )
 
 
 def check_sharding(strategy: str, fsdp_size: int, ranks: int) -> None:
@@ -202,7 +266,8 @@ def check_sharding(strategy: str, fsdp_size: int, ranks: int) -> None:
     if strategy == "fsdp" and fsdp_size == 1 and ranks > 1:
         raise ConfigurationError(
             f"{ACTOR}fsdp_config.fsdp_size: 1 with strategy=fsdp on {ranks} ranks never reduces gradients; give "
-            f"{ACTOR}strategy=fsdp2, or an fsdp_size of -1 or at least 2"
+            f"{ACTOR}strategy=fsdp2, or an fsdp_size of -1 or at least 2",
+            see="strategy-not-supported",
         )
 
 

@@ -57,7 +57,9 @@ class LimitedSocket(zmq.Socket):
         gone = False
         while not self.poll(int(_LOOK * 1000), event):
             if gone:
-                raise WeightSyncError(f"the {self._our_peer} closed the connection in the middle of a sync")
+                raise WeightSyncError(
+                    f"the {self._our_peer} closed the connection in the middle of a sync", see="other-side-failed"
+                )
             # What it sent before it went may still be on its way in: one more look at the data.
             while self._our_monitor.poll(0):
                 gone = recv_monitor_message(self._our_monitor)["event"] == zmq.EVENT_DISCONNECTED or gone
@@ -66,7 +68,8 @@ class LimitedSocket(zmq.Socket):
             if time.monotonic() > deadline:
                 raise WeightSyncError(
                     f"nothing from the {self._our_peer} for {self._our_limit:g} s in the middle of a sync; if it is only "
-                    "slow, raise hybrid_lora.sync_timeout"
+                    "slow, raise hybrid_lora.sync_timeout",
+                    see="no-answer-in-time",
                 )
 
     def reply(self, content: dict[str, Any]) -> None:
@@ -125,7 +128,7 @@ class LimitedSender(BucketedWeightSender):
             if payload:
                 self.answer = json.loads(payload)
                 if "error" in self.answer:
-                    raise WeightSyncError(self.answer["error"])
+                    raise WeightSyncError.relayed(self.answer["error"], otherwise="error-from-outside-the-plugin")
             return payload
 
         object.__setattr__(self.socket, "recv", received)

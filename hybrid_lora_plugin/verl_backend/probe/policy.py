@@ -41,11 +41,14 @@ def check_policy_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     if criterion.method != "svd_lora" or missing:
         raise ConfigurationError(
             f"hybrid_lora.criterion: {hybrid.criterion!r} is not measured by objective policy; give "
-            f"hybrid_lora.probe.objective=sft, or a criterion of the masked probe, e.g. hybrid"
+            f"hybrid_lora.probe.objective=sft, or a criterion of the masked probe, e.g. hybrid",
+            see="policy-probe-not-possible",
         )
     if hybrid.probe.warmup_steps < 1:
         raise ConfigurationError(
-            f"hybrid_lora.probe.warmup_steps: {hybrid.probe.warmup_steps} steps leave every adapter at 0; give at least 1"
+            f"hybrid_lora.probe.warmup_steps: {hybrid.probe.warmup_steps} steps leave every adapter at 0; give at "
+            "least 1",
+            see="policy-probe-not-possible",
         )
     for name, usable in (
         ("algorithm.filter_groups.enable", False),
@@ -57,13 +60,15 @@ def check_policy_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
             raise ConfigurationError(
                 f"{name}: {value!r} draws an unknown number of prompts a step, so none can be held out; give "
                 f"{str(usable).lower() if usable is False else 'null'} while probing with objective policy, or "
-                f"hybrid_lora.probe.objective=sft"
+                f"hybrid_lora.probe.objective=sft",
+                see="policy-probe-not-possible",
             )
     mode = OmegaConf.select(config, "trainer.v1.trainer_mode", default="sync")
     if mode != "sync" or not OmegaConf.select(config, "trainer.use_v1", default=True):
         raise ConfigurationError(
             f"trainer.v1.trainer_mode: {mode!r} is not supported by objective policy, whose steps must use the prompts of "
-            f"that step; give sync with trainer.use_v1=true, or hybrid_lora.probe.objective=sft"
+            f"that step; give sync with trainer.use_v1=true, or hybrid_lora.probe.objective=sft",
+            see="policy-probe-not-possible",
         )
 
 
@@ -155,7 +160,8 @@ def run_policy_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     if not finished:
         raise ConfigurationError(
             f"hybrid_lora.probe.objective: the policy probe ended with exit status {status} and no allocation; its "
-            f"messages are above, and the same command continues from its last checkpoint, if it came to one"
+            f"messages are above, and the same command continues from its last checkpoint, if it came to one",
+            see="policy-probe-failed",
         )
     if status != 0:
         print(f"hybrid_lora: the policy probe wrote its allocation, then ended with exit status {status}", flush=True)

@@ -35,7 +35,8 @@ def prompt_order(rows: int, batch_size: int, warmup_steps: int, scoring_steps: i
         raise ConfigurationError(
             f"data.train_files: {rows} prompts, but a policy probe holds out {held_out} ({scoring_steps} steps of "
             f"{batch_size}) and needs a batch beside them; give more prompts, or lower hybrid_lora.probe.partitions or "
-            f"data.train_batch_size"
+            f"data.train_batch_size",
+            see="policy-probe-not-possible",
         )
     split = torch.randperm(rows, generator=generator(seed, "held-out prompts"))
     training = split[held_out:]

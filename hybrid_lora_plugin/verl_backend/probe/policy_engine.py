@@ -242,7 +242,8 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
         if local_path is not None and not file.is_file():
             raise ConfigurationError(
                 f"trainer.default_local_dir: {str(local_path)!r} is not a checkpoint of a policy probe; delete "
-                f"{self.hybrid.output_dir}.partial to probe afresh"
+                f"{self.hybrid.output_dir}.partial to probe afresh",
+                see="unfinished-probe-cannot-be-used",
             )
         with safe_open(file, framework="pt") as saved:
             self._step, self._rows = int(saved.metadata()["step"]), list(saved.get_tensor("sensitivities"))

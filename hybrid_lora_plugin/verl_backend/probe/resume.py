@@ -20,7 +20,7 @@ from hybrid_lora_plugin.config import (
     ProbeCommandConfig,
     SelectionConfig,
 )
-from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.probing.data.rows import file_digests
 from hybrid_lora_plugin.probing.loading import checkpoint_fingerprint
 from hybrid_lora_plugin.probing.method import warmup_rate
@@ -44,12 +44,15 @@ def find_kept(folder: Path, hybrid: HybridLoraConfig, data: Callable[[], Mapping
     """
     if not (folder / ALLOCATION_FILE).exists():
         return False
-    allocation = load_allocation(folder)
+    with explained(otherwise="allocation-cannot-be-read"):
+        allocation = load_allocation(folder)
     for field, kept, wanted in _settings(allocation, hybrid, data()):
         if kept != wanted:
             raise ConfigurationError(
                 f"{field}: {wanted!r:.120}, but the allocation that this run made in {folder} has {kept!r:.120}; give "
-                f"hybrid_lora.allocation={folder} to train under it, or another trainer.default_local_dir to probe again"
+                f"hybrid_lora.allocation={folder} to train under it, or another trainer.default_local_dir to probe "
+                "again",
+                see="allocation-of-other-settings",
             )
     return True
 
@@ -88,7 +91,8 @@ def allocation_of_checkpoint(config: DictConfig) -> Path | None:
         raise ConfigurationError(
             f"hybrid_lora.allocation: None, and the checkpoint to resume in {folder} holds no {kept.relative_to(folder)}; "
             f"give the allocation it was trained under, or trainer.resume_mode=disable and another "
-            f"trainer.default_local_dir to start afresh"
+            f"trainer.default_local_dir to start afresh",
+            see="checkpoint-without-an-allocation",
         )
     return kept.absolute()
 

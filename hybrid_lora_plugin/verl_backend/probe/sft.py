@@ -48,7 +48,8 @@ def probed_allocation(hybrid: HybridLoraConfig, model_config: Any) -> tuple[Allo
         if hybrid.probe.objective == "policy" and get_criterion(hybrid.criterion).method is not None:
             raise ConfigurationError(
                 f"hybrid_lora.output_dir: {folder} holds no allocation, and objective policy is probed before the workers "
-                f"start; start the run with `python -m verl.trainer.main_ppo`"
+                f"start; start the run with `python -m verl.trainer.main_ppo`",
+                see="policy-probe-not-possible",
             )
         config = command_config(hybrid, model_config.local_path, model_config.trust_remote_code)
         run_probe(config, LineProgress(interval=30.0), ranks)

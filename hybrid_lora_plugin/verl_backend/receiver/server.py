@@ -60,7 +60,8 @@ class HybridLoraHttpServer(vLLMHttpServer):
         if self.node_rank == 0 and not await self.engine.reset_prefix_cache(reset_connector=connector):
             raise WeightSyncError(
                 "the rollout engine could not reset its prefix cache because requests still hold blocks of it; they would "
-                "continue on new weights with values computed by the old ones"
+                "continue on new weights with values computed by the old ones",
+                see="prefix-cache-not-reset",
             )
         await self.clear_kv_cache()
 
@@ -83,7 +84,9 @@ class HybridLoraHttpServer(vLLMHttpServer):
         """
         await self._forget_old_weights()
         if self.lora_as_adapter and VLLM_LORA_INT_ID not in await self.engine.list_loras():
-            raise WeightSyncError("the adapter was loaded, but the rollout engine does not list it")
+            raise WeightSyncError(
+                "the adapter was loaded, but the rollout engine does not list it", see="adapter-not-held-by-the-engine"
+            )
         if step is not None:
             await self.set_global_steps(step)
         self._fixed_prompt, self._synced = prompt, True
@@ -105,7 +108,8 @@ class HybridLoraHttpServer(vLLMHttpServer):
             raise WeightSyncError(
                 f"fixed prompt: token {worst + 1} has log-probability {ours[worst]:.6f} in the rollout engine and "
                 f"{prompt['log_probs'][worst]:.6f} in the trainer, a difference of {differences[worst]:.2e}, above "
-                f"{prompt['limit']:g}, the limit for {self.config.dtype} (hybrid_lora.sync_logprob_limit)"
+                f"{prompt['limit']:g}, the limit for {self.config.dtype} (hybrid_lora.sync_logprob_limit)",
+                see="fixed-prompt-differs",
             )
         # Its blocks stay in the prefix cache: they are of these weights.
         self._unproven = ""
@@ -162,7 +166,9 @@ class HybridLoraHttpServer(vLLMHttpServer):
         # need not wait, an engine that has stopped would never answer that question.
         refused_now = self._unproven and not self._submission_paused
         if refused_now or (self.lora_as_adapter and not self._synced):
-            raise WeightSyncError(f"the rollout engine generates nothing: {self._unproven}")
+            raise WeightSyncError(
+                f"the rollout engine generates nothing: {self._unproven}", see="nothing-generated-from-unproven-weights"
+            )
         return await super().generate(*args, **kwargs)
 
     async def _park_until_admitted(self, request_id: str):
@@ -171,7 +177,9 @@ class HybridLoraHttpServer(vLLMHttpServer):
         if rejected is None and self._unproven:
             # verl has counted the request as admitted.
             self._admitting -= 1
-            raise WeightSyncError(f"the rollout engine generates nothing: {self._unproven}")
+            raise WeightSyncError(
+                f"the rollout engine generates nothing: {self._unproven}", see="nothing-generated-from-unproven-weights"
+            )
         return rejected
 
 

@@ -79,7 +79,8 @@ def find_live_weight(modules: dict[str, torch.nn.Module], packed: PackedModules,
     if not isinstance(parameter, torch.Tensor):
         raise WeightSyncError(
             f"{name}: cannot be read back from the rollout engine's model, whose layout for it is unknown here; "
-            "hybrid_lora.sync_check=off runs without that proof"
+            "give a dense model of the Qwen2, Qwen3 or Llama family, without modules of your own",
+            see="weight-in-an-unknown-layout",
         )
     value = parameter.detach()
     if isinstance(layer, linear.QKVParallelLinear):

@@ -106,7 +106,9 @@ class VllmRolloutModel:
             self._worker._update_weights(weights, peft_config=peft or None, base_sync_done=False)
         except Exception as error:
             names = ", ".join(name for name, _ in weights[:3]) + (", …" if len(weights) > 3 else "")
-            raise WeightSyncError(f"vLLM cannot load one of {names}: {type(error).__name__}: {error}") from error
+            raise WeightSyncError(
+                f"vLLM cannot load one of {names}: {type(error).__name__}: {error}", see="engine-cannot-load-a-weight"
+            ) from error
 
     def _expect(self, name: str, tensor: torch.Tensor) -> None:
         """Check the shape, which vLLM's loader does not in every case, and begin the digest of what must be there."""
@@ -117,7 +119,10 @@ class VllmRolloutModel:
                 raise
             return  # not to be read back, so its layout need not be known
         if tuple(tensor.shape) != live.shape:
-            raise WeightSyncError(f"{name}: received with shape {tuple(tensor.shape)}, wanted {live.shape}")
+            raise WeightSyncError(
+                f"{name}: received with shape {tuple(tensor.shape)}, wanted {live.shape}",
+                see="tensor-of-another-shape-or-type",
+            )
         if self._digests and name not in self._as_arrived:
             # Waited for when everything of this bucket has been loaded.
             self._expected[name] = digest_soon(live.part_of(tensor).to(live.view.dtype))
@@ -154,7 +159,8 @@ class VllmRolloutModel:
             if not self._worker.model_config.enforce_eager:
                 raise WeightSyncError(
                     "vLLM replaced parameters after loading, and captured graphs still read the old ones; give "
-                    "actor_rollout_ref.rollout.enforce_eager=true"
+                    "actor_rollout_ref.rollout.enforce_eager=true",
+                    see="captured-graphs-read-old-parameters",
                 )
             # Look where weights are now.
             self._live, self._seen = {}, addresses
@@ -176,7 +182,9 @@ class VllmRolloutModel:
         """
         self._worker.remove_lora(VLLM_LORA_INT_ID)
         if VLLM_LORA_INT_ID in self._worker.list_loras():
-            raise WeightSyncError("the rollout engine kept its old adapter when told to remove it")
+            raise WeightSyncError(
+                "the rollout engine kept its old adapter when told to remove it", see="adapter-not-held-by-the-engine"
+            )
         tensors = {}
         for module, pair in factors.items():
             for kind, factor in zip("AB", pair, strict=True):
@@ -196,7 +204,9 @@ class VllmRolloutModel:
             lora_tensors=tensors,
         )
         if not self._worker.add_lora(request):
-            raise WeightSyncError("the rollout engine refused the adapter: add_lora returned False")
+            raise WeightSyncError(
+                "the rollout engine refused the adapter: add_lora returned False", see="adapter-not-held-by-the-engine"
+            )
         if self._digests:
             self._adapter = (factors, header)
 
@@ -215,12 +225,16 @@ class VllmRolloutModel:
         found = {name: digest() for name, digest in reading.items()}
         for name, digest in self._expected.items():
             if found[name] != digest():
-                raise WeightSyncError(f"{name}: arrived whole, but the rollout engine's model holds other values")
+                raise WeightSyncError(
+                    f"{name}: arrived whole, but the rollout engine's model holds other values",
+                    see="engine-holds-other-weights",
+                )
         for name, sample in self._kept.items():
             if not torch.equal(self.live(name).sample(), sample):
                 raise WeightSyncError(
                     f"{name}: changed in the rollout engine without being sent; a sleep that discards weights loses those "
-                    "that a sync does not bring back"
+                    "that a sync does not bring back",
+                    see="engine-lost-weights-that-are-not-sent",
                 )
         if self._adapter is not None:
             self._verify_adapter(*self._adapter)
@@ -244,7 +258,8 @@ class VllmRolloutModel:
             if digest_of(live.view.cpu()) != digest_of(original):
                 raise WeightSyncError(
                     f"{name}: the rollout engine holds other values than its checkpoint {self.checkpoint.folder}; give "
-                    "actor_rollout_ref.rollout.load_format=safetensors"
+                    "actor_rollout_ref.rollout.load_format=safetensors",
+                    see="engine-did-not-start-from-its-checkpoint",
                 )
             self._kept[name] = live.sample().clone()
         self._kept_for = run
@@ -252,14 +267,18 @@ class VllmRolloutModel:
     def _verify_adapter(self, factors, header: SyncHeader) -> None:
         manager = self._worker.model_runner.lora_manager._adapter_manager
         if VLLM_LORA_INT_ID not in manager.lora_index_to_id:
-            raise WeightSyncError("the adapter arrived, but the rollout engine has not activated it")
+            raise WeightSyncError(
+                "the adapter arrived, but the rollout engine has not activated it", see="adapter-not-held-by-the-engine"
+            )
         slot = manager.lora_index_to_id.index(VLLM_LORA_INT_ID)
         filled = set()
         for module, (lora_a, lora_b) in factors.items():
             owner, index = self._packed.find(module)
             layer = manager.modules.get(owner)
             if layer is None:
-                raise WeightSyncError(f"{module}: the rollout engine has no adapter slot for it")
+                raise WeightSyncError(
+                    f"{module}: the rollout engine has no adapter slot for it", see="adapter-not-held-by-the-engine"
+                )
             live_a, live_b = layer.lora_a_stacked[index][slot, 0], layer.lora_b_stacked[index][slot, 0]
             wanted_a = lora_a.to(live_a.device, live_a.dtype)
             wanted_b = lora_b.to(live_b.device, live_b.dtype) * header.scaling
@@ -269,9 +288,15 @@ class VllmRolloutModel:
                 live_b[: wanted_b.shape[0], :rank], wanted_b
             )
             if not same:
-                raise WeightSyncError(f"{module}: the rollout engine's adapter holds other factors than arrived")
+                raise WeightSyncError(
+                    f"{module}: the rollout engine's adapter holds other factors than arrived",
+                    see="adapter-not-held-by-the-engine",
+                )
             filled.add((owner, index))
         for name, layer in manager.modules.items():
             for index, live_b in enumerate(getattr(layer, "lora_b_stacked", ())):
                 if (name, index) not in filled and live_b[slot].any():
-                    raise WeightSyncError(f"{name}: the rollout engine's adapter has factors here that were never sent")
+                    raise WeightSyncError(
+                        f"{name}: the rollout engine's adapter has factors here that were never sent",
+                        see="adapter-not-held-by-the-engine",
+                    )

@@ -56,13 +56,15 @@ class Reception:
         """Check and load one bucket; its tensors are gone when this returns."""
         if self._received is None:
             if not weights:
-                raise WeightSyncError("the sync is empty")
+                raise WeightSyncError("the sync is empty", see="sync-with-parts-missing-or-repeated")
             (name, tensor), *weights = weights
             self._begin(read_header(name, tensor))
         usable = []
         for name, tensor in weights:
             if name == HEADER:
-                raise WeightSyncError("a second sync begins in the middle of this one")
+                raise WeightSyncError(
+                    "a second sync begins in the middle of this one", see="sync-with-parts-missing-or-repeated"
+                )
             pending = self._received.take_soon(name, tensor, read_back=self._rollout.will_read_back(name, tensor))
             if pending is not None:
                 usable.append((name, tensor, pending))
@@ -85,7 +87,7 @@ class Reception:
             The report: run, number, step, and a row of name, shape, dtype and digest for every tensor loaded.
         """
         if self._received is None:
-            raise WeightSyncError("the sync is empty")
+            raise WeightSyncError("the sync is empty", see="sync-with-parts-missing-or-repeated")
         header = self.header
         # Before an adapter is replaced: what is incomplete is not used.
         entries = self._received.finish(self._step)
@@ -120,7 +122,10 @@ class Reception:
         for name in self._rollout.checkpoint_names():
             # Buffers of old checkpoints that neither transformers nor vLLM keeps.
             if name not in known and ".rotary_emb." not in name:
-                raise WeightSyncError(f"{name}: missing from the sync, and not one of the weights that never train")
+                raise WeightSyncError(
+                    f"{name}: missing from the sync, and not one of the weights that never train",
+                    see="weight-of-the-checkpoint-not-sent",
+                )
 
     def _prove_base(self, header: SyncHeader) -> None:
         checkpoint = self._rollout.checkpoint

@@ -18,7 +18,7 @@ import torch
 from verl.workers.rollout.utils import ensure_async_iterator
 from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 
-from hybrid_lora_plugin.errors import WeightSyncError
+from hybrid_lora_plugin.errors import WeightSyncError, with_reference
 from hybrid_lora_plugin.sync.wire import (
     MANIFEST,
     Entry,
@@ -58,7 +58,7 @@ class PassingWeights:
         """Read the header."""
         self._first = await self._next()
         if self._first is None:
-            raise WeightSyncError("the sync is empty")
+            raise WeightSyncError("the sync is empty", see="sync-with-parts-missing-or-repeated")
         self.header = read_header(*self._first)
         self._failed_key = f"hybrid_lora/{self.header.run}/{self.header.number}/failed"
         return self.header
@@ -74,7 +74,7 @@ class PassingWeights:
             name, tensor = item
             # verl's bucket is a dictionary: of two tensors with one name it would send one.
             if name in self.names:
-                raise WeightSyncError(f"{name}: sent twice in one sync")
+                raise WeightSyncError(f"{name}: sent twice in one sync", see="sync-with-parts-missing-or-repeated")
             if name == MANIFEST:
                 self.manifest = read_manifest(tensor)[1]
             else:
@@ -102,7 +102,8 @@ class PassingWeights:
     def check_other_ranks(self) -> None:
         """Raise WeightSyncError, with its text, when another rank has failed."""
         if self._failed_key and _several_ranks() and _store().check([self._failed_key]):
-            raise WeightSyncError(_store().get(self._failed_key).decode())
+            text = _store().get(self._failed_key).decode()
+            raise WeightSyncError.relayed(text, otherwise="error-from-outside-the-plugin")
 
 
 def _store():
@@ -119,7 +120,10 @@ class HybridLoraServerAdapter(ServerAdapter):
         if not hybrid:
             return await super().update_weights(weights, global_steps, wire_format, **kwargs)
         if wire_format != "named_tensors":
-            raise WeightSyncError(f"wire format {wire_format!r} cannot carry a sync, wanted 'named_tensors'")
+            raise WeightSyncError(
+                f"wire format {wire_format!r} cannot carry a sync, wanted 'named_tensors'",
+                see="checkpoint-engine-changes-tensors",
+            )
         started = time.perf_counter()
         if isinstance(weights, OutgoingWeights):
             weights.step = global_steps
@@ -141,7 +145,7 @@ class HybridLoraServerAdapter(ServerAdapter):
             try:
                 difference = await _within(proving, 2 * limit if prompt else limit, "the rollout engine's last checks")
             except Exception as failure:
-                raise WeightSyncError(_ended(passing, global_steps, _text(failure))) from failure
+                raise _ended(passing, global_steps, _text(failure)) from failure
         sync_metrics.add(time.perf_counter() - started, difference)
 
     async def _begin(self, passing: PassingWeights, step: int | None, limit: float) -> None:
@@ -180,7 +184,7 @@ class HybridLoraServerAdapter(ServerAdapter):
 
             def still_receiving() -> None:
                 if done is not None and done.done() and done.exception() is not None:
-                    raise WeightSyncError(f"the rollout engine failed: {_last_line(done.exception())}")
+                    raise _engine_failed(done.exception())
                 passing.check_other_ranks()
 
             sender = LimitedSender(self.zmq_handle, bucket, self.use_shm, limit=limit, check=still_receiving)
@@ -203,11 +207,11 @@ class HybridLoraServerAdapter(ServerAdapter):
             patience = limit + 30 if failure is None else GRACE
             results = await _within(asyncio.wrap_future(done), patience, "the rollout engine's workers")
         except Exception as broken:
-            return failure or WeightSyncError(f"the rollout engine failed: {_last_line(broken)}")
+            return failure or _engine_failed(broken)
         errors = [result["error"] for result in results if "error" in result]
         errors.sort(key=lambda text: any(words in text for words in SYMPTOMS))
         if errors and (failure is None or any(words in str(failure) for words in SYMPTOMS)):
-            return WeightSyncError(errors[0])
+            return WeightSyncError.relayed(errors[0], otherwise="error-from-outside-the-plugin")
         return failure
 
     @staticmethod
@@ -215,13 +219,17 @@ class HybridLoraServerAdapter(ServerAdapter):
         """What the engine says it loaded, against what the trainer says it sent."""
         header = passing.header
         if passing.manifest is None:
-            raise WeightSyncError("the trainer's stream ended without its manifest")
+            raise WeightSyncError(
+                "the trainer's stream ended without its manifest", see="sync-with-parts-missing-or-repeated"
+            )
         for what, wanted in (("run", header.run), ("number", header.number), ("step", step)):
             if report.get(what) != wanted:
                 raise WeightSyncError(
-                    f"the rollout engine reports {what} {report.get(what)}, wanted {wanted}: it is stale"
+                    f"the rollout engine reports {what} {report.get(what)}, wanted {wanted}: it is stale",
+                    see="stale-weights",
                 )
-        compare_entries(passing.manifest, entries_of(report["tensors"]), "sent", "loaded")
+        loaded = entries_of(report["tensors"])
+        compare_entries(passing.manifest, loaded, "sent", "loaded", see="engine-holds-other-weights")
 
     async def _agree(self, error: str, passing: PassingWeights, step: int | None, limit: float) -> None:
         """Raise on every rank if any rank has an error: none goes on with an engine that another could not prove.
@@ -240,30 +248,42 @@ class HybridLoraServerAdapter(ServerAdapter):
                     torch.distributed.all_gather_object, seen, (error, passing.manifest), group=self._agreement
                 )
             except Exception as broken:
-                text = error or f"another rank did not answer within {patience:g} s: {_last_line(broken)}"
-                raise WeightSyncError(_ended(passing, step, text)) from broken
+                silent = f"another rank did not answer within {patience:g} s: {_last_line(broken)}"
+                raise _ended(passing, step, error or with_reference(silent, "no-answer-in-time")) from broken
         # What a rank lost because another one failed says less than what failed there.
         causes = [(rank, text) for rank, (text, _) in enumerate(seen) if text]
         causes.sort(key=lambda cause: any(words in cause[1] for words in SYMPTOMS))
         if causes:
-            raise WeightSyncError(_ended(passing, step, causes[0][1], causes[0][0]))
+            raise _ended(passing, step, causes[0][1], causes[0][0])
         for rank, (_, manifest) in enumerate(seen):
             if manifest is None:  # the ranks agree on the beginning only
                 continue
             try:
-                compare_entries(seen[0][1] or [], manifest, "sent by rank 0", f"sent by rank {rank}")
+                compare_entries(
+                    seen[0][1] or [],
+                    manifest,
+                    "sent by rank 0",
+                    f"sent by rank {rank}",
+                    see="ranks-hold-different-weights",
+                )
             except WeightSyncError as difference:
                 text = f"{difference}: the ranks hold different weights"
-                raise WeightSyncError(_ended(passing, step, text, rank)) from difference
+                raise _ended(passing, step, text, rank) from difference
 
 
-def _ended(passing: PassingWeights, step: int | None, text: str, rank: int | None = None) -> str:
+def _ended(passing: PassingWeights, step: int | None, text: str, rank: int | None = None) -> WeightSyncError:
+    """The error that ends the run: ``text`` with where and when, and its reference behind all of it."""
     number = passing.header.number if passing.header else "(unknown)"
     where = "" if rank is None else f" on rank {rank}"
-    return (
+    return WeightSyncError.relayed(
         f"hybrid_lora: weight sync {number} of step {step} failed{where}: {text}. The run ends here, nothing is generated "
-        "from these weights; continue from the last checkpoint"
+        "from these weights; continue from the last checkpoint",
+        otherwise="error-from-outside-the-plugin",
     )
+
+
+def _engine_failed(error: BaseException) -> WeightSyncError:
+    return WeightSyncError.relayed(f"the rollout engine failed: {_last_line(error)}", otherwise="other-side-failed")
 
 
 def _several_ranks() -> bool:
@@ -276,7 +296,8 @@ async def _within(awaitable, limit: float, whom: str):
         return await asyncio.wait_for(awaitable, limit)
     except (asyncio.TimeoutError, TimeoutError) as error:
         raise WeightSyncError(
-            f"no answer from {whom} for {limit:g} s; if it is only slow, raise sync_timeout"
+            f"no answer from {whom} for {limit:g} s; if it is only slow, raise hybrid_lora.sync_timeout",
+            see="no-answer-in-time",
         ) from error
 
 
