@@ -23,7 +23,7 @@ from tests.support.sync_faults import (  # noqa: E402
     report,
 )
 
-pytestmark = pytest.mark.verl
+pytestmark = [pytest.mark.verl, pytest.mark.ray]
 
 PLAIN = ("merge", "receiver_merge")
 #: with two trainer ranks: one rank's stream is damaged, and both have to stop

@@ -20,7 +20,7 @@ def outcome(scenario: str) -> list[dict]:
     # Short: a socket's path has 107 characters at most.
     folder = tempfile.mkdtemp(prefix="hl-")
     try:
-        torchrun(2, ["tests/support/sync_ranks_worker.py", scenario, folder], timeout=300)
+        torchrun(2, ["tests/support/sync_ranks_worker.py", scenario, folder])
         return [json.load(open(f"{folder}/rank{rank}.json")) for rank in range(2)]
     finally:
         shutil.rmtree(folder)

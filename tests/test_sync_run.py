@@ -14,7 +14,7 @@ from recipes.demo import base_model, task  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
 from tests.support.verl_processes import ROOT, run  # noqa: E402
 
-pytestmark = pytest.mark.verl
+pytestmark = [pytest.mark.verl, pytest.mark.ray]
 
 PLUGIN = "hybrid_lora_plugin.verl_backend.engine_registration"
 #: what ``faulty_stream`` damages in the run's workers

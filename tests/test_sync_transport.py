@@ -9,6 +9,7 @@ import signal
 import threading
 import time
 import uuid
+from pathlib import Path
 
 import pytest
 import torch
@@ -71,7 +72,7 @@ def in_thread(function, *arguments, **options):
     thread.start()
 
     def wait():
-        thread.join(20)
+        thread.join(300)
         assert not thread.is_alive()
         return raised[0] if raised else None
 
@@ -106,14 +107,14 @@ def test_receiver_that_never_comes_is_given_up(handle):
     started = time.monotonic()
     with pytest.raises(WeightSyncError, match="nothing from the rollout engine for 1 s.*hybrid_lora.sync_timeout"):
         send(handle, limit=1.0)
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30, "given up at the limit, on a busy machine too"
 
 
 def test_sender_that_never_comes_is_given_up(handle):
     started = time.monotonic()
     with pytest.raises(WeightSyncError, match="nothing from the trainer for 1 s"):
         receive(handle, 1.0, [])
-    assert time.monotonic() - started < 5
+    assert time.monotonic() - started < 30
 
 
 def test_sender_that_falls_silent_is_given_up(handle):
@@ -134,41 +135,47 @@ def test_check_ends_a_pointless_wait(handle):
 
     started = time.monotonic()
     with pytest.raises(WeightSyncError, match="the engine is gone"):
-        send(handle, limit=60.0, check=check)
-    assert time.monotonic() - started < 5
+        send(handle, limit=600.0, check=check)
+    assert time.monotonic() - started < 60
 
 
-def _receive_until_killed(handle):
-    def on_bucket(weights, is_last):
-        os.kill(os.getpid(), signal.SIGKILL)
-
-    LimitedReceiver(handle, torch.device("cpu"), True, limit=60.0).receive_weights(on_bucket)
+#: seconds until a wait is given up, and until a death must have been noticed: far apart, and far above what a loaded
+#: machine needs
+LIMIT, NOTICED = 1200.0, 120.0
 
 
-def _send_until_killed(handle):
+def _die(note: str) -> None:
+    """End this process as a crash would, having noted when; the clock is one for all processes of a machine."""
+    Path(note).write_text(str(time.monotonic()))
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _receive_until_killed(handle: str, note: str) -> None:
+    LimitedReceiver(handle, torch.device("cpu"), True, limit=LIMIT).receive_weights(lambda weights, is_last: _die(note))
+
+
+def _send_until_killed(handle: str, note: str) -> None:
     def pairs():
         yield from tensors(4)
-        os.kill(os.getpid(), signal.SIGKILL)
+        _die(note)
 
-    send(handle, limit=60.0, pairs=pairs())
+    send(handle, limit=LIMIT, pairs=pairs())
 
 
-def test_sender_notices_a_killed_receiver_long_before_the_limit(handle):
-    process = multiprocessing.get_context("spawn").Process(target=_receive_until_killed, args=(handle,))
+@pytest.mark.verl
+@pytest.mark.parametrize("dies", ["receiver", "sender"])
+def test_a_death_is_noticed_long_before_the_limit(dies, handle, tmp_path):
+    note = tmp_path / "died"
+    body = _receive_until_killed if dies == "receiver" else _send_until_killed
+    process = multiprocessing.get_context("spawn").Process(target=body, args=(handle, str(note)))
     process.start()
-    # From when the other process is up: starting it is most of the time.
-    started = time.monotonic()
-    with pytest.raises(WeightSyncError, match="the rollout engine closed the connection"):
-        send(handle, limit=120.0)
-    process.join(30)
-    assert process.exitcode == -signal.SIGKILL and time.monotonic() - started < 60
-
-
-def test_receiver_notices_a_killed_sender_long_before_the_limit(handle):
-    process = multiprocessing.get_context("spawn").Process(target=_send_until_killed, args=(handle,))
-    process.start()
-    started = time.monotonic()
-    with pytest.raises(WeightSyncError, match="the trainer closed the connection"):
-        receive(handle, 120.0, [])
-    process.join(30)
-    assert process.exitcode == -signal.SIGKILL and time.monotonic() - started < 60
+    peer = "rollout engine" if dies == "receiver" else "trainer"
+    with pytest.raises(WeightSyncError, match=f"the {peer} closed the connection"):
+        if dies == "receiver":
+            send(handle, limit=LIMIT)
+        else:
+            receive(handle, LIMIT, [])
+    # From the death on: starting the other process is most of the time, and depends on the machine.
+    assert time.monotonic() - float(note.read_text()) < NOTICED
+    process.join(300)
+    assert process.exitcode == -signal.SIGKILL

@@ -273,6 +273,7 @@ def test_main_ppo_stops_with_one_line_and_writes_nothing(case, accepted, tmp_pat
     assert "Traceback" not in done.stdout and not (tmp_path / "run").exists()
 
 
+@pytest.mark.ray
 @pytest.mark.verl
 def test_worker_without_the_plugin_stops_instead_of_training_plain_lora(tiny_qwen2):
     """A worker whose plugin cannot register fails where verl reads the model, with the reason."""

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def run(
-    arguments: list[str], *, timeout: int = 600, check: bool = True, **environment: str
+    arguments: list[str], *, timeout: int = 3000, check: bool = True, **environment: str
 ) -> subprocess.CompletedProcess:
     """Run ``python ARGUMENTS`` in the CPU environment; on failure the end of its output is in the assertion."""
     done = subprocess.run(
