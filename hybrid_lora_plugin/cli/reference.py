@@ -89,9 +89,8 @@ def symbols_table(contracts: list[Contract]) -> list[str]:
     for contract in contracts:
         arguments = ", ".join(f"`{name}`" for name in contract.arguments)
         files = ", ".join(f"`{name}`" for name in contract.files)
-        lines.append(
-            f"| `{contract.symbol}` | {arguments} | {contract.kind} | {contract.read_in} | {files} | {contract.reason} |"
-        )
+        cells = (f"`{contract.symbol}`", arguments, contract.kind, contract.read_in, files, contract.reason)
+        lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
@@ -111,10 +110,10 @@ def contracts_page() -> str:
         "",
         "Generated from `hybrid_lora_plugin/verl_backend/contracts.py` by `make docs`; do not edit.",
         "",
-        f"{len(CONTRACTS)} symbols and {len(BEHAVIOURS)} behaviours that the plugin relies on, by the part that stops",
-        "working without them. `tests/test_contracts.py` looks each symbol up in the installed libraries, with the",
-        "arguments listed here in this order. A behaviour cannot be seen in a name; the test beside it shows it. Files",
-        "are relative to `hybrid_lora_plugin/`. [Extending](extending.md) tells how to move to another version.",
+        f"{len(CONTRACTS)} symbols and {len(BEHAVIOURS)} behaviours that the plugin relies on, by the part that",
+        "stops working without them. `tests/test_contracts.py` looks each symbol up in the installed libraries, with",
+        "the arguments listed here in this order. A behaviour cannot be seen in a name; the test beside it shows it.",
+        "Files are relative to `hybrid_lora_plugin/`. [Extending](extending.md) tells how to move to another version.",
         "",
     ]
     for feature, title in FEATURES.items():
