@@ -66,8 +66,8 @@ bench-training: install ## memory, time and start of training, beside verl's own
 	$(BIN)/python -m benchmarks.lora_layer_cost
 	$(BIN)/python -m benchmarks.start_cost
 
-docs: install ## write docs/configuration.md from the dataclasses
-	$(BIN)/python -m hybrid_lora_plugin.cli.reference docs/configuration.md
+docs: install ## write docs/configuration.md and docs/contracts.md from the code
+	$(BIN)/python -m hybrid_lora_plugin.cli.reference docs/configuration.md docs/contracts.md
 
 lint: install
 	$(BIN)/ruff check .

@@ -1,4 +1,7 @@
-"""Write ``docs/configuration.md`` from the configuration dataclasses: ``python -m hybrid_lora_plugin.cli.reference FILE``."""
+"""Write the two pages that are made from code: ``python -m hybrid_lora_plugin.cli.reference CONFIGURATION CONTRACTS``.
+
+``docs/configuration.md`` comes from the configuration dataclasses, ``docs/contracts.md`` from the table of contracts.
+"""
 
 from __future__ import annotations
 
@@ -15,6 +18,7 @@ from hybrid_lora_plugin.config import (
     ProbeCommandConfig,
 )
 from hybrid_lora_plugin.scoring import get_criterion
+from hybrid_lora_plugin.verl_backend.contracts import BEHAVIOURS, CONTRACTS, FEATURES, Behaviour, Contract
 
 SECTIONS = (
     (
@@ -79,5 +83,47 @@ def configuration_page() -> str:
     return "\n".join(lines)
 
 
+def symbols_table(contracts: list[Contract]) -> list[str]:
+    """Markdown rows, one for each symbol."""
+    lines = ["| symbol | arguments | kind | read in | used in | what for |", "| --- | --- | --- | --- | --- | --- |"]
+    for contract in contracts:
+        arguments = ", ".join(f"`{name}`" for name in contract.arguments)
+        files = ", ".join(f"`{name}`" for name in contract.files)
+        cells = (f"`{contract.symbol}`", arguments, contract.kind, contract.read_in, files, contract.reason)
+        lines.append(f"| {' | '.join(cells)} |")
+    return lines
+
+
+def behaviours_table(behaviours: list[Behaviour]) -> list[str]:
+    """Markdown rows, one for each behaviour."""
+    lines = ["| what must hold | used in | test |", "| --- | --- | --- |"]
+    for behaviour in behaviours:
+        test = f"`{behaviour.test}`" if behaviour.test else "none"
+        lines.append(f"| {behaviour.holds} | `{behaviour.file}` | {test} |")
+    return lines
+
+
+def contracts_page() -> str:
+    """The page of what the plugin relies on in other libraries, as Markdown."""
+    lines = [
+        "# Contracts with other libraries",
+        "",
+        "Generated from `hybrid_lora_plugin/verl_backend/contracts.py` by `make docs`; do not edit.",
+        "",
+        f"{len(CONTRACTS)} symbols and {len(BEHAVIOURS)} behaviours that the plugin relies on, by the part that",
+        "stops working without them. `tests/test_contracts.py` looks each symbol up in the installed libraries, with",
+        "the arguments listed here in this order. A behaviour cannot be seen in a name; the test beside it shows it.",
+        "Files are relative to `hybrid_lora_plugin/`. [Extending](extending.md) tells how to move to another version.",
+        "",
+    ]
+    for feature, title in FEATURES.items():
+        lines += [f"## {title}", "", *symbols_table([c for c in CONTRACTS if c.feature == feature]), ""]
+        if behaviours := [behaviour for behaviour in BEHAVIOURS if behaviour.feature == feature]:
+            lines += ["Behaviour:", "", *behaviours_table(behaviours), ""]
+    return "\n".join(lines)
+
+
 if __name__ == "__main__":
-    Path(sys.argv[1]).write_text(configuration_page())
+    configuration, contracts = map(Path, sys.argv[1:])
+    configuration.write_text(configuration_page())
+    contracts.write_text(contracts_page())
