@@ -11,10 +11,10 @@ import re
 from collections import Counter
 
 import pytest
-from verl_processes import ROOT
 
 from hybrid_lora_plugin.cli.reference import contracts_page
 from hybrid_lora_plugin.verl_backend.contracts import BEHAVIOURS, CONTRACTS, FEATURES, READ_IN, Contract, check
+from tests.support.verl_processes import ROOT
 
 PACKAGE = ROOT / "hybrid_lora_plugin"
 #: of these every import counts, of torch only what is private

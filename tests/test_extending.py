@@ -8,12 +8,12 @@ import importlib
 import re
 
 import pytest
-from verl_processes import ROOT
 
 from hybrid_lora_plugin.allocation.budget import allocate
 from hybrid_lora_plugin.candidates import Candidate
 from hybrid_lora_plugin.config import CRITERIA, SYNC_MODES, BudgetConfig
 from hybrid_lora_plugin.sync.modes import sync_mode
+from tests.support.verl_processes import ROOT
 
 PACKAGE = ROOT / "hybrid_lora_plugin"
 TEXT = (ROOT / "docs/extending.md").read_text()
@@ -88,7 +88,7 @@ def test_every_budget_mode_of_the_configuration_selects(mode):
     name = "model.layers.{}.mlp.up_proj"
     candidates = [Candidate(name.format(layer), layer, "up_proj", "mlp", 16, 4, 4) for layer in range(4)]
     assignment = allocate(candidates, [1, 2, 3, 4], BudgetConfig(mode=mode, ratio=0.5, total=48), rank=1)
-    assert assignment.mode == mode and assignment.full_names == [name.format(0), name.format(1)]
+    assert assignment.budget.mode == mode and assignment.full_names == [name.format(0), name.format(1)]
 
 
 @pytest.mark.parametrize("name", SYNC_MODES)

