@@ -1,10 +1,11 @@
-"""What the LoRA layer saves: forward and backward of decoder layers with PEFT's layer, with ours, and with A's product shared.
+"""What the LoRA layer saves: forward and backward of decoder layers with PEFT's layer, with ours, and with A's product
+shared.
 
     python -m benchmarks.lora_layer_cost [--layers 4] [--hidden 576,1536] [--tokens 256,1024] [--precision bf16,fp32]
                                          [--rounds 15] [--write docs/training-cost.md]
 
-Adapters of rank 16 on all linear modules of a random Qwen2, without FSDP; the three models take turns on the same tokens. On a
-machine with a GPU the same command uses it. Nothing here is a test.
+Adapters of rank 16 on all linear modules of a random Qwen2, without FSDP; the three models take turns on the same
+tokens. On a machine with a GPU the same command uses it. Nothing here is a test.
 """
 
 from __future__ import annotations
@@ -78,8 +79,8 @@ def report(results: list[dict], layers: int, rounds: int) -> str:
     """The figures as Markdown."""
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{os.cpu_count()} CPU cores"
     lines = [
-        f"{where}: forward and backward of {layers} decoder layers, LoRA rank 16 on all linear modules, no FSDP, {rounds} rounds; "
-        "medians (quartiles) of the ratios within a round.",
+        f"{where}: forward and backward of {layers} decoder layers, LoRA rank 16 on all linear modules, no FSDP, "
+        f"{rounds} rounds; medians (quartiles) of the ratios within a round.",
         "",
         "| width | tokens | computing in | "
         + " | ".join(f"{label}, ÷ PEFT's" for label in list(VARIANTS.values())[1:])

@@ -76,7 +76,7 @@ def seconds(action: Callable[[], object]) -> float:
 
 
 def ratios(action: Callable[[], object], floor: Callable[[], object], repeats: int) -> dict[str, float]:
-    """Quartiles of ``action / floor``, and the median seconds of both; the two take turns after one unmeasured round."""
+    """Quartiles of ``action / floor``, and the median seconds of both; they take turns after one unmeasured round."""
     action(), floor()
     pairs = [(seconds(action), seconds(floor)) for _ in range(repeats)]
     first, median, third = statistics.quantiles([a / b for a, b in pairs], n=4)
@@ -283,7 +283,8 @@ def report(result: dict) -> str:
         "| | measured | floor or formula | ratio (quartiles) |",
         "| --- | ---: | ---: | ---: |",
         f"| scoring one batch, against 2 forward and 2 activation-only backward passes | {scoring['seconds']:.3f} s | "
-        f"{scoring['floor_seconds']:.3f} s | {scoring['ratio']:.3f} ({scoring['first_quartile']:.3f}–{scoring['third_quartile']:.3f}) |",
+        f"{scoring['floor_seconds']:.3f} s | {scoring['ratio']:.3f} "
+        f"({scoring['first_quartile']:.3f}–{scoring['third_quartile']:.3f}) |",
         f"| controls of one batch (LoRA-Drop, gradient norm, SNIP), against the same | {controls['seconds']:.3f} s | "
         f"{controls['floor_seconds']:.3f} s | {controls['ratio']:.3f} |",
         f"| Eq. 9 on one batch, against scoring it | {deepest['perturbation']:.2f} s | {deepest['scoring']:.3f} s | "
@@ -304,13 +305,14 @@ def report(result: dict) -> str:
             for ranks, taken in result["ranks"].items()
         ),
         "",
-        "| peak memory of a process, MB | measured | over inference | formula | adapters, gradients, moments | activations |",
+        "| peak memory of a process, MB | measured | over inference | formula | adapters, gradients, moments | "
+        "activations |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
         f"| forward pass of the base | {megabytes['inference']:.0f} | | | | |",
         *(
             f"| {case} | {megabytes[case]:.0f} | {megabytes[case] - megabytes['inference']:.0f} | "
-            f"{own * adapter / 1e6 + megabytes[f'saved for {case}']:.0f} | {own * adapter / 1e6:.0f} ({own} bytes each) | "
-            f"{megabytes[f'saved for {case}']:.0f} |"
+            f"{own * adapter / 1e6 + megabytes[f'saved for {case}']:.0f} | {own * adapter / 1e6:.0f} ({own} bytes "
+            f"each) | {megabytes[f'saved for {case}']:.0f} |"
             for case, own in (("scoring", 4), ("warm-up", 16))
         ),
     ]

@@ -2,9 +2,9 @@
 
     python -m benchmarks.start_cost [--rounds 5] [--output outputs/bench] [--write docs/training-cost.md]
 
-The demo's run under Hybrid-LoRA with a precomputed allocation, and the same settings as a run of verl's own LoRA (merged, with
-the same rank, GRPO's advantage and GSPO's loss), in a process that does not load the plugin but for its CPU platform. They take
-turns, and each is ended at its first step. Nothing here is a test.
+The demo's run under Hybrid-LoRA with a precomputed allocation, and the same settings as a run of verl's own LoRA
+(merged, with the same rank, GRPO's advantage and GSPO's loss), in a process that does not load the plugin but for its
+CPU platform. They take turns, and each is ended at its first step. Nothing here is a test.
 """
 
 from __future__ import annotations
@@ -117,9 +117,9 @@ def report(result: dict) -> str:
     shape, seconds = result["shape"], result["seconds"]
     columns = {**MARKS, "processor": "processor time until then"}
     lines = [
-        f"{result['machine']}: seconds from the command of the demo's run, on a random Qwen2 of {shape['layers']} layers of "
-        f"width {shape['hidden']} and {shape['vocabulary']:,} tokens, {shape['rounds']} rounds; medians (quartiles). Both sync "
-        "the whole model once before the first step.",
+        f"{result['machine']}: seconds from the command of the demo's run, on a random Qwen2 of {shape['layers']} "
+        f"layers of width {shape['hidden']} and {shape['vocabulary']:,} tokens, {shape['rounds']} rounds; medians "
+        f"(quartiles). Both sync the whole model once before the first step.",
         "",
         "| | " + " | ".join(columns.values()) + " |",
         "| --- |" + " ---: |" * len(columns),

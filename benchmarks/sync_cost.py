@@ -343,12 +343,13 @@ def report(result: dict, *, profile: bool = True) -> str:
     """The figures as Markdown, ``profile`` with the seconds of every part of one sync."""
     shape, versions = result["shape"], result["versions"]
     head = (
-        f"{result['machine']}, no GPU, {', '.join(f'{name} {text}' for name, text in versions.items())}. A random Qwen2 of "
-        f"{shape['layers']} layers of width {shape['hidden']} and {shape['vocabulary']:,} tokens from a bf16 checkpoint, one "
-        "FSDP2 rank that computes in fp32 (frozen weights stay in bf16 in ours and are fp32 in verl's), "
-        f"rollout in bf16, LoRA rank {RANK}, transfer buffer of at most {shape['bucket']} MiB, {shape['rounds']} rounds; "
-        f"{shape['prompts']} requests at once of {shape['prompt_tokens']} and {shape['new_tokens']} new tokens, "
-        f"{shape['generations']} rounds. Ratios are medians (quartiles) of the ratios within a round."
+        f"{result['machine']}, no GPU, {', '.join(f'{name} {text}' for name, text in versions.items())}. A random "
+        f"Qwen2 of {shape['layers']} layers of width {shape['hidden']} and {shape['vocabulary']:,} tokens from a bf16 "
+        f"checkpoint, one FSDP2 rank that computes in fp32 (frozen weights stay in bf16 in ours and are fp32 in "
+        f"verl's), rollout in bf16, LoRA rank {RANK}, transfer buffer of at most {shape['bucket']} MiB, "
+        f"{shape['rounds']} rounds; {shape['prompts']} requests at once of {shape['prompt_tokens']} and "
+        f"{shape['new_tokens']} new tokens, {shape['generations']} rounds. Ratios are medians (quartiles) of the "
+        f"ratios within a round."
     )
     tables = [bytes_table, time_table, speed_table, memory_table, *([profile_table] if profile else [])]
     return "\n\n".join([head, *("\n".join(table(result)) for table in tables)])

@@ -205,7 +205,8 @@ class PaperModel:
             merged = {f"{parts_of(model).lora_modules[1]}.weight": digest} if name == "receiver_merge" else {}
             header = SyncHeader(
                 run="0" * 12, number=1, mode=name, dtype=str(ROLLOUT_DTYPE).removeprefix("torch."), digests=True,
-                lora_rank=self.rank, lora_alpha=2.0 * self.rank, lora_modules=parts_of(model).lora_modules, base=base, merged=merged,
+                lora_rank=self.rank, lora_alpha=2.0 * self.rank, lora_modules=parts_of(model).lora_modules,
+                base=base, merged=merged,
                 payload_bytes=mode.payload_bytes(self.counts, ROLLOUT_DTYPE),
             )  # fmt: skip
 
@@ -267,8 +268,8 @@ def table(ratio: float = 0.1, rank: int = 16, seed: int = 0) -> str:
         for name, shape in SHAPES.items()
     }
     lines = [
-        f"Allocation drawn at random (seed {seed}) within {ratio:.0%} of the candidate parameters, LoRA rank {rank} on the "
-        f"other candidates, a bf16 checkpoint, what trains in fp32, rollout in bf16.",
+        f"Allocation drawn at random (seed {seed}) within {ratio:.0%} of the candidate parameters, LoRA rank {rank} on "
+        f"the other candidates, a bf16 checkpoint, what trains in fp32, rollout in bf16.",
         "",
         "| model | parameters N | candidates | fully tuned F | modules | adapters A |",
         "| --- | ---: | ---: | ---: | ---: | ---: |",
@@ -276,13 +277,13 @@ def table(ratio: float = 0.1, rank: int = 16, seed: int = 0) -> str:
     for name, model in models.items():
         allocation, counted = model.allocation, model.counts
         lines.append(
-            f"| {name} | {counted.frozen + counted.full:,} | {allocation.model.candidate_parameters:,} | {counted.full:,} | "
-            f"{len(allocation.full_names)} of {len(allocation.modules)} | {counted.lora:,} |"
+            f"| {name} | {counted.frozen + counted.full:,} | {allocation.model.candidate_parameters:,} | "
+            f"{counted.full:,} | {len(allocation.full_names)} of {len(allocation.modules)} | {counted.lora:,} |"
         )
     lines += [
         "",
-        "| model | sync | sent | over the formula | against verl's merge | largest tensor | transfer buffer | trainer, extra | "
-        "receiver, extra | with pinned base |",
+        "| model | sync | sent | over the formula | against verl's merge | largest tensor | transfer buffer | trainer, "
+        "extra | receiver, extra | with pinned base |",
         "| --- | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for name, model in models.items():
@@ -297,7 +298,8 @@ def table(ratio: float = 0.1, rank: int = 16, seed: int = 0) -> str:
             pinned = f"+ {_size(size.bases)} host" if size.bases else ""
             lines.append(
                 f"| | `{mode}` | {_size(size.sent)} | {size.sent / size.formula:.5f} | {size.sent / verl:.3f} | "
-                f"{_size(size.largest)} | {_size(size.buffer)} | {_size(size.trainer)} | {_size(size.receiver)} | {pinned} |"
+                f"{_size(size.largest)} | {_size(size.buffer)} | {_size(size.trainer)} | {_size(size.receiver)} | "
+                f"{pinned} |"
             )
     return "\n".join(lines)
 

@@ -3,9 +3,9 @@
     python -m benchmarks.training_cost [--ranks 1,2,4] [--precision bf16,fp32] [--layers 8] [--hidden 576] [--rows 2]
                                        [--micro-batches 2] [--tokens 128] [--rounds 7] [--write docs/training-cost.md]
 
-verl's own engine in each variant, all alive in one process group and on the same batches; they take turns, so a ratio is
-one of two updates seconds apart. Bytes are counted from the tensors that a rank holds in an update. On a machine with
-GPUs the same command uses them, and also shows the peak that the allocator saw. Nothing here is a test.
+verl's own engine in each variant, all alive in one process group and on the same batches; they take turns, so a ratio
+is one of two updates seconds apart. Bytes are counted from the tensors that a rank holds in an update. On a machine
+with GPUs the same command uses them, and also shows the peak that the allocator saw. Nothing here is a test.
 """
 
 from __future__ import annotations
@@ -132,7 +132,8 @@ def case_of(result: dict) -> str:
 
 def bytes_table(results: list[dict]) -> list[str]:
     lines = [
-        "| ranks | variant | parameters | gradients | optimizer | reference | together, MB | ÷ floor | ÷ full fine-tuning |",
+        "| ranks | variant | parameters | gradients | optimizer | reference | together, MB | ÷ floor | ÷ full "
+        "fine-tuning |",
         "| ---: | --- | ---: | ---: | ---: | ---: | ---: | ---: | ---: |",
     ]
     for result in results:
@@ -159,7 +160,8 @@ def ratio(seconds: dict[str, list[float]], case: str, base: str) -> str:
 
 def time_table(results: list[dict]) -> list[str]:
     lines = [
-        "| ranks, computing in | actor update | seconds (quartiles) | ÷ verl's LoRA | ÷ full fine-tuning | FSDP units a layer | collectives |",
+        "| ranks, computing in | actor update | seconds (quartiles) | ÷ verl's LoRA | ÷ full fine-tuning | FSDP units "
+        "a layer | collectives |",
         "| ---: | --- | ---: | ---: | ---: | ---: | --- |",
     ]
     for result in results:
@@ -211,11 +213,11 @@ def report(result: dict) -> str:
     counted = result["ranks"][0]["parameters"]
     head = (
         f"{result['machine']}, {', '.join(f'{name} {text}' for name, text in versions.items())}. A random Qwen2 of "
-        f"{shape['layers']} layers of width {shape['hidden']} and {shape['vocabulary']:,} tokens, its checkpoint in bf16, LoRA "
-        f"rank 16, FSDP2, {shape['micro_batches']} micro-batches of {shape['rows']} rows of {shape['tokens']} tokens on each rank, "
-        f"{shape['rounds']} rounds. "
-        f"{counted['frozen']:,} parameters frozen, {counted['full']:,} fully tuned, {counted['lora']:,} of adapters. Ratios are "
-        "medians (quartiles) of the ratios within a round."
+        f"{shape['layers']} layers of width {shape['hidden']} and {shape['vocabulary']:,} tokens, its checkpoint in "
+        f"bf16, LoRA rank 16, FSDP2, {shape['micro_batches']} micro-batches of {shape['rows']} rows of "
+        f"{shape['tokens']} tokens on each rank, {shape['rounds']} rounds. {counted['frozen']:,} parameters frozen, "
+        f"{counted['full']:,} fully tuned, {counted['lora']:,} of adapters. Ratios are medians (quartiles) of the "
+        f"ratios within a round."
     )
     results = result["ranks"]
     tables = [bytes_table(results), time_table(results), start_table(results)]

@@ -3,8 +3,10 @@
     python -m benchmarks.training_sizes [--ratio 0.1] [--rank 16] [--seed 0] [--teraflops 312] [--utilisation 0.4]
                                         [--bandwidth 25] [--write docs/training-cost.md]
 
-Memory follows from the shapes alone, by the formula that ``benchmarks/training_cost.py`` is measured against. Time needs
-two figures of the machine: what share of its peak it computes at, and how fast it gathers; both are given, not measured.
+Memory follows from the shapes alone, by the formula that ``benchmarks/training_cost.py`` is measured against. Time
+needs
+two figures of the machine: what share of its peak it computes at, and how fast it gathers; both are given, not
+    measured.
 """
 
 from __future__ import annotations
@@ -123,7 +125,7 @@ def flops_per_token(sizes: Sizes, checkpointing: bool = True) -> dict[str, float
 
 
 def gathered_bytes(sizes: Sizes) -> float:
-    """Bytes that each GPU receives for one micro-batch: all weights in bf16, forward and backward, and the gradients."""
+    """Bytes each GPU receives for one micro-batch: all weights in bf16, forward and backward, and the gradients."""
     return 2 * 2 * sizes.counts.total + 4 * (sizes.counts.full + sizes.counts.lora)
 
 
@@ -161,7 +163,8 @@ def tables(models: dict[str, Sizes], machine: Machine, tokens: int, micro_tokens
         lines.append(f"| {name} | {' | '.join(cells)} |")
     lines += [
         "",
-        f"Assumed for the time, not measured: {machine.teraflops:g} TFLOP/s at {machine.utilisation:.0%}, {machine.bandwidth:g} GB/s "
+        f"Assumed for the time, not measured: {machine.teraflops:g} TFLOP/s at {machine.utilisation:.0%}, "
+        f"{machine.bandwidth:g} GB/s "
         f"into each GPU, micro-batches of {micro_tokens:,} tokens, activations recomputed.",
     ]
     return "\n".join(lines)
@@ -186,7 +189,8 @@ def main(arguments: list[str] | None = None) -> int:
     models = {name: sizes_of(name, shape, **drawn) for name, shape in (SHAPES | LARGER).items()}
     machine = Machine(chosen.teraflops, chosen.utilisation, chosen.bandwidth)
     text = (
-        f"Allocation drawn at random (seed {chosen.seed}) within {chosen.ratio:.0%} of the candidate parameters, LoRA rank "
+        f"Allocation drawn at random (seed {chosen.seed}) within {chosen.ratio:.0%} of the candidate parameters, LoRA "
+        f"rank "
         f"{chosen.rank}, a bf16 checkpoint.\n\n" + tables(models, machine, chosen.tokens, chosen.micro_tokens)
     )
     if chosen.write:

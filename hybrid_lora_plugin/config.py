@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from hybrid_lora_plugin.config_field import Bound, above, at_least, documented
 
-#: Budget modes that a user can choose, and the field of ``BudgetConfig`` that says how much; the modes themselves are in
-#: ``allocation/budget_modes.py``.
+#: Budget modes that a user can choose, and the field of ``BudgetConfig`` that says how much; the modes themselves are
+#: in ``allocation/budget_modes.py``.
 BUDGET_AMOUNTS = {"parameters": "ratio", "modules": "ratio", "total_trainable": "total"}
 
 
@@ -23,8 +23,8 @@ class BudgetConfig:
 
     mode: str = documented(
         "parameters",
-        "What is limited: `parameters` the share of candidate parameters that is fully fine-tuned, `modules` the share of "
-        "candidate modules, `total_trainable` the number of trainable parameters, LoRA included.",
+        "What is limited: `parameters` the share of candidate parameters that is fully fine-tuned, `modules` the share "
+        "of candidate modules, `total_trainable` the number of trainable parameters, LoRA included.",
         source="paper Eq. 4",
         choices=tuple(BUDGET_AMOUNTS),
     )
@@ -145,14 +145,15 @@ class ProbeConfig:
 
     objective: str = documented(
         "sft",
-        "Loss that warms up and is scored: `sft` the negative log-likelihood of the response tokens, `policy` the policy "
-        "loss of a verl run on its own rollouts (in a verl run only).",
+        "Loss that warms up and is scored: `sft` the negative log-likelihood of the response tokens, `policy` the "
+        "policy loss of a verl run on its own rollouts (in a verl run only).",
         source="docs/differences.md (the paper leaves it open)",
         choices=("sft", "policy"),
     )
     files: list[str] = documented(
         [],
-        "Rows as JSONL, Parquet or a Hugging Face `datasets` folder, each with `messages`, or with `prompt` and `response`.",
+        "Rows as JSONL, Parquet or a Hugging Face `datasets` folder, each with `messages`, or with `prompt` and "
+        "`response`.",
         source="none: must be given for objective sft",
     )
     warmup_steps: int = documented(
@@ -209,8 +210,8 @@ class ProbeConfig:
     )
     init: str = documented(
         "default",
-        "Initial values: `default` is A kaiming, B = 0, e = 1; `adalora` is e = 0, A and B from N(0, 0.02²), trained at "
-        "`probe.adalora.lr`.",
+        "Initial values: `default` is A kaiming, B = 0, e = 1; `adalora` is e = 0, A and B from N(0, 0.02²), trained "
+        "at `probe.adalora.lr`.",
         source="own choice: Eq. 7 leaves it open",
         choices=("default", "adalora"),
     )
@@ -268,8 +269,8 @@ class SelectionConfig:
     )
     normalise: str = documented(
         "none",
-        "What is divided out of the score: `none` is the paper, `sqrt_dims` the module's shape, `delta_norm` the norm of "
-        "its probe update, `type_zscore` the mean and spread of its type.",
+        "What is divided out of the score: `none` is the paper, `sqrt_dims` the module's shape, `delta_norm` the norm "
+        "of its probe update, `type_zscore` the mean and spread of its type.",
         source="paper",
         choices=NORMALISATIONS,
     )
@@ -305,7 +306,8 @@ class HybridLoraConfig(SelectionConfig):
     enabled: bool = documented(True, "Whether this run trains under an allocation.", source="plugin")
     allocation: str | None = documented(
         None,
-        "Folder or allocation.json written by `hybrid-lora-probe`, on a path that every worker can read; null probes first.",
+        "Folder or allocation.json written by `hybrid-lora-probe`, on a path that every worker can read; null probes "
+        "first.",
         source="own choice",
     )
     output_dir: str | None = documented(
@@ -330,32 +332,39 @@ class HybridLoraConfig(SelectionConfig):
     lora: AdapterConfig = documented(AdapterConfig, "LoRA adapters.", source="paper §4.3")
     frozen_dtype: str = documented(
         "auto",
-        "Dtype that frozen weights are held in: `auto` is the checkpoint's own where that has two bytes, which loses nothing, else float32; what trains is always float32.",
+        "Dtype that frozen weights are held in: `auto` is the checkpoint's own where that has two bytes, which loses "
+        "nothing, else float32; what trains is always float32.",
         source="own choice: frozen weights are only read",
         choices=FROZEN_DTYPES,
     )
     sync: str = documented(
         "merge",
-        "How trained weights reach the rollout engine: `merge` sends every weight, merged; `adapter` sends the full modules and LoRA factors for the engine's own adapter; `receiver_merge` sends full modules and fp32 factors, which the engine merges into its checkpoint's weights.",
+        "How trained weights reach the rollout engine: `merge` sends every weight, merged; `adapter` sends the full "
+        "modules and LoRA factors for the engine's own adapter; `receiver_merge` sends full modules and fp32 factors, "
+        "which the engine merges into its checkpoint's weights.",
         source="own choice: merge needs nothing of the engine",
         choices=SYNC_MODES,
     )
     sync_check: str = documented(
         "digest",
-        "Proof of every sync: `digest` compares a digest of each tensor at both ends and reads the engine's model back; `logprobs` also compares log-probabilities of a fixed prompt; `off` compares names, shapes, dtypes and step only.",
+        "Proof of every sync: `digest` compares a digest of each tensor at both ends and reads the engine's model "
+        "back; `logprobs` also compares log-probabilities of a fixed prompt; `off` compares names, shapes, dtypes and "
+        "step only.",
         source="own choice",
         choices=("digest", "logprobs", "off"),
     )
     sync_logprob_limit: float | None = documented(
         None,
-        "Largest difference of a log-probability that `sync_check=logprobs` accepts; null is 1e-4 for float32, 0.25 for bfloat16 and 0.05 for float16 rollouts.",
+        "Largest difference of a log-probability that `sync_check=logprobs` accepts; null is 1e-4 for float32, 0.25 "
+        "for bfloat16 and 0.05 for float16 rollouts.",
         source="own choice; float32 and bfloat16 measured",
         unit="nats",
         bound=above(0, "a difference above 0, e.g. 1e-4, or null"),
     )
     sync_base: str = documented(
         "memory_map",
-        "Where `receiver_merge` reads the original weights: the checkpoint's file, or a copy in page-locked memory of each rollout worker.",
+        "Where `receiver_merge` reads the original weights: the checkpoint's file, or a copy in page-locked memory of "
+        "each rollout worker.",
         source="own choice",
         choices=("memory_map", "pinned"),
     )

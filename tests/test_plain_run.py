@@ -36,7 +36,8 @@ def test_importing_verl_loads_no_more_with_the_plugin():
 def test_loss_and_advantage_are_there_where_verl_looks_for_them():
     look = (
         "import verl\nfrom verl.trainer.ppo import core_algos\n"
-        "print(core_algos.get_policy_loss_fn('hybrid_gspo').__name__, core_algos.get_adv_estimator_fn('hybrid_group').__name__)"
+        "print(core_algos.get_policy_loss_fn('hybrid_gspo').__name__, "
+        "core_algos.get_adv_estimator_fn('hybrid_group').__name__)"
     )
     assert run(["-c", look]).stdout.split()[-2:] == ["hybrid_gspo", "hybrid_group"]
     # Somebody else's advantage of that name: a plain run goes on, and says so.
@@ -66,11 +67,15 @@ def test_verl_sft_run_has_the_same_losses(lora_rank, model, tmp_path):
         torchrun(
             1,
             [
-                "-m", "verl.trainer.sft_trainer", f"model.path={model}", f"data.train_files={tmp_path / 'rows.parquet'}",
+                "-m", "verl.trainer.sft_trainer", f"model.path={model}",
+                f"data.train_files={tmp_path / 'rows.parquet'}",
                 "data.train_batch_size=8", "data.micro_batch_size_per_gpu=4", "data.use_dynamic_bsz=false",
-                "data.num_workers=0", "data.max_length=64", f"model.lora_rank={lora_rank}", "model.use_remove_padding=false",
-                "+model.override_config.attn_implementation=sdpa", "engine.strategy=fsdp2", "engine.use_torch_compile=false",
-                "optim.lr=1e-3", "trainer.total_training_steps=3", "trainer.device=cpu", "trainer.logger=[console,file]",
+                "data.num_workers=0", "data.max_length=64", f"model.lora_rank={lora_rank}",
+                "model.use_remove_padding=false",
+                "+model.override_config.attn_implementation=sdpa", "engine.strategy=fsdp2",
+                "engine.use_torch_compile=false",
+                "optim.lr=1e-3", "trainer.total_training_steps=3", "trainer.device=cpu",
+                "trainer.logger=[console,file]",
                 "engine.full_determinism=true", "engine.seed=1",  # verl draws LoRA's A without a seed otherwise
                 "trainer.resume_mode=disable", f"trainer.default_local_dir={tmp_path / name}",
                 f"hydra.run.dir={tmp_path / 'hydra'}",

@@ -1,4 +1,4 @@
-"""Rows on disk: every kind of file and folder, what is refused, and a check of whole columns that is never too lenient."""
+"""Rows on disk: every kind of file and folder, what is refused, and a check of columns that is never too lenient."""
 
 import itertools
 import json

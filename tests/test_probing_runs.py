@@ -1,4 +1,6 @@
-"""A verl configuration without an allocation: what is checked before the workers probe, and the command of a policy probe."""
+"""A verl configuration without an allocation: what is checked before the workers probe, and the command of a policy
+probe.
+"""
 
 from __future__ import annotations
 
@@ -62,7 +64,10 @@ REFUSED = {
     "policy criterion": ([POLICY, "hybrid_lora.criterion=snip"], ["hybrid_lora.criterion", "'snip'", "objective=sft"]),
     "policy run": ([POLICY, "hybrid_lora.criterion=adalora"], ["hybrid_lora.criterion", "'adalora'"]),
     "policy warm-up": ([POLICY, "hybrid_lora.probe.warmup_steps=0"], ["hybrid_lora.probe.warmup_steps", "at least 1"]),
-    "policy refill": ([POLICY, "trainer.v1.sampler.sync_refill_failed_groups=true"], ["sync_refill_failed_groups", "false"]),
+    "policy refill": (
+        [POLICY, "trainer.v1.sampler.sync_refill_failed_groups=true"],
+        ["sync_refill_failed_groups", "false"],
+    ),
     "policy sampler": ([POLICY, "trainer.v1.sampler.custom_sampler.path=mine.py"], ["custom_sampler.path", "null"]),
     "policy filter": ([POLICY, "algorithm.filter_groups.enable=true"], ["algorithm.filter_groups.enable"]),
     "policy asynchronous": ([POLICY, "trainer.v1.trainer_mode=colocate_async"], ["trainer.v1.trainer_mode", "sync"]),
@@ -225,9 +230,8 @@ def test_the_probes_process_does_not_outlive_the_run(signum, tmp_path):
         "time.sleep(60)\n"
     )
     parent = (
-        "import os, sys\n"
-        "from hybrid_lora_plugin.verl_backend.probe.policy import run_child\n"
-        f"print(run_child([sys.executable, '-c', {child!r}, sys.argv[1]], dict(os.environ)))\n"
+        f"import os, sys\nfrom hybrid_lora_plugin.verl_backend.probe.policy import "
+        f"run_child\nprint(run_child([sys.executable, '-c', {child!r}, sys.argv[1]], dict(os.environ)))\n"
     )
     file = tmp_path / "child"
     process = subprocess.Popen([sys.executable, "-c", parent, str(file)], stdout=subprocess.PIPE, text=True)
@@ -271,7 +275,8 @@ def test_held_out_prompts_wrap_verls_own_dataset(tmp_path):
     pandas.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
     config = composed(
         "+hybrid_lora=enabled", f"data.train_files={tmp_path / 'train.parquet'}", "data.train_batch_size=4",
-        "++data.hybrid_lora={warmup_steps: 3, scoring_steps: 2, seed: 1, shuffle: false, custom_cls_path: null, custom_cls_name: null}",
+        "++data.hybrid_lora={warmup_steps: 3, scoring_steps: 2, seed: 1, shuffle: false, custom_cls_path: null, "
+        "custom_cls_name: null}",
     ).data  # fmt: skip
     training = HeldOutPrompts(config.train_files, make_char_tokenizer(), config)
     assert [training[i]["extra_info"]["index"] for i in range(len(training))] == prompt_order(30, 4, 3, 2, 1)

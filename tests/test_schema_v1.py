@@ -34,7 +34,8 @@ METHODS = {
     "random": None,
 }
 PROBE_FIELDS = (
-    "objective", "rank", "init", "warmup_steps", "lr", "partitions", "batch_size", "max_length", "dtype", "seed", "data",
+    "objective", "rank", "init", "warmup_steps", "lr", "partitions", "batch_size", "max_length", "dtype", "seed",
+    "data",
 )  # fmt: skip
 
 

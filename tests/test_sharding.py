@@ -43,8 +43,8 @@ SETTINGS = {
 SAVED = ("fsdp2-1", "fsdp-1")
 for name in SAVED:
     SETTINGS[name]["checkpoint"] = f"checkpoint-{name}"
-#: where weights stay gathered between forward and backward, every micro-batch reduces gradients, and groups of two ranks
-#: hold a copy each
+#: where weights stay gathered between forward and backward, every micro-batch reduces gradients, and groups of two
+#: ranks hold a copy each
 OTHERS = {
     f"{strategy}-other": {
         "strategy": strategy,

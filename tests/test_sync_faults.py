@@ -1,4 +1,4 @@
-"""Weight syncs with a real rollout engine: what a healthy one brings, and that each of many faults is caught and named."""
+"""Weight syncs with a real rollout engine: what a healthy one brings, and that each fault is caught and named."""
 
 from __future__ import annotations
 

@@ -20,6 +20,7 @@ PLUGIN = "hybrid_lora_plugin.verl_backend.engine_registration"
 #: what ``faulty_stream`` damages in the run's workers
 FAULTY_SYNC, VICTIM = 3, "model.layers.1.mlp.down_proj"
 #: verl 0.9.1: without colocated replicas its trainer logs with an argument that its logger does not take
+MICRO_BATCHES = ("actor.ppo", "rollout.log_prob", "ref.log_prob")
 ENVIRONMENT = {"VERL_LOGGING_LEVEL": "WARN"}
 APART = [
     "trainer.v1.trainer_mode=separate_async",
@@ -53,14 +54,16 @@ def test_run_with_engines_apart_proves_its_syncs_and_ends_at_the_first_that_fail
     metrics = tmp_path / "metrics.jsonl"
     done = run(
         [
-            "-m", "verl.trainer.main_ppo", "--config-dir", str(ROOT / "recipes"), "+hybrid_lora=enabled", "+recipe=demo",
+            "-m", "verl.trainer.main_ppo", "--config-dir", str(ROOT / "recipes"),
+            "+hybrid_lora=enabled", "+recipe=demo",
             f"hybrid_lora.allocation={allocation}", "hybrid_lora.sync=adapter", "hybrid_lora.lora.rank=4",
             f"actor_rollout_ref.model.path={model}",
             f"actor_rollout_ref.model.external_lib=[tests.support.faulty_stream,{PLUGIN}]",
             f"data.train_files={files['train']}", f"data.val_files={files['validation']}",
             "data.train_batch_size=8", "actor_rollout_ref.actor.ppo_mini_batch_size=8", "actor_rollout_ref.rollout.n=2",
-            *(f"actor_rollout_ref.{part}_micro_batch_size_per_gpu=16" for part in ("actor.ppo", "rollout.log_prob", "ref.log_prob")),
-            "trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.total_training_steps=4", "trainer.save_freq=1",
+            *(f"actor_rollout_ref.{part}_micro_batch_size_per_gpu=16" for part in MICRO_BATCHES),
+            "trainer.val_before_train=false", "trainer.test_freq=-1", "trainer.total_training_steps=4",
+            "trainer.save_freq=1",
             f"trainer.default_local_dir={tmp_path / 'checkpoints'}", f"hydra.run.dir={tmp_path / 'hydra'}", *APART,
         ],
         check=False,

@@ -43,7 +43,8 @@ def real_stream(paper, name):
     )
     header = SyncHeader(
         run="0123456789ab", number=1, mode=name, dtype="bfloat16", digests=True, lora_rank=4, lora_alpha=8.0,
-        lora_modules=list(parts_of(model).lora_modules), base=base_digests(original_weights(model, "cpu")) if mode.partial else {},
+        lora_modules=list(parts_of(model).lora_modules),
+        base=base_digests(original_weights(model, "cpu")) if mode.partial else {},
         payload_bytes=mode.payload_bytes(parts_of(model).counts, torch.bfloat16), merged=merged,
     )  # fmt: skip
     stream = OutgoingWeights(header, mode.outgoing(model, 2.0, torch.bfloat16, "cpu"))

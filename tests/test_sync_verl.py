@@ -154,7 +154,8 @@ def server(**attributes) -> HybridLoraHttpServer:
     """The server's own logic without the process around it."""
     made = object.__new__(HybridLoraHttpServer)
     defaults = dict(
-        node_rank=0, engine=Engine(), _unproven="", _fixed_prompt={}, _logprob_difference=None, _kv_cache_released=False,
+        node_rank=0, engine=Engine(), _unproven="", _fixed_prompt={}, _logprob_difference=None,
+        _kv_cache_released=False,
         _submission_paused=False, _rejecting=False, _admitting=0, global_steps=None,
     )  # fmt: skip
     for name, value in (defaults | attributes).items():

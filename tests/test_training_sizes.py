@@ -25,7 +25,8 @@ from tests.support.tiny_models import make_tiny_qwen2
 
 IDS = torch.arange(5, 17)[None]
 SHAPE = dict(
-    hidden_size=64, num_hidden_layers=3, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2, vocab_size=300,
+    hidden_size=64, num_hidden_layers=3, intermediate_size=160, num_attention_heads=4, num_key_value_heads=2,
+    vocab_size=300,
 )  # fmt: skip
 
 

@@ -146,7 +146,10 @@ REFUSED = {
         ["actor_rollout_ref.actor.fsdp_config.fsdp_size", "1", "fsdp2"],
     ),
     "frozen type": (["hybrid_lora.frozen_dtype=int8"], ["hybrid_lora.frozen_dtype", "'int8'", "auto"]),
-    "sync mode": (["hybrid_lora.sync=telepathy"], ["hybrid_lora.sync", "'telepathy'", "merge, adapter, receiver_merge"]),
+    "sync mode": (
+        ["hybrid_lora.sync=telepathy"],
+        ["hybrid_lora.sync", "'telepathy'", "merge, adapter, receiver_merge"],
+    ),
     "sync check": (["hybrid_lora.sync_check=maybe"], ["hybrid_lora.sync_check", "'maybe'", "digest"]),
     "sync timeout": (["hybrid_lora.sync_timeout=0"], ["hybrid_lora.sync_timeout", "above 0"]),
     "sync probe limit": (["hybrid_lora.sync_logprob_limit=0"], ["hybrid_lora.sync_logprob_limit", "above 0"]),
@@ -176,7 +179,10 @@ REFUSED = {
         ["hybrid_lora.sync=receiver_merge", "actor_rollout_ref.rollout.full_determinism=true"],
         ["full_determinism", "hybrid_lora.sync=receiver_merge", "hybrid_lora.sync=merge"],
     ),
-    "data-parallel engines": (["actor_rollout_ref.rollout.data_parallel_size=2"], ["data_parallel_size", "2", "replicas"]),
+    "data-parallel engines": (
+        ["actor_rollout_ref.rollout.data_parallel_size=2"],
+        ["data_parallel_size", "2", "replicas"],
+    ),
     "fully sharded adapter": (
         ["hybrid_lora.sync=adapter", "+actor_rollout_ref.model.lora.fully_sharded_loras=true"],
         ["fully_sharded_loras", "hybrid_lora.sync=adapter", "hybrid_lora.sync=receiver_merge"],

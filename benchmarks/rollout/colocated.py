@@ -1,4 +1,5 @@
-"""A trainer and its rollout engine on one device, as ``PPOTrainer._setup`` of verl 0.9.1 pairs them, driven step by step.
+"""A trainer and its rollout engine on one device, as ``PPOTrainer._setup`` of verl 0.9.1 pairs them, driven step by
+step.
 
 verl's ``ActorRolloutRefWorker`` under FSDP2 and verl's vLLM server; several pairs can live at one time in one Ray, so
 that their rounds can take turns. What has to happen inside a pair's processes is a function of this module.
@@ -113,7 +114,9 @@ class ColocatedPair:
 
         server, begun = self.replica._server_handle, time.perf_counter()
         asked = [
-            server.generate.remote(prompt, {"max_tokens": tokens, "ignore_eos": True, "temperature": 1.0}, os.urandom(8).hex())
+            server.generate.remote(
+                prompt, {"max_tokens": tokens, "ignore_eos": True, "temperature": 1.0}, os.urandom(8).hex()
+            )
             for prompt in prompts
         ]  # fmt: skip
         count = sum(len(output.token_ids) for output in ray.get(asked, timeout=600))
@@ -126,8 +129,8 @@ class ColocatedPair:
     def sync_memory(self) -> dict[str, dict[str, int]]:
         """One sync; what ``trainer`` and ``engine`` held more at its peak than before, in bytes.
 
-        ``peak`` is the growth of the peak resident size as the kernel kept it. ``anonymous`` (memory proper), ``shared``
-        (the transfer buffer) and ``file`` (the memory-mapped checkpoint) were sampled every millisecond.
+        ``peak`` is the growth of the peak resident size as the kernel kept it. ``anonymous`` (memory proper),
+        ``shared`` (the transfer buffer) and ``file`` (the memory-mapped checkpoint) were sampled every millisecond.
         """
         for call in (self.in_trainer, self.in_engine):
             call(_trim)

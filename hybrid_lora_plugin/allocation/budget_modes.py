@@ -194,8 +194,8 @@ class ParametersMode(ShareMode):
 
     def shortage(self, short: Shortage) -> str:
         return (
-            f"budget.ratio: {short.amount} allows {short.account.limit:,} of {sum(short.account.costs):,} parameters, but "
-            f"{short.name}, {short.place}, has {short.cost:,} (the smallest candidate has {short.smallest:,}), "
+            f"budget.ratio: {short.amount} allows {short.account.limit:,} of {sum(short.account.costs):,} parameters, "
+            f"but {short.name}, {short.place}, has {short.cost:,} (the smallest candidate has {short.smallest:,}), "
             f"{short.SO} {short.enough}"
         )
 

@@ -1,4 +1,5 @@
-"""What an allocation says, as records: the model, how modules were selected, how it was probed, the budget, the modules.
+"""What an allocation says, as records: the model, how modules were selected, how it was probed, the budget, the
+modules.
 
 ``allocation.json`` holds exactly these fields (schema version 2). ``storage`` reads and writes it, ``schema_v1`` reads
 what earlier versions wrote.
@@ -145,8 +146,8 @@ class Allocation:
             module.in_features < 1 or module.out_features < 1 for module in self.modules
         ):
             raise AllocationError(
-                "model.parameters: the parameters of the model and the dimensions of its modules are not recorded, as in "
-                f"an artifact of an earlier version; {PROBE_AGAIN}"
+                f"model.parameters: the parameters of the model and the dimensions of its modules are not recorded, as "
+                f"in an artifact of an earlier version; {PROBE_AGAIN}"
             )
         lora = sum(m.lora_parameters(self.budget.lora_rank) for m in self.modules if m.assignment == LORA)
         return ParameterCounts(self.model.parameters - self.full_parameters, self.full_parameters, lora)

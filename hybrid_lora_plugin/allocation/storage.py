@@ -80,8 +80,8 @@ def parse_allocation(file: str | Path, payload: Any) -> Allocation:
         payload = schema_v1.upgrade(payload, str(file))
     elif version != SCHEMA_VERSION:
         raise AllocationError(
-            f"{file}: schema_version: {version!r}, {SCHEMA_VERSION} or 1 is wanted; {PROBE_AGAIN}, or install the version "
-            f"of hybrid_lora_plugin that wrote it"
+            f"{file}: schema_version: {version!r}, {SCHEMA_VERSION} or 1 is wanted; {PROBE_AGAIN}, or install the "
+            f"version of hybrid_lora_plugin that wrote it"
         )
     allocation = build(Allocation, payload, file=str(file))
     validate_allocation(allocation, str(file))

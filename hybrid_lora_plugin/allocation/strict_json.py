@@ -1,4 +1,6 @@
-"""Reading JSON into dataclasses with nothing guessed: every key known, every type as declared, no key missing but those with a default."""
+"""Reading JSON into dataclasses with nothing guessed: every key known, every type as declared, no key missing but those
+with a default.
+"""
 
 from __future__ import annotations
 

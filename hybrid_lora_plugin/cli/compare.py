@@ -13,8 +13,8 @@ from hybrid_lora_plugin.files import complete_folder
 
 PROGRAM = "hybrid-lora-compare"
 SUMMARY = (
-    "Shows which modules two or more allocations of one model both fully fine-tune, how much of that chance would give, "
-    "and how far their orders of preference agree."
+    "Shows which modules two or more allocations of one model both fully fine-tune, how much of that chance would "
+    "give, and how far their orders of preference agree."
 )
 EXAMPLE = f"{PROGRAM} 'allocations=[runs/hybrid,runs/random]' output_dir=comparison"
 

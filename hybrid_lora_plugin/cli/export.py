@@ -11,8 +11,9 @@ from hybrid_lora_plugin.errors import ConfigurationError
 
 PROGRAM = "hybrid-lora-export"
 SUMMARY = (
-    "Merges what a hybrid run trained (full weights and LoRA factors, kept in fp32 beside the checkpoint) into the base "
-    "model and writes a folder that AutoModelForCausalLM and vLLM load. Merged in fp32, rounded once to the base's dtype."
+    "Merges what a hybrid run trained (full weights and LoRA factors, kept in fp32 beside the checkpoint) into the "
+    "base model and writes a folder that AutoModelForCausalLM and vLLM load. Merged in fp32, rounded once to the "
+    "base's dtype."
 )
 EXAMPLE = f"{PROGRAM} checkpoint=checkpoints/hybrid_lora/run/global_step_500 output_dir=exported"
 

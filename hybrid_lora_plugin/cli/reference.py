@@ -24,9 +24,9 @@ SECTIONS = (
     (
         "The `hybrid_lora` node of a verl run",
         "Set on the command line of `verl.trainer.main_ppo` behind `+hybrid_lora=enabled`, for example "
-        "`hybrid_lora.full_lr=2e-6`. `criterion`, `direction`, `normalise`, `budget`, `probe` and `control` are read by a run "
-        "that is given no allocation and probes first; one that is given an allocation does not read them, the artifact records "
-        "what it was made with.",
+        "`hybrid_lora.full_lr=2e-6`. `criterion`, `direction`, `normalise`, `budget`, `probe` and `control` are read "
+        "by a run that is given no allocation and probes first; one that is given an allocation does not read them, "
+        "the artifact records what it was made with.",
         "hybrid_lora.",
         HybridLoraConfig,
     ),

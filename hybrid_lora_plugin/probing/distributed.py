@@ -1,4 +1,6 @@
-"""The processes of one probe: what each must do alike, what the first does for all, and the frozen base sharded over them."""
+"""The processes of one probe: what each must do alike, what the first does for all, and the frozen base sharded over
+them.
+"""
 
 from __future__ import annotations
 

@@ -94,7 +94,9 @@ class Passes:
     """
 
     def __init__(self, model: nn.Module, ranks: Ranks, micro_batch_size: int | None = None) -> None:
-        """For a model on the ranks' device, whole or sharded; ``micro_batch_size`` in rows, None for what holds 4096 tokens."""
+        """For a model on the ranks' device, whole or sharded; ``micro_batch_size`` in rows, None for what holds 4096
+        tokens.
+        """
         self.ranks = ranks
         self._model = model
         self._micro_batch_size = micro_batch_size

@@ -1,5 +1,5 @@
-"""What is measured on a validation batch: sensitivities from complementary masked passes (paper Algorithm 1, Eq. 10 to 13),
-and what the loss gains when one module is left out (Eq. 9).
+"""What is measured on a validation batch: sensitivities from complementary masked passes (paper Algorithm 1, Eq. 10 to
+13), and what the loss gains when one module is left out (Eq. 9).
 """
 
 from __future__ import annotations

@@ -39,7 +39,8 @@ class PartialState:
             settings: JSON values; equal settings give equal artifacts.
 
         Raises:
-            ProbeError: the folder is of other settings or cannot be read or written; the message names the first difference.
+            ProbeError: the folder is of other settings or cannot be read or written; the message names the first
+                difference.
         """
         self.folder = partial_folder(output_dir)
         self._way_out = f"delete {self.folder} to start afresh, or give another output_dir"

@@ -170,7 +170,8 @@ class _Probe:
         self.data = ranks.from_first(lambda: ProbeData(config.probe, load_tokenizer(config.model)))
         if self.data.dropped:
             progress.note(
-                f"{self.data.dropped} rows left out: no response token within probe.max_length={config.probe.max_length}"
+                f"{self.data.dropped} rows left out: no response token within "
+                f"probe.max_length={config.probe.max_length}"
             )
         self.watch = CheckpointWatch(config.model.path)
         self.model = load_model(config.model, ranks.device)
@@ -265,7 +266,7 @@ class _Probe:
         return {name: torch.stack(values) for name, values in rows.items()}
 
     def _saver(self, stop: StopRequest, save: Callable[[], None]) -> Callable[[bool], None]:
-        """A function that saves every half minute and at the end, and when any rank was asked to stop; then it raises."""
+        """A function that saves every half minute, at the end, and when any rank was asked to stop; then it raises."""
         last = time.monotonic()
 
         def after_step(finished: bool) -> None:

@@ -8,7 +8,7 @@ from hybrid_lora_plugin.allocation.schema import Allocation
 _TOY = "a toy: a Qwen2 of 0.6 M parameters, six seeds, 10 % budget"
 _COMPARE = "Compare with random allocations of the same budget before you rely on it."
 _ORIGIN = {
-    "full_pruning": "The paper names this variant (Hybrid-LoRA-4) without defining its score, and the one used is our reading",
+    "full_pruning": "The paper names this variant (Hybrid-LoRA-4) and defines no score for it; this one is our reading",
     "alpha": "The paper describes this score beside its own (Eq. 8)",
     "perturbation": "The paper describes this score beside its own (Eq. 9)",
     "adalora": "AdaLoRA was made to share out the ranks of adapters",
@@ -43,15 +43,16 @@ def caveats_text(allocation: Allocation) -> str:
             "draw five or more, each with its own seed, before you compare another criterion with them."
         )
     if name == "lora_ffn":
-        return "A control chosen by rule: which modules are fully fine-tuned follows from their type, not from a measurement."
+        return "A control chosen by rule: which modules are full follows from their type; nothing was measured."
     if name == "spread":
         return _spread(allocation)
     if name == "explicit":
         return "The fully fine-tuned modules were listed by the user; nothing was measured to choose them."
     if name == "gradient_norm":
         return (
-            "Gradients of the untouched weights are a control; no direction is established for them. In the study behind "
-            f"this project ({_TOY}) choosing by gradient norm failed. That refutes nothing at your scale. {_COMPARE}"
+            f"Gradients of the untouched weights are a control; no direction is established for them. In the study "
+            f"behind this project ({_TOY}) choosing by gradient norm failed. That refutes nothing at your scale. "
+            f"{_COMPARE}"
         )
     origin = _ORIGIN.get(name, f"'{name}' is unproven here")
     return f"{origin}; that its order tells which modules gain from full fine-tuning is an assumption. {_COMPARE}"
@@ -60,15 +61,15 @@ def caveats_text(allocation: Allocation) -> str:
 def _hybrid(direction: str, normalise: str) -> str:
     if direction == "lowest" and normalise == "none":
         finding = (
-            "choosing the lowest scores did worse than choosing modules at random at the same budget (on fresh seeds the "
-            "difference could not be told from none)"
+            "choosing the lowest scores did worse than choosing modules at random at the same budget (on fresh seeds "
+            "the difference could not be told from none)"
         )
     elif direction == "highest":
         finding = "which end of the score was the better one to fully fine-tune changed with the learning rate"
     elif normalise == "type_zscore":
-        finding = "the score in units of its type's mean and spread did better than the raw score, which did worse than random"
+        finding = "the score in units of its type's spread did better than the raw score, which did worse than random"
     else:
-        finding = "the raw score, lowest first, did worse than choosing modules at random; this normalisation is another choice"
+        finding = "the raw score, lowest first, did worse than random; this normalisation is another choice"
     return (
         f"The Hybrid-Score is the paper's criterion, and it is unproven: in the study behind this project ({_TOY}) "
         f"{finding}. That refutes nothing at your scale, and it is no evidence in favour. {_COMPARE}"

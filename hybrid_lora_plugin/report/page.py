@@ -89,7 +89,8 @@ def _settings(allocation: Allocation) -> list[str]:
     lines = [
         "| setting | value |",
         "| --- | --- |",
-        f"| model | {model.architecture}, {model.num_layers} layers, {model.candidate_parameters:,} candidate parameters |",
+        f"| model | {model.architecture}, {model.num_layers} layers, {model.candidate_parameters:,} candidate "
+        f"parameters |",
         f"| criterion | {chosen} |",
         *(f"| option {name} | {value} |" for name, value in _flattened(selection.options)),
     ]

@@ -35,7 +35,8 @@ def check_sensitivities(sensitivities: Tensor) -> None:
         raise ScoringError("sensitivities: negative values; give mean absolute values (Eq. 12)")
     if not sensitivities.any():
         raise ScoringError(
-            "sensitivities: all are 0, so no gradient reached the adapters; raise probe.warmup_steps or check probe.files"
+            "sensitivities: all are 0, so no gradient reached the adapters; raise probe.warmup_steps or check "
+            "probe.files"
         )
     if not moments(sensitivities)[1].any():
         raise ScoringError(

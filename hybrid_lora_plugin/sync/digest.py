@@ -17,7 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 import torch
 import xxhash
 
-#: bytes up to which a tensor is hashed at once: just made, it lies in the caches, and that is faster than another thread
+#: bytes up to which a tensor is hashed at once: just made, it lies in the caches, and that is faster than another
+#: thread
 _SMALL = 8 << 20
 #: 32-bit words that are summed at once, with one factor each; larger tensors reuse the factors under another multiplier
 _WORDS = 1 << 20
@@ -43,8 +44,8 @@ def digest_of(tensor: torch.Tensor) -> str:
 def digest_soon(tensor: torch.Tensor) -> Callable[[], str]:
     """Begin ``digest_of`` and return a function that waits for it.
 
-    On the host other threads hash a large tensor, without Python's lock, while this one goes on; the bytes must stay until
-    then.
+    On the host other threads hash a large tensor, without Python's lock, while this one goes on; the bytes must stay
+    until then.
     """
     if tensor.device.type == "cpu" and tensor.nbytes > _SMALL:
         return _hasher().submit(_digest_and_drop, [tensor]).result

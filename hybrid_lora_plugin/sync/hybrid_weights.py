@@ -30,7 +30,8 @@ def plain_state(
 
 
 def layer_state(model: torch.nn.Module, layer: str) -> dict[str, torch.Tensor]:
-    """The part of ``state_dict()`` of the module ``layer``, named as in ``model``; of one layer only where that is possible.
+    """The part of ``state_dict()`` of the module ``layer``, named as in ``model``; of one layer only where that is
+    possible.
 
     The whole model's takes as long as sending the factors, but FSDP1 gives no other.
     """

@@ -37,7 +37,7 @@ class SyncReceiver(ABC):
         self.rollout = rollout
 
     def check_dtype(self, name: str, tensor: torch.Tensor, wanted: torch.dtype | None = None) -> None:
-        """Raise WeightSyncError unless a floating tensor has the dtype this mode sends it in, by default the engine's."""
+        """Raise WeightSyncError unless a floating tensor has the dtype this mode sends, by default the engine's."""
         wanted = wanted or self.header.torch_dtype
         if tensor.is_floating_point() and tensor.dtype != wanted:
             raise WeightSyncError(
@@ -93,7 +93,8 @@ class SyncMode(ABC):
     def merged_digest(
         self, model: torch.nn.Module, module: str, scaling: float, dtype: torch.dtype, device
     ) -> dict[str, str]:
-        """Digest of the weight that the receiver must come to for ``module``, by its name; a mode that merges there has it.
+        """Digest of the weight that the receiver must come to for ``module``, by its name; a mode that merges there has
+        it.
 
         With shards this gathers, so every rank must call it.
         """

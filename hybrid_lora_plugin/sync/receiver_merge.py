@@ -42,13 +42,14 @@ class ReceiverMergeReceiver(FactorReceiver):
     def take_pair(self, module: str, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:
         name, device = f"{module}.weight", self.rollout.device
         base = self.rollout.checkpoint[name].to(device, non_blocking=True)
-        # Copies: the kernel of a product may depend on how its operands are aligned, and a transfer buffer packs tightly.
+        # Copies: the kernel of a product may depend on how its operands are aligned, and a transfer buffer packs
+        # tightly.
         lora_a, lora_b = lora_a.to(device, copy=True), lora_b.to(device, copy=True)
         merged = merge_weight(base, lora_a, lora_b, self.header.scaling, self.header.torch_dtype)
         if name in self.header.merged and digest_of(merged) != self.header.merged[name]:
             raise WeightSyncError(
-                f"{name}: merged here to other bits than in the trainer, though from the same factors: the two compute their "
-                "products differently; give hybrid_lora.sync=merge",
+                f"{name}: merged here to other bits than in the trainer, though from the same factors: the two compute "
+                f"their products differently; give hybrid_lora.sync=merge",
                 see="merged-to-other-bits",
             )
         self._merged.append((name, merged))

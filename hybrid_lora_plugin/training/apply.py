@@ -50,8 +50,8 @@ def apply_allocation(
         rank, alpha, dropout: of the adapters; PEFT scales them by alpha / rank.
 
     Returns:
-        The PEFT model. Weights and biases of full modules and all LoRA factors require a gradient, nothing else, and are in
-        float32 whatever the model's type.
+        The PEFT model. Weights and biases of full modules and all LoRA factors require a gradient, nothing else, and
+        are in float32 whatever the model's type.
 
     Raises:
         ConfigurationError: the model is wrapped already, is not the one the allocation is for, or PEFT did not
@@ -65,7 +65,8 @@ def apply_allocation(
     full, lora = set(allocation.full_names), sorted(allocation.lora_names)
     if not lora:
         raise ConfigurationError(
-            "allocation: it leaves no module to LoRA; lower budget.ratio, or train without hybrid_lora for full fine-tuning"
+            "allocation: it leaves no module to LoRA; lower budget.ratio, or train without hybrid_lora for full "
+            "fine-tuning"
         )
     config = LoraConfig(
         task_type=TaskType.CAUSAL_LM,

@@ -100,14 +100,14 @@ def require_same_setting(folder: Path, allocation: Allocation, rank: int, alpha:
         saved, description = load_allocation(folder / ALLOCATION), load_description(folder)
     if (saved.full_names, saved.lora_names) != (allocation.full_names, allocation.lora_names):
         raise ConfigurationError(
-            f"hybrid_lora.allocation: it assigns modules differently from the checkpoint in {str(folder)!r}; resume with "
-            f"hybrid_lora.allocation={folder / ALLOCATION}",
+            f"hybrid_lora.allocation: it assigns modules differently from the checkpoint in {str(folder)!r}; resume "
+            f"with hybrid_lora.allocation={folder / ALLOCATION}",
             see="checkpoint-of-another-setting",
         )
     if (description.rank, description.alpha) != (rank, alpha):
         raise ConfigurationError(
-            f"hybrid_lora.lora: rank {rank} and alpha {alpha} differ from the checkpoint in {str(folder)!r}; resume with "
-            f"hybrid_lora.lora.rank={description.rank} hybrid_lora.lora.alpha={description.alpha}",
+            f"hybrid_lora.lora: rank {rank} and alpha {alpha} differ from the checkpoint in {str(folder)!r}; resume "
+            f"with hybrid_lora.lora.rank={description.rank} hybrid_lora.lora.alpha={description.alpha}",
             see="checkpoint-of-another-setting",
         )
 

@@ -21,8 +21,8 @@ SHARING = (("q_proj", "k_proj", "v_proj"), ("gate_proj", "up_proj"))
 class SharedInput:
     """Lets adapters that read one input compute their first product together, during a call of the module around them.
 
-    Outside such a call every adapter answers for itself: only there is it certain that nothing changes between the first
-    of them and the last, and that what was computed together is gone afterwards.
+    Outside such a call every adapter answers for itself: only there is it certain that nothing changes between the
+    first of them and the last, and that what was computed together is gone afterwards.
 
     Args:
         parent: the module that calls them with one input, one after the other.
@@ -108,7 +108,7 @@ class LoraLinear(Linear):
 
 
 def share_inputs(model: torch.nn.Module) -> list[SharedInput]:
-    """Let the adapters of a model that read one input compute their first product together; returns the sets of them."""
+    """Let the adapters of a model that read one input compute their first product together; returns these sets."""
     found = []
     for parent in model.modules():
         for names in SHARING:

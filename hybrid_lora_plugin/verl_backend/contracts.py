@@ -672,7 +672,7 @@ _RECEIVER = [
         "vllm.lora.layers.base_linear",
         "BaseLinearLayerWithLoRA",
         ("lora_a_stacked lora_b_stacked", _MODEL, "live factors by slot, read back"),
-        ("base_layer", _MODEL, "the layer inside"),
+        ("base_layer", _LAYOUT, "the layer inside"),
     ),
 ]
 

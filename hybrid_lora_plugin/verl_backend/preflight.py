@@ -137,8 +137,8 @@ def _check_or_exit(config: DictConfig, may_probe: bool) -> None:
         if _policy_probe_is_due(hybrid):
             if not may_probe:
                 raise ConfigurationError(
-                    "hybrid_lora.probe.objective: 'policy' cannot be probed inside a sweep; probe once in a single run and "
-                    "give hybrid_lora.allocation",
+                    "hybrid_lora.probe.objective: 'policy' cannot be probed inside a sweep; probe once in a single run "
+                    "and give hybrid_lora.allocation",
                     see="policy-probe-not-possible",
                 )
             from hybrid_lora_plugin.verl_backend.probe.policy import run_policy_probe

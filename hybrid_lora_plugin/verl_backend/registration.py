@@ -1,8 +1,8 @@
 """Put the loss, the advantage and the CPU platform into verl's registries; importing this module does it.
 
 verl imports it in every process through the ``verl.plugins`` entry point and logs a failure at DEBUG level
-only. Nothing of verl is imported here that ``import verl`` has not loaded: its algorithms take about a second, not every
-process needs them, and loss and advantage are registered when one imports them. The engine is registered by
+only. Nothing of verl is imported here that ``import verl`` has not loaded: its algorithms take about a second, not
+every process needs them, and loss and advantage are registered when one imports them. The engine is registered by
 ``engine_registration``, which a run that asks for Hybrid-LoRA names in ``actor_rollout_ref.model.external_lib``: there
 a failure stops the worker with its message.
 """
@@ -46,7 +46,8 @@ def require_supported_verl(version: str) -> None:
 
 
 def register() -> None:
-    """Register the platform, and loss and advantage for when verl's algorithms are imported; a second call does nothing.
+    """Register the platform, and loss and advantage for when verl's algorithms are imported; a second call does
+    nothing.
 
     Raises:
         ImportError: verl is outside the supported range; a run without ``hybrid_lora`` is then left alone.
@@ -79,7 +80,8 @@ def _algorithms_imported(_) -> None:
     try:
         register_algorithms()
     except Exception as error:
-        # As verl does with plugins: a run that asks for neither goes on. One with +hybrid_lora=enabled fails in its engine.
+        # As verl does with plugins: a run that asks for neither goes on. One with +hybrid_lora=enabled fails in its
+        # engine.
         logging.getLogger(__name__).warning("hybrid_lora: loss and advantage are not registered: %s", error)
 
 

@@ -63,7 +63,8 @@ class Rule(NamedTuple):
 _RULES: dict[str, Rule] = {
     ACTOR + "strategy": Rule(
         lambda v: v in ("fsdp", "fsdp2"),
-        "fsdp2 or fsdp, the strategies this version supports: leave it out or give actor_rollout_ref.actor.strategy=fsdp2",
+        "fsdp2 or fsdp, the strategies this version supports: leave it out or give "
+        "actor_rollout_ref.actor.strategy=fsdp2",
         see="strategy-not-supported",
     ),
     # None: not given, which verl itself refuses.
@@ -75,13 +76,14 @@ _RULES: dict[str, Rule] = {
     # Read in verl 0.9.1: mooncake and kimi cast every tensor to one dtype, kimi also loses their order.
     ROLLOUT + "checkpoint_engine.backend": Rule(
         lambda v: not str(v).startswith("delta") and v not in ("mooncake", "kimi_ckpt_engine"),
-        "one that carries named tensors as they are, naive, nccl, nixl or hccl, with any hybrid_lora.sync: this one changes "
-        "or splits them",
+        "one that carries named tensors as they are, naive, nccl, nixl or hccl, with any hybrid_lora.sync: this one "
+        "changes or splits them",
         see="checkpoint-engine-changes-tensors",
     ),
     ROLLOUT + "checkpoint_engine.custom_backend_module": Rule(
         lambda v: v is None or _names(v, ENGINE_MODULE) or v == ENGINE_MODULE,
-        f"a list that names the plugin's too, [YOUR_MODULE,{ENGINE_MODULE}]: engines apart from the trainer load it there",
+        f"a list that names the plugin's too, [YOUR_MODULE,{ENGINE_MODULE}]: engines apart from the trainer load it "
+        f"there",
         see="set-by-the-plugin",
     ),
     ROLLOUT + "disaggregation.enabled": Rule(
@@ -151,8 +153,8 @@ _RULES: dict[str, Rule] = {
     ),
     ACTOR + "fsdp_config.model_dtype": Rule(
         _is_fp32,
-        "fp32, the type of what trains: in bfloat16 a step of 1e-6 leaves 98 % of the fully tuned weights unchanged (frozen "
-        "weights have hybrid_lora.frozen_dtype)",
+        "fp32, the type of what trains: in bfloat16 a step of 1e-6 leaves 98 % of the fully tuned weights unchanged "
+        "(frozen weights have hybrid_lora.frozen_dtype)",
         see="type-of-weights-not-supported",
     ),
     ACTOR + "fsdp_config.mixed_precision.param_dtype": Rule(
@@ -176,8 +178,8 @@ _RULES: dict[str, Rule] = {
 _RECEIVER_MERGE_RULES: dict[str, Rule] = {
     ROLLOUT + "full_determinism": Rule(
         lambda v: not v,
-        "false, or hybrid_lora.sync=merge: it replaces the rollout engine's matrix product, and merged weights would not be "
-        "the trainer's bit for bit",
+        "false, or hybrid_lora.sync=merge: it replaces the rollout engine's matrix product, and merged weights would "
+        "not be the trainer's bit for bit",
         see="setting-does-not-fit-the-sync-mode",
     ),
 }
@@ -221,8 +223,8 @@ def check_sync(settings: Mapping[str, Any], sync: str) -> None:
     merge = settings.get(MODEL + "lora.merge")
     if merge is not None and merge is mode.engine_adapter:
         raise ConfigurationError(
-            f"{MODEL}lora.merge: {merge!r} does not work with hybrid_lora.sync={sync}; leave it as +hybrid_lora=enabled "
-            "sets it",
+            f"{MODEL}lora.merge: {merge!r} does not work with hybrid_lora.sync={sync}; leave it as "
+            f"+hybrid_lora=enabled sets it",
             see="set-by-the-plugin",
         )
     rules = (_PARTIAL_RULES if mode.partial else {}) | (_ADAPTER_RULES if mode.engine_adapter else {})
@@ -253,7 +255,8 @@ def check(settings: Mapping[str, Any]) -> None:
 
 
 def check_sharding(strategy: str, fsdp_size: int, ranks: int) -> None:
-    """Refuse FSDP1 in groups of one rank: torch 2.13 reduces no gradient there, and every rank trains a model of its own.
+    """Refuse FSDP1 in groups of one rank: torch 2.13 reduces no gradient there, and every rank trains a model of its
+    own.
 
     Args:
         strategy: fsdp or fsdp2.

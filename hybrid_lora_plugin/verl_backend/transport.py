@@ -67,8 +67,8 @@ class LimitedSocket(zmq.Socket):
                 self._our_check()
             if time.monotonic() > deadline:
                 raise WeightSyncError(
-                    f"nothing from the {self._our_peer} for {self._our_limit:g} s in the middle of a sync; if it is only "
-                    "slow, raise hybrid_lora.sync_timeout",
+                    f"nothing from the {self._our_peer} for {self._our_limit:g} s in the middle of a sync; if it is "
+                    f"only slow, raise hybrid_lora.sync_timeout",
                     see="no-answer-in-time",
                 )
 

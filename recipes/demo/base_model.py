@@ -32,11 +32,8 @@ FORGET_RATE = 0.7
 # verl builds a turn builder for every Qwen2 model and requires this name for the end of a turn.
 PAD, EOS, USER, ANSWER = "<pad>", "<|im_end|>", "<user>", "<answer>"
 CHAT_TEMPLATE = (
-    "{% for message in messages %}"
-    "{% if message['role'] == 'assistant' %}<answer>{{ message['content'] }}<|im_end|>"
-    "{% else %}<user>{{ message['content'] }}{% endif %}"
-    "{% endfor %}"
-    "{% if add_generation_prompt %}<answer>{% endif %}"
+    "{% for message in messages %}{% if message['role'] == 'assistant' %}<answer>{{ message['content'] }}<|im_end|>{% "
+    "else %}<user>{{ message['content'] }}{% endif %}{% endfor %}{% if add_generation_prompt %}<answer>{% endif %}"
 )
 
 
@@ -85,7 +82,8 @@ def build_untrained(tokenizer, hidden: int, intermediate: int, layers: int):
         num_key_value_heads=hidden // 64,
         max_position_embeddings=256,
         tie_word_embeddings=False,
-        initializer_range=0.06,  # at 0.02, meant for wide models, some seeds are still on the first plateau when training ends
+        # At 0.02, meant for wide models, some seeds are still on the first plateau when training ends.
+        initializer_range=0.06,
         bos_token_id=None,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
@@ -308,7 +306,8 @@ def build(
         raise
     if not quiet:
         print(
-            f"base model: {measured['parameters']:,} parameters, validation accuracy {measured['validation_greedy']:.3f} "
+            f"base model: {measured['parameters']:,} parameters, validation accuracy "
+            f"{measured['validation_greedy']:.3f} "
             f"greedy, {measured['validation_sampled']:.3f} sampled, {time.monotonic() - started:.0f} s -> {folder}",
             file=sys.stderr,
         )

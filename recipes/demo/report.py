@@ -35,7 +35,7 @@ class Findings:
 
 
 def draw_curves(steps: list[Step], file: Path) -> None:
-    """Reward and validation accuracy over the steps, and below them the rollout-trainer difference against its limit."""
+    """Reward and validation accuracy over the steps, below them the rollout-trainer difference against its limit."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

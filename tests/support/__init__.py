@@ -1,4 +1,5 @@
-"""What tests share, some of it with benchmarks: tiny models, drawn allocations, workers to start, and the fault harness.
+"""What tests share, some of it with benchmarks: tiny models, drawn allocations, workers to start, and the fault
+harness.
 
 tiny_models  tiny_probe  sync_models          models of a few thousand parameters, real in every part
 allocations  drawn_allocations                allocations without a probe

@@ -1,6 +1,7 @@
 """Runs under torchrun: the real engine from verl's registry through training, reference, sync and checkpoint.
 
-``python -m torch.distributed.run --nproc-per-node N tests/support/engine_worker.py ARGUMENTS.json`` writes what it saw to
+``python -m torch.distributed.run --nproc-per-node N tests/support/engine_worker.py ARGUMENTS.json`` writes what it saw
+to
 ``OUT/results.json`` and ``OUT/*.safetensors`` (rank 0), for ``tests/test_engine.py`` to compare.
 """
 
@@ -265,7 +266,7 @@ def main(path: str) -> None:
             engine.hybrid.sync = mode
             tensors[f"synced_{mode}"], _, headers = synced(engine)
             results["headers"] += headers
-        engine.hybrid.sync_check = "probe"
+        engine.hybrid.sync_check = "logprobs"
         results["headers"] += synced(engine)[2]
         engine.hybrid.sync, engine.hybrid.sync_check = "merge", "digest"
 

@@ -1,6 +1,7 @@
 """A checkpoint engine over gloo, for rollout engines apart from the trainer on a machine without accelerators.
 
-verl 0.9.1's own ones need CUDA, an NPU or RDMA. This one does what its NCCL engine does, with the same calls in the same
+verl 0.9.1's own ones need CUDA, an NPU or RDMA. This one does what its NCCL engine does, with the same calls in the
+same
 order, and one tensor at a time: rank 0 of the trainer broadcasts, the other trainer ranks walk their generator.
 """
 

@@ -1,7 +1,8 @@
-"""The path of flash attention on a CPU: transformers' own call, verl's Ulysses around it, and PyTorch's kernel at its end.
+"""The path of flash attention on a CPU: transformers' own call, verl's Ulysses around it, and PyTorch's kernel at its
+end.
 
-flash-attn has no CPU build. What is replaced is the kernel alone; the collectives that Ulysses puts before and after it, and
-the packed rows it is given, are the real ones.
+flash-attn has no CPU build. What is replaced is the kernel alone; the collectives that Ulysses puts before and after
+it, and the packed rows it is given, are the real ones.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ NAME = "host_packed_attention"
 
 
 def kernel(query, key, value, attention_mask, query_length, *_, position_ids, softmax_scale=None, **__):
-    """Causal attention within each packed row; query [1, S, H, D], position_ids [1, S], which start at 0 in each row."""
+    """Causal attention within each packed row; query [1, S, H, D], position_ids [1, S], from 0 in each row."""
     row = (position_ids[0] == 0).cumsum(0)
     steps = torch.arange(len(row))
     mask = (row[:, None] == row[None]) & (steps[:, None] >= steps[None])

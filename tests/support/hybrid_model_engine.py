@@ -1,7 +1,8 @@
 """A verl checkpoint engine whose sender is in the same process: a hybrid model that changes by seed, and sends itself.
 
 verl's ``CheckpointEngineWorker`` draws ``receive_weights`` and hands it to the server adapter, which is the plugin's.
-What it draws is the trainer's stream, made by the plugin's own sender; a fault is put in between where one is asked for.
+What it draws is the trainer's stream, made by the plugin's own sender; a fault is put in between where one is asked
+for.
 """
 
 from __future__ import annotations

@@ -124,7 +124,8 @@ class RolloutHarness:
             f"actor_rollout_ref.rollout.dtype={dtype}",
             f"actor_rollout_ref.rollout.tensor_model_parallel_size={tensor_parallel}",
             f"actor_rollout_ref.rollout.n_gpus_per_node={tensor_parallel}",
-            f"actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend={'uni' if tensor_parallel == 1 else 'mp'}",
+            "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend="
+            + ("uni" if tensor_parallel == 1 else "mp"),
             "actor_rollout_ref.rollout.checkpoint_engine.backend=hybrid_model",
             # The smallest that verl takes: a sync of a small model goes in several buckets.
             "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=1",

@@ -307,8 +307,8 @@ def report(outcomes: list[Outcome], modes: tuple[str, ...], seconds: float) -> s
             *lines,
             "",
             f"{len(outcomes)} faults in {seconds:.0f} s: {len(outcomes) - len(wrong)} caught in time and named, "
-            f"{len(wrong)} not. Struck at: {places}. Hit: {parts}. After the next healthy sync log-probabilities differ "
-            f"from the trainer's by at most {apart:.1e}.",
+            f"{len(wrong)} not. Struck at: {places}. Hit: {parts}. After the next healthy sync log-probabilities "
+            f"differ from the trainer's by at most {apart:.1e}.",
             *(f"{o.mode}: {o.kind} (seed {o.seed}): {'; '.join(o.problems)}: {o.message}" for o in wrong),
         ]
     )

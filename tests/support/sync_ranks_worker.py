@@ -1,8 +1,9 @@
 """Runs under torchrun: the sending end of a sync on two ranks whose tensors are collectives, and one receiver fails.
 
-``python -m torch.distributed.run --nproc-per-node 2 tests/support/sync_ranks_worker.py SCENARIO OUT`` writes what each rank raised, and
-after how many seconds, to ``OUT/rankN.json``. Transport, receivers, process group and the adapter's own code are real;
-threads stand for the processes of a rollout engine with tensor parallel 2, and an object for the handle of its server.
+``python -m torch.distributed.run --nproc-per-node 2 tests/support/sync_ranks_worker.py SCENARIO OUT`` writes what each
+rank raised, and after how many seconds, to ``OUT/rankN.json``. Transport, receivers, process group and the adapter's
+own code are real; threads stand for the processes of a rollout engine with tensor parallel 2, and an object for the
+handle of its server.
 """
 
 from __future__ import annotations

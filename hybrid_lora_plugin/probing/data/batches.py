@@ -147,9 +147,9 @@ class ProbeData:
         if len(usable) < needed:
             and_warmup = "and one warm-up batch " if config.warmup_steps else ""
             raise ProbeError(
-                f"probe.files: {len(usable)} usable rows ({self.dropped} more do not fit probe.max_length), but {needed} "
-                f"are needed: {self.validation_batches} validation batches {and_warmup}of {config.batch_size}; "
-                f"give more rows or lower probe.batch_size or probe.partitions"
+                f"probe.files: {len(usable)} usable rows ({self.dropped} more do not fit probe.max_length), but "
+                f"{needed} are needed: {self.validation_batches} validation batches {and_warmup}of "
+                f"{config.batch_size}; give more rows or lower probe.batch_size or probe.partitions"
             )
         self._validation = [example for _, example in usable[:held_out]]
         self._training = [example for _, example in usable[held_out:]]
@@ -176,7 +176,9 @@ class ProbeData:
         return self._collate(examples)
 
     def validation_batch(self, index: int) -> Batch:
-        """Validation batch ``index`` (from 0, below ``validation_batches``): ``[B, S]``, disjoint from all others and from the warm-up."""
+        """Validation batch ``index`` (from 0, below ``validation_batches``): ``[B, S]``, disjoint from all others and
+        from the warm-up.
+        """
         start = index * self._batch_size
         return self._collate(self._validation[start : start + self._batch_size])
 

@@ -81,7 +81,8 @@ def _plain_files(folder: Path) -> list[tuple[str, Path]]:
     if not names:
         suffixes = sorted({Path(name).suffix or Path(name).name for name in present})
         raise ProbeError(
-            f"probe.files: {folder} has no .jsonl or .parquet file (found: {_listed(suffixes)}); give a folder with some"
+            f"probe.files: {folder} has no .jsonl or .parquet file (found: {_listed(suffixes)}); give a folder with "
+            f"some"
         )
     _refuse_several_configurations(folder, names)
     splits = {name: _split(name) for name in names}
@@ -90,7 +91,8 @@ def _plain_files(folder: Path) -> list[tuple[str, Path]]:
         names = [name for name in names if splits[name] == "train"]
     elif len(known) > 1:
         raise ProbeError(
-            f"probe.files: {folder} has no files of split `train` but of {_listed(known)}; give the files of one of them"
+            f"probe.files: {folder} has no files of split `train` but of {_listed(known)}; give the files of one of "
+            f"them"
         )
     return [(name, folder / name) for name in names]
 

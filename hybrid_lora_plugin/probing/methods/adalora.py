@@ -175,7 +175,7 @@ class AdaLoraMethod(ProbeMethod):
             self._uncertainty[name].mul_(beta).add_((now - average).abs(), alpha=1 - beta)
 
     def triplet_importance(self) -> Tensor:
-        """``S_j = s(e_j) + mean_i s(A_ij) + mean_o s(B_jo)`` with ``s`` importance × uncertainty: ``[M, r]`` float64."""
+        """``S_j = s(e_j) + mean_i s(A_ij) + mean_o s(B_jo)`` ``s`` importance × uncertainty: ``[M, r]`` float64."""
 
         def smoothed(name: str) -> Tensor:
             # In float64: the products of two small averages come near the end of float32.

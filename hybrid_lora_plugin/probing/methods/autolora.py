@@ -80,7 +80,8 @@ class AutoLoraMethod(ProbeMethod):
         """``∇_α L_val(w − ξ ∇_w L_tr(w, α), α)`` with ξ = ``probe.lr`` (DARTS Eq. 7, 8; AutoLoRA §3.3).
 
         The unrolled step is plain gradient descent, and the mixed second derivative is a central difference around w:
-        ``∇_α L_val(w', α) − ξ [∇_α L_tr(w⁺, α) − ∇_α L_tr(w⁻, α)] / 2ε``, ``w± = w ± ε ∇_w' L_val(w', α)``. The official
+        ``∇_α L_val(w', α) − ξ [∇_α L_tr(w⁺, α) − ∇_α L_tr(w⁻, α)] / 2ε``, ``w± = w ± ε ∇_w' L_val(w', α)``. The
+        official
         code differs: it unrolls an Adam step, takes the difference around w' and leaves out the factor ξ
         (``betty/hypergradient/darts.py``).
 

@@ -57,7 +57,7 @@ class FullDeltaMethod(OneOptimizerMethod):
     rate_option = "probe.full_lr"
 
     def __init__(self, model: nn.Module, candidates: Sequence[Candidate], config: ProbeCommandConfig) -> None:
-        """Freeze ``model`` and put a ``FullDeltaLinear`` in the place of its M candidates; dropout is off throughout."""
+        """Freeze ``model`` and put a ``FullDeltaLinear`` in the place of its M candidates; dropout is off."""
         probe = config.probe
         self.warmup_steps, self.rows = probe.warmup_steps, probe.partitions
         model.requires_grad_(False).eval()

@@ -66,8 +66,8 @@ def check_policy_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     mode = OmegaConf.select(config, "trainer.v1.trainer_mode", default="sync")
     if mode != "sync" or not OmegaConf.select(config, "trainer.use_v1", default=True):
         raise ConfigurationError(
-            f"trainer.v1.trainer_mode: {mode!r} is not supported by objective policy, whose steps must use the prompts of "
-            f"that step; give sync with trainer.use_v1=true, or hybrid_lora.probe.objective=sft",
+            f"trainer.v1.trainer_mode: {mode!r} is not supported by objective policy, whose steps must use the prompts "
+            f"of that step; give sync with trainer.use_v1=true, or hybrid_lora.probe.objective=sft",
             see="policy-probe-not-possible",
         )
 
@@ -144,8 +144,8 @@ def run_policy_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
         # The file logger would mix the probe's steps into those of the run.
         environment["VERL_FILE_LOGGER_PATH"] = str(Path(metrics).with_suffix(f".probe{Path(metrics).suffix}"))
     print(
-        f"hybrid_lora: no allocation given, probing first with the policy objective: {hybrid.probe.warmup_steps} warm-up "
-        f"steps, then {hybrid.probe.partitions} partitions; the artifact will be in {hybrid.output_dir}",
+        f"hybrid_lora: no allocation given, probing first with the policy objective: {hybrid.probe.warmup_steps} "
+        f"warm-up steps, then {hybrid.probe.partitions} partitions; the artifact will be in {hybrid.output_dir}",
         flush=True,
     )
     status, signum = run_child(command, environment)

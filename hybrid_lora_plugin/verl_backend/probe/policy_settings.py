@@ -1,7 +1,7 @@
 """What a policy probe depends on, as flat JSON: nearly all of the run's configuration, and the prompts themselves.
 
-Kept in ``<output_dir>.partial/settings.json`` while the probe runs, so that another start cannot continue it under other
-settings, and then in the artifact.
+Kept in ``<output_dir>.partial/settings.json`` while the probe runs, so that another start cannot continue it under
+other settings, and then in the artifact.
 """
 
 from __future__ import annotations

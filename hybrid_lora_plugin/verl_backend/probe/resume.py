@@ -89,7 +89,8 @@ def allocation_of_checkpoint(config: DictConfig) -> Path | None:
     kept = folder / "actor" / "hybrid_lora" / ALLOCATION_FILE
     if not kept.is_file():
         raise ConfigurationError(
-            f"hybrid_lora.allocation: None, and the checkpoint to resume in {folder} holds no {kept.relative_to(folder)}; "
+            f"hybrid_lora.allocation: None, and the checkpoint to resume in {folder} holds no "
+            f"{kept.relative_to(folder)}; "
             f"give the allocation it was trained under, or trainer.resume_mode=disable and another "
             f"trainer.default_local_dir to start afresh",
             see="checkpoint-without-an-allocation",

@@ -47,8 +47,8 @@ def probed_allocation(hybrid: HybridLoraConfig, model_config: Any) -> tuple[Allo
     if not ranks.from_first(kept):
         if hybrid.probe.objective == "policy" and get_criterion(hybrid.criterion).method is not None:
             raise ConfigurationError(
-                f"hybrid_lora.output_dir: {folder} holds no allocation, and objective policy is probed before the workers "
-                f"start; start the run with `python -m verl.trainer.main_ppo`",
+                f"hybrid_lora.output_dir: {folder} holds no allocation, and objective policy is probed before the "
+                f"workers start; start the run with `python -m verl.trainer.main_ppo`",
                 see="policy-probe-not-possible",
             )
         config = command_config(hybrid, model_config.local_path, model_config.trust_remote_code)

@@ -59,8 +59,8 @@ class HybridLoraHttpServer(vLLMHttpServer):
         connector = getattr(self.engine.vllm_config, "kv_transfer_config", None) is not None
         if self.node_rank == 0 and not await self.engine.reset_prefix_cache(reset_connector=connector):
             raise WeightSyncError(
-                "the rollout engine could not reset its prefix cache because requests still hold blocks of it; they would "
-                "continue on new weights with values computed by the old ones",
+                "the rollout engine could not reset its prefix cache because requests still hold blocks of it; they "
+                "would continue on new weights with values computed by the old ones",
                 see="prefix-cache-not-reset",
             )
         await self.clear_kv_cache()
@@ -162,8 +162,8 @@ class HybridLoraHttpServer(vLLMHttpServer):
         await self._compare_fixed_prompt(resumed=True)
 
     async def generate(self, *args, **kwargs):
-        # Where requests have to wait, verl looks for the adapter before they do, and without one would run none. Where they
-        # need not wait, an engine that has stopped would never answer that question.
+        # Where requests have to wait, verl looks for the adapter before they do, and without one would run none. Where
+        # they need not wait, an engine that has stopped would never answer that question.
         refused_now = self._unproven and not self._submission_paused
         if refused_now or (self.lora_as_adapter and not self._synced):
             raise WeightSyncError(

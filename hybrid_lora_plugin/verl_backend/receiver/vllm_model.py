@@ -232,8 +232,8 @@ class VllmRolloutModel:
         for name, sample in self._kept.items():
             if not torch.equal(self.live(name).sample(), sample):
                 raise WeightSyncError(
-                    f"{name}: changed in the rollout engine without being sent; a sleep that discards weights loses those "
-                    "that a sync does not bring back",
+                    f"{name}: changed in the rollout engine without being sent; a sleep that discards weights loses "
+                    f"those that a sync does not bring back",
                     see="engine-lost-weights-that-are-not-sent",
                 )
         if self._adapter is not None:

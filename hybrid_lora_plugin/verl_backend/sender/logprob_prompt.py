@@ -1,4 +1,4 @@
-"""``sync_check=logprobs``: log-probabilities of a fixed prompt, from the trainer, for the rollout engine to reproduce."""
+"""``sync_check=logprobs``: the trainer's log-probabilities of a fixed prompt, for the rollout engine to reproduce."""
 
 from __future__ import annotations
 

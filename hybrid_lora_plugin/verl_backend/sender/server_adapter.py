@@ -1,7 +1,7 @@
 """The sending end of a weight sync in verl (0.9.1 ``workers/rollout/vllm_rollout/vllm_rollout.py``).
 
-verl calls it a server adapter: it lives in the trainer's process when trainer and rollout engine share their devices, in a
-process of its own beside the engine otherwise. It hands a sync to the transport, compares the engine's report with
+verl calls it a server adapter: it lives in the trainer's process when trainer and rollout engine share their devices,
+in a process of its own beside the engine otherwise. It hands a sync to the transport, compares the engine's report with
 what went out, and raises on every rank when any rank's engine cannot prove its weights.
 """
 
@@ -90,8 +90,8 @@ class PassingWeights:
             while await self._next() is not None:
                 pass
 
-    # A rank without a server of its own hears of a failure only from another rank, and the collectives of the stream are
-    # no place to tell it: the process group's store is.
+    # A rank without a server of its own hears of a failure only from another rank, and the collectives of the stream
+    # are no place to tell it: the process group's store is.
 
     def tell_other_ranks(self, text: str) -> None:
         """Let ranks that wait for their receiver know that this sync has failed."""
@@ -276,8 +276,8 @@ def _ended(passing: PassingWeights, step: int | None, text: str, rank: int | Non
     number = passing.header.number if passing.header else "(unknown)"
     where = "" if rank is None else f" on rank {rank}"
     return WeightSyncError.relayed(
-        f"hybrid_lora: weight sync {number} of step {step} failed{where}: {text}. The run ends here, nothing is generated "
-        "from these weights; continue from the last checkpoint",
+        f"hybrid_lora: weight sync {number} of step {step} failed{where}: {text}. The run ends here, nothing is "
+        f"generated from these weights; continue from the last checkpoint",
         otherwise="error-from-outside-the-plugin",
     )
 

@@ -1,8 +1,9 @@
 """Measurements of this process's last weight sync, for the trainer's metrics.
 
-The trainer's process keeps them when its stream has gone out. Where it also holds the sending end it adds what it learnt
-there; a rollout engine apart from the trainer raises in its own process when it cannot prove a sync. Either way a run
-goes on only after a proven sync, so ``sync_digest_ok`` of a logged step is 1, or 0 where nothing was to be proven.
+The trainer's process keeps them when its stream has gone out. Where it also holds the sending end it adds what it
+learnt there; a rollout engine apart from the trainer raises in its own process when it cannot prove a sync. Either way
+a run goes on only after a proven sync, so ``sync_digest_ok`` of a logged step is 1, or 0 where nothing was to be
+proven.
 """
 
 from __future__ import annotations

@@ -54,8 +54,8 @@ class WeightSource:
             lora_modules: modules with an adapter.
             base: computes the digests of the weights that stay away; called once in a run, on every rank.
             fixed_prompt: what the engine compares log-probabilities of, from ``logprob_prompt``.
-            merged: from a module with an adapter, the digest of its merged weight, where the receiver merges; the modules
-                take turns, one in each sync. Called on every rank.
+            merged: from a module with an adapter, the digest of its merged weight, where the receiver merges; the
+                modules take turns, one in each sync. Called on every rank.
         """
         self._run = self._run or _drawn_run()
         self._number += 1
