@@ -22,7 +22,7 @@ from hybrid_lora_plugin.probing.measure import draw_partition  # noqa: E402
 from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
 from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402
 from hybrid_lora_plugin.verl_backend.probe.policy_dataset import prompt_order  # noqa: E402
-from hybrid_lora_plugin.verl_backend.probe.resume import data_of_run, find_kept  # noqa: E402
+from hybrid_lora_plugin.verl_backend.probe.resume import data_of_run, has_earlier_allocation  # noqa: E402
 from tests.support.engine_worker import make_batch  # noqa: E402
 from tests.support.tiny_models import make_tiny_qwen2, sums, write_jsonl  # noqa: E402
 from tests.support.verl_processes import run_engine  # noqa: E402
@@ -99,8 +99,10 @@ def test_every_setting_that_decides_an_allocation_is_compared(tmp_path, tiny_qwe
             OmegaConf.merge(OmegaConf.structured(HybridLoraConfig), OmegaConf.from_dotlist(same))
         )
 
-    assert find_kept(tmp_path / "a", hybrid()) and not find_kept(tmp_path / "nothing", hybrid())
-    assert find_kept(tmp_path / "a", hybrid("direction=lowest")), "auto was lowest"
+    assert has_earlier_allocation(tmp_path / "a", hybrid()) and not has_earlier_allocation(
+        tmp_path / "nothing", hybrid()
+    )
+    assert has_earlier_allocation(tmp_path / "a", hybrid("direction=lowest")), "auto was lowest"
     for change in (
         "criterion=alpha", "direction=highest", "normalise=sqrt_dims", "lora.rank=2", "budget.mode=modules",
         "budget.overflow=skip", "budget.ratio=0.2", "probe.objective=policy", "probe.warmup_steps=3",
@@ -108,7 +110,7 @@ def test_every_setting_that_decides_an_allocation_is_compared(tmp_path, tiny_qwe
         "probe.lr=1e-3", "probe.partitions_per_batch=2",
     ):  # fmt: skip
         with pytest.raises(ConfigurationError, match=f"hybrid_lora.{change.partition('=')[0]}: "):
-            find_kept(tmp_path / "a", hybrid(change))
+            has_earlier_allocation(tmp_path / "a", hybrid(change))
 
 
 def test_an_allocation_of_other_weights_or_rows_is_not_taken_up(tmp_path, tiny_qwen2):
@@ -127,18 +129,22 @@ def test_an_allocation_of_other_weights_or_rows_is_not_taken_up(tmp_path, tiny_q
     node = OmegaConf.merge(OmegaConf.structured(HybridLoraConfig), OmegaConf.from_dotlist(settings))
     hybrid = OmegaConf.to_object(node)
     config = OmegaConf.create({"actor_rollout_ref": {"model": {"path": str(model)}}})
-    assert find_kept(tmp_path / "a", hybrid, data_of_run(config, hybrid))
+    assert has_earlier_allocation(tmp_path / "a", hybrid, lambda: data_of_run(config, hybrid))
     shutil.copytree(model, tmp_path / "copy")
     elsewhere = OmegaConf.create({"actor_rollout_ref": {"model": {"path": str(tmp_path / "copy")}}})
-    assert find_kept(tmp_path / "a", hybrid, data_of_run(elsewhere, hybrid)), "a copy is the same model"
+    assert has_earlier_allocation(tmp_path / "a", hybrid, lambda: data_of_run(elsewhere, hybrid)), (
+        "a copy is the same model"
+    )
     write_jsonl(tmp_path / "rows.jsonl", sums(41))
     with pytest.raises(ConfigurationError, match="hybrid_lora.probe.files: "):
-        find_kept(tmp_path / "a", hybrid, data_of_run(config, hybrid))
+        has_earlier_allocation(tmp_path / "a", hybrid, lambda: data_of_run(config, hybrid))
     (tmp_path / "rows.jsonl").unlink()
-    assert find_kept(tmp_path / "a", hybrid, data_of_run(config, hybrid)), "rows that are gone cannot be compared"
+    assert has_earlier_allocation(tmp_path / "a", hybrid, lambda: data_of_run(config, hybrid)), (
+        "rows that are gone cannot be compared"
+    )
     make_tiny_qwen2(model, seed=1)
     with pytest.raises(ConfigurationError, match="actor_rollout_ref.model.path"):
-        find_kept(tmp_path / "a", hybrid, data_of_run(config, hybrid))
+        has_earlier_allocation(tmp_path / "a", hybrid, lambda: data_of_run(config, hybrid))
 
 
 # ---------------------------------------------------------------------------------------------- objective policy

@@ -153,5 +153,5 @@ def test_a_tensor_of_another_type_is_named(hybrid, faulty, mode):
     """Also where the trainer lists it so: the header says what the engine computes in."""
     name = next(reversed(tensors_of(hybrid, mode)))
     message = faulty(mode, lambda pairs: [(n, t.half() if n == name else t) for n, t in pairs])
-    reference = "[docs/troubleshooting.md#tensor-of-another-shape-or-type]"
+    reference = "[docs/troubleshooting.md#tensor-of-another-shape-or-dtype]"
     assert message == f"{name}: received as float16, wanted float32 {reference}"

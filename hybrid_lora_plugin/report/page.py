@@ -7,6 +7,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from hybrid_lora_plugin.allocation.budget import FULL
 from hybrid_lora_plugin.allocation.budget_modes import budget_mode
 from hybrid_lora_plugin.allocation.schema import Allocation, ModuleRecord, ProbeRecord
@@ -179,12 +181,13 @@ def _separation(allocation: Allocation) -> list[str]:
         ]
     if allocation.selection.criterion == "random":
         return ["The scores are random numbers: where the cut lies means nothing."]
-    scores = sorted(module.score for module in order)
+    scores = [module.score for module in order]
     levels = {"min": 0.0, "10 %": 0.1, "median": 0.5, "90 %": 0.9, "max": 1.0}
+    quantiles = np.quantile(scores, list(levels.values()))
     lines = [
         "| score | " + " | ".join(levels) + " |",
         "| --- |" + " ---: |" * len(levels),
-        f"| {len(scores)} modules | " + " | ".join(f"{_quantile(scores, at):.4g}" for at in levels.values()) + " |",
+        f"| {len(scores)} modules | {' | '.join(f'{value:.4g}' for value in quantiles)} |",
         "",
         *_cut(allocation),
     ]
@@ -226,11 +229,3 @@ def _against_the_mean(value: float, count: int) -> str:
     if abs(value) >= 0.95:
         return text + "; the spread over the batches hardly changes the order."
     return text + "."
-
-
-def _quantile(ordered: list[float], at: float) -> float:
-    """Linear between the neighbours, as NumPy's default."""
-    place = at * (len(ordered) - 1)
-    low = int(place)
-    high = min(low + 1, len(ordered) - 1)
-    return ordered[low] + (place - low) * (ordered[high] - ordered[low])

@@ -4,11 +4,12 @@
     normalise       what can be divided out of them
     module_scores   what a criterion gives back: scores, signal, moments
     registry        the table of criteria, and ``score_modules``
-    hybrid …        one file a criterion
+    hybrid          the Hybrid-Score and the variants of Table 2
+    baselines       published scores beside it
+    controls        what any claim about a score needs beside it
 
-To add one, write a file beside ``hybrid.py`` whose function ``score(measured)`` carries
-``@register_criterion(name, direction=..., source=...)``, import it at the end of this file, and add its name to
-``CRITERIA`` in ``hybrid_lora_plugin/config.py``.
+To add one, write a function ``score_NAME(measured)`` with ``@register_criterion("NAME", direction=..., source=...)``
+into one of the last three, and add the name to ``CRITERIA`` in ``hybrid_lora_plugin/config.py``.
 
 Dimension letters: T validation batches, M modules, r rank.
 """

@@ -1,4 +1,4 @@
-"""Controls."""
+"""Controls: seeded draws, gradients of the frozen weights, and choices by rule or by name."""
 
 from __future__ import annotations
 

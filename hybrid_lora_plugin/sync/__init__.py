@@ -1,14 +1,13 @@
 """Weight sync: what a trainer sends to a rollout engine, and how both sides prove that it arrived.
 
-``digest``              one short text per tensor that changes with any bit of it
-``wire``                the stream: a header, the named tensors, a manifest; and the check of what came out of it
-``modes``               the interface of a sync mode, and the three of them by name
-``merge``               plain merged weights, all of them
-``adapter``             the full modules' weights, and the LoRA factors for the engine's own adapter
-``receiver_merge``      the full modules' weights, and fp32 factors that the receiver merges itself
-``hybrid_weights``      reading a hybrid model, sharded or not, one whole tensor at a time
-``checkpoint_weights``  the original weights, memory-mapped or kept in pinned memory
-``base_check``          that trainer and rollout engine started from the same base weights
+``digest``           one short text per tensor that changes with any bit of it
+``wire``             the stream: a header, the named tensors, a manifest; and the check of what came out of it
+``mode_base``        the interface of a sync mode; ``modes`` has them by name
+``merge``            plain merged weights, all of them
+``adapter``          the full modules' weights, and the LoRA factors for the engine's own adapter
+``receiver_merge``   the full modules' weights, and fp32 factors that the receiver merges itself
+``hybrid_weights``   reading a hybrid model, sharded or not, one whole tensor at a time
+``base_weights``     the original weights, and that trainer and rollout engine started from the same
 
 Nothing here imports verl or vLLM; the parts that do are in ``verl_backend``.
 """

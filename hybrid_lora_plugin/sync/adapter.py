@@ -69,7 +69,7 @@ class FactorReceiver(SyncReceiver):
             raise WeightSyncError(
                 f"{name}: received with shape {tuple(tensor.shape)}, wanted {wanted}: an adapter of another rank, or a "
                 "shard of one",
-                see="tensor-of-another-shape-or-type",
+                see="tensor-of-another-shape-or-dtype",
             )
 
     def take_pair(self, module: str, lora_a: torch.Tensor, lora_b: torch.Tensor) -> None:

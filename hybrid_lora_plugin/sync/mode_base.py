@@ -42,7 +42,7 @@ class SyncReceiver(ABC):
         if tensor.is_floating_point() and tensor.dtype != wanted:
             raise WeightSyncError(
                 f"{name}: received as {tensor.dtype}, wanted {wanted}".replace("torch.", ""),
-                see="tensor-of-another-shape-or-type",
+                see="tensor-of-another-shape-or-dtype",
             )
 
     @abstractmethod

@@ -1,8 +1,10 @@
 """The hybrid model: apply an allocation, keep the base, merge, save, export. No verl in here.
 
-``apply``      LoRA on exactly the modules that are not fully tuned; the counts of parameters
-``merge``      the one formula that turns base and factors into a plain weight
-``reference``  the original values of the fully tuned weights, swapped in for the reference policy
-``trainables`` what training changed, as safetensors
-``export``     a plain Hugging Face folder from base checkpoint and trainables
+``apply``         LoRA on exactly the modules that are not fully tuned; the count of parameters
+``lora_linear``   PEFT's LoRA layer with fewer passes over memory
+``merge``         the one formula that turns base and factors into a plain weight
+``reference``     the original values of the fully tuned weights, swapped in for the reference policy
+``checkpoint``    what training changed, as safetensors
+``export``        a plain Hugging Face folder from the base checkpoint and that
+``precision``  ``memory``  ``dtensor``    dtypes, bytes of a rank, shards
 """

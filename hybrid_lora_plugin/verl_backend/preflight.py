@@ -76,7 +76,11 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     from hybrid_lora_plugin.allocation.storage import refuse_existing
     from hybrid_lora_plugin.probing.runner import check_budget, check_shapes
     from hybrid_lora_plugin.scoring import get_criterion
-    from hybrid_lora_plugin.verl_backend.probe.resume import allocation_of_checkpoint, data_of_run, find_kept
+    from hybrid_lora_plugin.verl_backend.probe.resume import (
+        allocation_of_checkpoint,
+        data_of_run,
+        has_earlier_allocation,
+    )
 
     checkpoints = os.path.abspath(str(OmegaConf.select(config, "trainer.default_local_dir")))
     hybrid.output_dir = os.path.abspath(hybrid.output_dir or os.path.join(checkpoints, "allocation"))
@@ -84,7 +88,7 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     hybrid.probe.files = [os.path.abspath(os.path.expanduser(file)) for file in hybrid.probe.files]
     OmegaConf.update(config, "hybrid_lora.probe.files", hybrid.probe.files)
     if hybrid.phase == "train":
-        if find_kept(Path(hybrid.output_dir), hybrid, lambda: data_of_run(config, hybrid)):
+        if has_earlier_allocation(Path(hybrid.output_dir), hybrid, lambda: data_of_run(config, hybrid)):
             if hybrid.probe.objective == "policy":
                 shutil.rmtree(f"{hybrid.output_dir}.partial", ignore_errors=True)
             return

@@ -29,7 +29,9 @@ from hybrid_lora_plugin.scoring import get_criterion
 from hybrid_lora_plugin.verl_backend.probe.policy_settings import policy_settings
 
 
-def find_kept(folder: Path, hybrid: HybridLoraConfig, data: Callable[[], Mapping[str, Any]] = dict) -> bool:
+def has_earlier_allocation(
+    folder: Path, hybrid: HybridLoraConfig, data: Callable[[], Mapping[str, Any]] = dict
+) -> bool:
     """Whether an earlier start of the run has left its allocation in ``folder``.
 
     Args:

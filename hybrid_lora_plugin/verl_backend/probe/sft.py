@@ -22,7 +22,7 @@ from hybrid_lora_plugin.probing.loading import checkpoint_fingerprint
 from hybrid_lora_plugin.probing.progress import LineProgress
 from hybrid_lora_plugin.probing.runner import run_probe
 from hybrid_lora_plugin.scoring import get_criterion
-from hybrid_lora_plugin.verl_backend.probe.resume import command_config, find_kept
+from hybrid_lora_plugin.verl_backend.probe.resume import command_config, has_earlier_allocation
 
 
 def probed_allocation(hybrid: HybridLoraConfig, model_config: Any) -> tuple[Allocation, str]:
@@ -42,7 +42,9 @@ def probed_allocation(hybrid: HybridLoraConfig, model_config: Any) -> tuple[Allo
     folder, ranks = Path(hybrid.output_dir), Ranks(torch.device(get_device_id()))
 
     def kept() -> bool:
-        return find_kept(folder, hybrid, lambda: {"checkpoint": checkpoint_fingerprint(model_config.local_path)})
+        return has_earlier_allocation(
+            folder, hybrid, lambda: {"checkpoint": checkpoint_fingerprint(model_config.local_path)}
+        )
 
     if not ranks.from_first(kept):
         if hybrid.probe.objective == "policy" and get_criterion(hybrid.criterion).method is not None:

@@ -44,8 +44,8 @@ class VllmRolloutModel:
         #: of all parameters when ``_live`` was begun
         self._seen: list[int] = []
         #: samples of the weights that no sync sends, from when they were proven
-        self._kept: dict[str, torch.Tensor] = {}
-        self._kept_for = ""
+        self._unsent: dict[str, torch.Tensor] = {}
+        self._unsent_proven_for = ""
 
     @property
     def device(self) -> torch.device:
@@ -121,7 +121,7 @@ class VllmRolloutModel:
         if tuple(tensor.shape) != live.shape:
             raise WeightSyncError(
                 f"{name}: received with shape {tuple(tensor.shape)}, wanted {live.shape}",
-                see="tensor-of-another-shape-or-type",
+                see="tensor-of-another-shape-or-dtype",
             )
         if self._digests and name not in self._as_arrived:
             # Waited for when everything of this bucket has been loaded.
@@ -229,7 +229,7 @@ class VllmRolloutModel:
                     f"{name}: arrived whole, but the rollout engine's model holds other values",
                     see="engine-holds-other-weights",
                 )
-        for name, sample in self._kept.items():
+        for name, sample in self._unsent.items():
             if not torch.equal(self.live(name).sample(), sample):
                 raise WeightSyncError(
                     f"{name}: changed in the rollout engine without being sent; a sleep that discards weights loses "
@@ -244,9 +244,9 @@ class VllmRolloutModel:
 
     def base_proven_for(self, run: str) -> bool:
         """Whether the weights that this run's syncs leave alone have been compared with the checkpoint."""
-        return self._kept_for == run
+        return self._unsent_proven_for == run
 
-    def prove_kept(self, run: str, names: list[str]) -> None:
+    def prove_unsent(self, run: str, names: list[str]) -> None:
         """Compare weights that no sync of ``run`` sends with the checkpoint, once, and remember a sample of each.
 
         Raises:
@@ -261,8 +261,8 @@ class VllmRolloutModel:
                     "actor_rollout_ref.rollout.load_format=safetensors",
                     see="engine-did-not-start-from-its-checkpoint",
                 )
-            self._kept[name] = live.sample().clone()
-        self._kept_for = run
+            self._unsent[name] = live.sample().clone()
+        self._unsent_proven_for = run
 
     def _verify_adapter(self, factors, header: SyncHeader) -> None:
         manager = self._worker.model_runner.lora_manager._adapter_manager

@@ -133,7 +133,7 @@ class Reception:
         sent = set(self._received.entries)
         if sync_mode(header.mode).receiver_merges:
             sent |= {f"{module}.weight" for module in header.lora_modules}
-        self._rollout.prove_kept(header.run, [name for name in header.base if name not in sent])
+        self._rollout.prove_unsent(header.run, [name for name in header.base if name not in sent])
 
 
 class HybridLoraWorkerExtension(vLLMColocateWorkerExtension):
