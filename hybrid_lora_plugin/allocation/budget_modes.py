@@ -93,9 +93,11 @@ class BudgetMode(ABC):
 
     Attributes:
         name: as in ``budget.mode`` and in the artifact.
+        limits: whether a budget was applied; not where the criterion named its modules.
     """
 
     name: str
+    limits: bool = True
 
     @abstractmethod
     def account(self, candidates: Sequence[Candidate], amount: float | None, rank: int) -> Account:
@@ -278,7 +280,7 @@ class TotalTrainableMode(BudgetMode):
 class FixedMode(BudgetMode):
     """No budget: the criterion named its modules. No user chooses this mode."""
 
-    name = "fixed"
+    name, limits = "fixed", False
 
     def account(self, candidates: Sequence[Candidate], amount: float | None, rank: int) -> Account:
         raise AllocationError(f"budget.mode: {self.name!r} is not supported; choose one of {', '.join(CHOICES)}")
@@ -310,7 +312,7 @@ _MODES: dict[str, BudgetMode] = {
     mode.name: mode for mode in (ParametersMode(), ModulesMode(), TotalTrainableMode(), FixedMode())
 }
 FIXED = FixedMode.name
-CHOICES = tuple(name for name in _MODES if name != FIXED)
+CHOICES = tuple(name for name, mode in _MODES.items() if mode.limits)
 
 
 def budget_mode(name: str) -> BudgetMode:

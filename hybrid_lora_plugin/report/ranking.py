@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lora_plugin.allocation.budget import FULL
-from hybrid_lora_plugin.allocation.budget_modes import FIXED
+from hybrid_lora_plugin.allocation.budget_modes import budget_mode
 from hybrid_lora_plugin.allocation.schema import Allocation, ModuleRecord
 from hybrid_lora_plugin.candidates import tie_break
 
@@ -21,7 +21,7 @@ FEWEST_FOR_RANKS = 3
 def chosen_by_rule(allocation: Allocation) -> bool:
     """Whether a rule or a list chose the modules, so that what stands in ``score`` rates none of them."""
     # `spread` is held to the budget, but its scores are only places in an even order over the depth.
-    return allocation.budget.mode == FIXED or allocation.selection.criterion == "spread"
+    return not budget_mode(allocation.budget.mode).limits or allocation.selection.criterion == "spread"
 
 
 def by_preference(allocation: Allocation) -> list[ModuleRecord]:

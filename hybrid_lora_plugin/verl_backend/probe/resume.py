@@ -9,7 +9,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
-from hybrid_lora_plugin.allocation.budget_modes import FIXED, BudgetRecord, budget_mode
+from hybrid_lora_plugin.allocation.budget_modes import BudgetRecord, budget_mode
 from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE, load_allocation
 from hybrid_lora_plugin.config import (
@@ -122,7 +122,7 @@ def _settings(
     yield ours + "direction", selection.direction, direction
     yield ours + "normalise", selection.normalise, hybrid.normalise
     yield ours + "lora.rank", allocation.budget.lora_rank, hybrid.lora.rank
-    if allocation.budget.mode != FIXED:
+    if budget_mode(allocation.budget.mode).limits:
         yield from _budget(allocation.budget, hybrid.budget)
     for name, value in selection.options.items():
         yield f"{ours}control.{name}", value, getattr(hybrid.control, name)
