@@ -1,9 +1,9 @@
 """Runs under torchrun: the sending end of a sync on two ranks whose tensors are collectives, and one receiver fails.
 
-``python -m torch.distributed.run --nproc-per-node 2 tests/support/sync_ranks_worker.py SCENARIO OUT`` writes what each
-rank raised, and after how many seconds, to ``OUT/rankN.json``. Transport, receivers, process group and the adapter's
-own code are real; threads stand for the processes of a rollout engine with tensor parallel 2, and an object for the
-handle of its server.
+``python -m torch.distributed.run --nproc-per-node 2 tests/support/sync_ranks_worker.py ARGUMENTS.json`` writes what
+each rank raised, and after how many seconds, to ``OUT/rankN.json``. Transport, receivers, process group and the
+adapter's own code are real; threads stand for the processes of a rollout engine with tensor parallel 2, and an object
+for the handle of its server.
 """
 
 from __future__ import annotations
@@ -85,14 +85,15 @@ class Remote:
 POOL = concurrent.futures.ThreadPoolExecutor(8)
 
 
-def main(scenario: str, out: str) -> None:
-    import verl  # noqa: F401  loads the plugin and its platform
-
+def play(scenario: str, out: str, address: str) -> None:
+    """One scenario on this rank, in a process group of its own; ends the process."""
     from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader
     from hybrid_lora_plugin.verl_backend.sender.server_adapter import HybridLoraServerAdapter
 
-    dist.init_process_group("gloo")
-    rank = dist.get_rank()
+    rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+    # torchrun has a store of its own, for one process group; this one hosts its own at the address.
+    os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)
+    dist.init_process_group("gloo", init_method=address, rank=rank, world_size=world)
     handles = [f"ipc://{out}/s{other}" for other in range(2)]
     ended = []
 
@@ -126,6 +127,19 @@ def main(scenario: str, out: str) -> None:
     Path(out, f"rank{rank}.json").write_text(json.dumps({"raised": raised, "seconds": seconds, "ended": ended}))
     # A thread that still waits for a sender must not keep the process.
     os._exit(0)
+
+
+def main(file: str) -> None:
+    """Every scenario of the file in a fork of its own: what they import takes longer than what they do."""
+    import verl  # noqa: F401  loads the plugin and its platform
+
+    import hybrid_lora_plugin.verl_backend.sender.server_adapter  # noqa: F401
+
+    for scenario, (out, address) in json.loads(Path(file).read_text()).items():
+        child = os.fork()
+        if not child:
+            play(scenario, out, address)
+        os.waitpid(child, 0)
 
 
 if __name__ == "__main__":
