@@ -17,6 +17,17 @@ torch.set_num_threads(1)
 
 
 @pytest.fixture(scope="session")
+def main_ppo():
+    """``python -m verl.trainer.main_ppo`` as a function of its arguments; its imports are paid once."""
+    from tests.support.forking_python import ForkingPython
+    from tests.support.verl_processes import ROOT, environment_of
+
+    command = ForkingPython("verl.trainer.main_ppo", ROOT, environment_of())
+    yield command
+    command.close()
+
+
+@pytest.fixture(scope="session")
 def tiny_qwen2(tmp_path_factory):
     """Folder of a two-layer Qwen2 with its tokenizer; tests must not change it."""
     return make_tiny_qwen2(tmp_path_factory.mktemp("tiny") / "qwen2")

@@ -25,8 +25,7 @@ from hybrid_lora_plugin.verl_backend.probe import policy  # noqa: E402
 from hybrid_lora_plugin.verl_backend.probe.policy import probe_overrides  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
 from tests.support.tiny_models import make_char_tokenizer, make_tiny_qwen2, sums, write_jsonl  # noqa: E402
-from tests.support.verl_processes import run  # noqa: E402
-from tests.test_verl_configuration import MAIN_PPO, composed  # noqa: E402
+from tests.test_verl_configuration import composed  # noqa: E402
 
 POLICY = "hybrid_lora.probe.objective=policy"
 
@@ -255,9 +254,9 @@ def test_the_probes_process_does_not_outlive_the_run(signum, tmp_path):
 
 
 @pytest.mark.verl
-def test_main_ppo_says_in_one_line_what_a_policy_probe_lacks(probing, tmp_path):
+def test_main_ppo_says_in_one_line_what_a_policy_probe_lacks(probing, tmp_path, main_ppo):
     run_dir = f"hydra.run.dir={tmp_path / 'run'}"
-    done = run([*MAIN_PPO, *probing, POLICY, "hybrid_lora.criterion=snip", run_dir], check=False)
+    done = main_ppo(*probing, POLICY, "hybrid_lora.criterion=snip", run_dir)
     last = done.stdout.strip().splitlines()[-1]
     assert done.returncode == 1 and last.startswith("hybrid_lora: ") and "'snip'" in last
     assert "Traceback" not in done.stdout and not (tmp_path / "run").exists()

@@ -25,7 +25,6 @@ from tests.support.tiny_models import make_tiny_qwen2  # noqa: E402
 from tests.support.verl_processes import ROOT, run  # noqa: E402
 
 RECIPES = sorted(path.stem for path in (ROOT / "recipes" / "recipe").glob("*.yaml"))
-MAIN_PPO = ["-m", "verl.trainer.main_ppo"]
 
 
 def composed(*overrides: str):
@@ -68,13 +67,15 @@ def test_group_is_found_without_a_search_path_flag_and_sets_what_it_needs():
 
 
 @pytest.mark.verl
-def test_main_ppo_shows_the_group_and_the_command_line_wins():
+def test_main_ppo_shows_the_group_and_the_command_line_wins(main_ppo):
     overrides = [
         "hybrid_lora.lora.rank=8",
         "actor_rollout_ref.actor.optim.lr=3e-4",
         "actor_rollout_ref.rollout.load_format=dummy",
     ]
-    shown = run([*MAIN_PPO, "--cfg", "job", "+hybrid_lora=enabled", *overrides]).stdout
+    done = main_ppo("--cfg", "job", "+hybrid_lora=enabled", *overrides)
+    assert done.returncode == 0, done.stdout
+    shown = done.stdout
     config = OmegaConf.create(shown[shown.index("actor_rollout_ref:") :])
     assert config.actor_rollout_ref.actor.optim.lr == 3e-4
     assert config.actor_rollout_ref.rollout.load_format == "dummy"
@@ -271,15 +272,14 @@ def test_installed_verl_is_supported():
 
 @pytest.mark.verl
 @pytest.mark.parametrize("case", ["missing artifact", "strategy"])
-def test_main_ppo_stops_with_one_line_and_writes_nothing(case, accepted, tmp_path):
+def test_main_ppo_stops_with_one_line_and_writes_nothing(case, accepted, tmp_path, main_ppo):
     mistake, words = REFUSED[case]
-    done = run([*MAIN_PPO, *accepted, *mistake, f"hydra.run.dir={tmp_path / 'run'}"], check=False)
+    done = main_ppo(*accepted, *mistake, f"hydra.run.dir={tmp_path / 'run'}")
     last = done.stdout.strip().splitlines()[-1]
     assert done.returncode == 1 and last.startswith("hybrid_lora: ") and all(word in last for word in words)
     assert "Traceback" not in done.stdout and not (tmp_path / "run").exists()
 
 
-@pytest.mark.ray
 @pytest.mark.verl
 def test_worker_without_the_plugin_stops_instead_of_training_plain_lora(tiny_qwen2):
     """A worker whose plugin cannot register fails where verl reads the model, with the reason."""

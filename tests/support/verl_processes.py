@@ -13,6 +13,11 @@ from tests.support.processes import free_port
 ROOT = Path(__file__).parents[2]
 
 
+def environment_of(**environment: str) -> dict[str, str]:
+    """The CPU environment of a process that can import the tests, with ``environment`` on top."""
+    return cpu_environment(**{"PYTHONPATH": str(ROOT)} | environment)
+
+
 def run(
     arguments: list[str], *, timeout: int = 3000, check: bool = True, **environment: str
 ) -> subprocess.CompletedProcess:
@@ -20,7 +25,7 @@ def run(
     done = subprocess.run(
         [sys.executable, *arguments],
         cwd=ROOT,
-        env=cpu_environment(**{"PYTHONPATH": str(ROOT)} | environment),
+        env=environment_of(**environment),
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
