@@ -27,10 +27,11 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from benchmarks.pages import write_page
 from hybrid_lora_plugin.allocation import Allocation
-from hybrid_lora_plugin.allocation.schema import ModelIdentity
 from hybrid_lora_plugin.allocation.select import select_modules
-from hybrid_lora_plugin.candidates import architecture_of, find_candidates_from_config, model_fingerprint
+from hybrid_lora_plugin.candidates import find_candidates, meta_model
 from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig, ControlConfig
+from hybrid_lora_plugin.probing.loading import parameter_count
+from hybrid_lora_plugin.probing.provenance import model_identity
 from hybrid_lora_plugin.sync import hybrid_weights
 from hybrid_lora_plugin.sync import merge as sync_merge
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
@@ -61,13 +62,9 @@ BEGIN, END = "<!-- computed by benchmarks/sync_sizes.py -->", "<!-- end of the c
 
 def draw_allocation(config, name: str, *, rank: int, ratio: float, seed: int) -> Allocation:
     """The allocation that criterion ``random`` with this seed gives the model of a Hugging Face config."""
-    candidates = find_candidates_from_config(config)
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-    model = ModelIdentity(
-        name, architecture_of(config), model_fingerprint(config), config.num_hidden_layers,
-        sum(candidate.parameters for candidate in candidates), parameters,
-    )  # fmt: skip
+    plain = meta_model(config)
+    candidates = find_candidates(plain)
+    model = model_identity(name, plain, candidates, parameter_count(plain))
     settings = AllocateCommandConfig(
         criterion="random", budget=BudgetConfig(ratio=ratio), control=ControlConfig(seed=seed)
     )

@@ -5,13 +5,15 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig
 
 from hybrid_lora_plugin.allocation import Allocation
-from hybrid_lora_plugin.allocation.schema import ModelIdentity, ProbeRecord
+from hybrid_lora_plugin.allocation.schema import ProbeRecord
 from hybrid_lora_plugin.allocation.select import select_modules
-from hybrid_lora_plugin.candidates import architecture_of, find_candidates_from_config, model_fingerprint
+from hybrid_lora_plugin.candidates import find_candidates, find_candidates_from_config, meta_model
 from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig
+from hybrid_lora_plugin.probing.loading import parameter_count
+from hybrid_lora_plugin.probing.provenance import model_identity
 from hybrid_lora_plugin.report.artifact import save_allocation
 
 
@@ -29,13 +31,9 @@ def draw_measurements(modules: int, batches: int = 4, seed: int = 0) -> dict[str
 
 def decide_for(config, measurements: dict[str, torch.Tensor], settings=None, name: str = "models/tiny") -> Allocation:
     """The allocation a probe of the model that ``config`` describes would give, in memory."""
-    candidates = find_candidates_from_config(config)
-    with torch.device("meta"):
-        parameters = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-    model = ModelIdentity(
-        name, architecture_of(config), model_fingerprint(config), config.num_hidden_layers,
-        sum(candidate.parameters for candidate in candidates), parameters,
-    )  # fmt: skip
+    plain = meta_model(config)
+    candidates = find_candidates(plain)
+    model = model_identity(name, plain, candidates, parameter_count(plain))
     probe = ProbeRecord(
         method="svd_lora", objective="sft", rank=4, init="default", warmup_steps=1, lr=1e-4, partitions=4,
         partitions_per_batch=1, batch_size=1, max_length=16, dtype="float32", seed=0,
