@@ -237,10 +237,10 @@ def test_reference_is_the_base_model(run, expected):
         torch.testing.assert_close(torch.tensor(row), wanted, rtol=0, atol=1e-5)
 
 
-def test_probe_of_a_sync_is_the_same_under_every_option(run, runs):
-    wanted = runs[1]["fsdp2-1"]["probe"]
-    assert run["probe"]["tokens"] == wanted["tokens"]
-    assert run["probe"]["log_probs"] == pytest.approx(wanted["log_probs"], abs=2e-3)
+def test_fixed_prompt_of_a_sync_is_the_same_under_every_option(run, runs):
+    wanted = runs[1]["fsdp2-1"]["fixed_prompt"]
+    assert run["fixed_prompt"]["tokens"] == wanted["tokens"]
+    assert run["fixed_prompt"]["log_probs"] == pytest.approx(wanted["log_probs"], abs=2e-3)
 
 
 def test_a_model_with_a_head_of_its_own_trains_alike(runs, setting, expected):

@@ -84,11 +84,11 @@ def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[
         engine.hybrid.sync = mode
         stream, _ = engine.get_per_tensor_param()
         synced[f"synced-{mode}"] = {n: t.clone() for n, t in stream if not n.startswith("hybrid_lora.sync.")}
-    engine.hybrid.sync_check = "probe"
+    engine.hybrid.sync_check = "logprobs"
     engine.engine_config.use_remove_padding = options.get("use_remove_padding", False)  # as verl's worker does
     engine.engine_config.use_fused_kernels = options.get("use_fused_kernels", False)
     stream, _ = engine.get_per_tensor_param()
-    result["probe"] = stream.header.probe
+    result["fixed_prompt"] = stream.header.fixed_prompt
     for _ in stream:
         pass
     if "checkpoint" in setting:
