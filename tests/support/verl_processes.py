@@ -8,7 +8,6 @@ import sys
 from pathlib import Path
 
 from recipes.demo.environment import cpu_environment
-from tests.support.processes import free_port
 
 ROOT = Path(__file__).parents[2]
 
@@ -39,7 +38,8 @@ def run(
 
 def torchrun(ranks: int, arguments: list[str], **options) -> subprocess.CompletedProcess:
     """Run ``python ARGUMENTS`` on ``ranks`` gloo ranks."""
-    launcher = ["-m", "torch.distributed.run", f"--nproc-per-node={ranks}", f"--master-port={free_port()}"]
+    # It takes a free port itself; one found here could be another process's by the time it is used.
+    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}"]
     return run([*launcher, *arguments], **options)
 
 
