@@ -35,8 +35,10 @@ $(BIN)/uv:
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet 'uv>=0.5,<1'
 
+# Compiled while installing: every test of verl or vLLM imports thousands of files, in many processes, and where Python
+# may not write bytecode (PYTHONDONTWRITEBYTECODE) each process would compile them again.
 $(VENV)/.installed: requirements/cpu.txt requirements/overrides.txt pyproject.toml | $(BIN)/uv
-	$(UV) pip install --quiet --python $(BIN)/python $(TORCH_SOURCE) --override requirements/overrides.txt -r requirements/cpu.txt
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python $(TORCH_SOURCE) --override requirements/overrides.txt -r requirements/cpu.txt
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
