@@ -247,6 +247,7 @@ CRITERIA = (
     "spread",
 )
 FROZEN_DTYPES = ("auto", "float32")
+ROUNDINGS = ("stochastic", "nearest")
 SYNC_MODES = ("merge", "adapter", "receiver_merge")
 NORMALISATIONS = ("none", "sqrt_dims", "delta_norm", "type_zscore")
 
@@ -344,6 +345,19 @@ class HybridLoraConfig(SelectionConfig):
         "which the engine merges into its checkpoint's weights.",
         source="own choice: merge needs nothing of the engine",
         choices=SYNC_MODES,
+    )
+    sync_rounding: str = documented(
+        "stochastic",
+        "How merged and fully tuned weights become rollout weights of 16 bits: `stochastic` by a random threshold of "
+        "each weight, fixed for the run, so that the update arrives in the mean; `nearest` loses most of it while "
+        "updates are smaller than a unit in the last place.",
+        source="own measurement: docs/weight-sync.md",
+        choices=ROUNDINGS,
+    )
+    sync_seed: int = documented(
+        0,
+        "Seed of the random thresholds; a run that resumes has to keep it.",
+        source="own choice",
     )
     sync_check: str = documented(
         "digest",

@@ -26,6 +26,7 @@ from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.sync.mode_base import SyncMode
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, trainable_groups
+from hybrid_lora_plugin.training.arrival import Arrival
 from hybrid_lora_plugin.training.checkpoint import FOLDER, CheckpointDescription, require_same_setting, save_trained
 from hybrid_lora_plugin.training.dtensor import local_tensor, sum_of_squares, whole
 from hybrid_lora_plugin.training.memory import rank_bytes
@@ -194,15 +195,20 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         if self._weight_source is None:
             self._weight_source = WeightSource(self.hybrid, self.model_config, device)
         source, parts = self._weight_source, parts_of(self.module)
+        # FSDP1 keeps pieces of a parameter that begin and end within a row.
+        aligned = fsdp_version(self.module) != 1 and self._base_snapshot is not None
+        arrival = source.next_arrival(self._base_snapshot.values if aligned else None)
+        tensors = mode.outgoing(self.module, self.scaling, source.dtype, device, source.rounding, arrival)
         stream = source.stream(
             mode.name,
-            self._while_resident(mode.outgoing(self.module, self.scaling, source.dtype, device)),
+            self._while_resident(tensors),
             payload_bytes=mode.payload_bytes(parts.counts, source.dtype),
             lora_modules=list(parts.lora_modules),
             base=(lambda: base_digests(self._while_resident(original_weights(self.module, device))))
             if mode.partial
             else None,
-            merged=(lambda module: self._merged_digest(mode, module, source.dtype)) if mode.receiver_merges else None,
+            merged=(lambda module: self._merged_digest(mode, module, arrival)) if mode.receiver_merges else None,
+            arrival=arrival,
             fixed_prompt=fixed_prompt(self, self.hybrid, source.dtype)
             if self.hybrid.sync_check == "logprobs"
             else None,
@@ -210,9 +216,12 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         # verl asks only whether there is one; what the engine needs of it travels in the stream.
         return stream, {"r": self.model_config.lora_rank} if mode.engine_adapter else None
 
-    def _merged_digest(self, mode: SyncMode, module: str, dtype: torch.dtype) -> dict[str, str]:
+    def _merged_digest(self, mode: SyncMode, module: str, arrival: Arrival) -> dict[str, str]:
+        source = self._weight_source
         with self._resident():
-            return mode.merged_digest(self.module, module, self.scaling, dtype, get_device_id())
+            return mode.merged_digest(
+                self.module, module, self.scaling, source.dtype, get_device_id(), source.rounding, arrival
+            )
 
     @contextmanager
     def _resident(self):
