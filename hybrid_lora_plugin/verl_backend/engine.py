@@ -14,7 +14,6 @@ import torch
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
 from verl.utils.device import get_device_id, get_torch_device
 from verl.utils.fsdp_utils import fsdp_version, load_fsdp_model_to_gpu, offload_fsdp_model_to_cpu
-from verl.utils.torch_dtypes import PrecisionType
 from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine import FSDPEngineWithLMHead
 
@@ -37,7 +36,7 @@ from hybrid_lora_plugin.verl_backend import requirements
 from hybrid_lora_plugin.verl_backend.patches import only_parameters_cast
 from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
 from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import fixed_prompt
-from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource
+from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource, rollout_dtype
 
 
 class HybridLoraEngine(FSDPEngineWithLMHead):
@@ -61,10 +60,6 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             # Before the actor is built: the probe has the memory to itself.
             self.allocation, self._allocation_json = probed_allocation(self.hybrid, self.model_config)
         super().initialize()
-
-    @property
-    def _rollout_dtype(self) -> torch.dtype:
-        return PrecisionType.to_dtype(self.model_config.lora["rollout_dtype"])
 
     @property
     def scaling(self) -> float:
@@ -259,7 +254,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
                 rank=self.model_config.lora_rank,
                 alpha=self.model_config.lora_alpha,
                 global_step=int(global_step or 0),
-                rollout_dtype=str(self._rollout_dtype).removeprefix("torch."),
+                rollout_dtype=str(rollout_dtype(self.model_config)).removeprefix("torch."),
                 rounding_mode=self.hybrid.sync_rounding,
                 rounding_seed=self.hybrid.sync_seed,
             )
