@@ -30,7 +30,7 @@ from hybrid_lora_plugin.training.checkpoint import FOLDER, CheckpointDescription
 from hybrid_lora_plugin.training.dtensor import local_tensor, sum_of_squares, whole
 from hybrid_lora_plugin.training.memory import rank_bytes
 from hybrid_lora_plugin.training.precision import frozen_dtype
-from hybrid_lora_plugin.training.reference import BaseSnapshot
+from hybrid_lora_plugin.training.reference import BaseSnapshot, adapters_off
 from hybrid_lora_plugin.verl_backend import requirements
 from hybrid_lora_plugin.verl_backend.patches import only_parameters_cast
 from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
@@ -166,7 +166,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
     def disable_adapter(self):
         """The untouched base model: adapters off and the original values of the full modules in place."""
         self._reshard()
-        with self._base_snapshot.swapped_in(trainable_groups(self.module)["full"]), self.module.disable_adapter():
+        with self._base_snapshot.swapped_in(trainable_groups(self.module)["full"]), adapters_off(self.module):
             try:
                 yield
             finally:
@@ -177,11 +177,11 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-            elif (
-                isinstance(module, FullyShardedDataParallel) and module._handle and module._handle.uses_sharded_strategy
-            ):
-                # As verl does with the root after an evaluation.
-                module._handle.reshard(True)
+            elif isinstance(module, FullyShardedDataParallel) and module._is_root is not None:
+                # As verl does with the root after an evaluation. Before its first forward pass a unit does not know
+                # yet whether it is the root; nothing has been gathered then, and it has no shard to go back to.
+                if module._handle and module._handle.uses_sharded_strategy:
+                    module._handle.reshard(True)
 
     # -- rollout ----------------------------------------------------------------------------------------------
 
