@@ -369,11 +369,20 @@ class HybridLoraConfig(SelectionConfig):
         choices=("memory_map", "pinned"),
     )
     sync_timeout: float = documented(
-        600.0,
-        "Longest wait of either side for the other in a sync; then the run ends.",
-        source="own choice",
+        240.0,
+        "Longest wait of either side for the other in a sync; then the run ends. Other ranks wait up to 1.5 times this "
+        "and 40 s, with `sync_check=logprobs` twice this, which must be below `actor_rollout_ref.nccl_timeout`.",
+        source="own choice: every wait ends before verl's nccl_timeout of 600 s",
         unit="s",
-        bound=above(0, "a number of seconds above 0, e.g. 600"),
+        bound=above(0, "a number of seconds above 0, e.g. 240"),
+    )
+    first_sync_timeout: float = documented(
+        1800.0,
+        "The same at both ends of the first sync, where trainer and engine look at every weight that no sync sends; "
+        "read where it is longer than `sync_timeout`.",
+        source="own choice: no collective of the trainer stands behind it",
+        unit="s",
+        bound=above(0, "a number of seconds above 0, e.g. 1800"),
     )
 
 

@@ -145,7 +145,7 @@ class HybridLoraWorkerExtension(vLLMColocateWorkerExtension):
         number: int | None = None,
         step: int | None = None,
         use_shm: bool = False,
-        limit: float = 600.0,
+        limit: float = 240.0,
     ) -> dict[str, Any]:
         """Receive one sync over this worker's socket.
 
