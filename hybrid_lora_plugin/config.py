@@ -306,14 +306,20 @@ class HybridLoraConfig(SelectionConfig):
     enabled: bool = documented(True, "Whether this run trains under an allocation.", source="plugin")
     allocation: str | None = documented(
         None,
-        "Folder or allocation.json written by `hybrid-lora-probe`, on a path that every worker can read; null probes "
-        "first.",
+        "Folder or allocation.json written by `hybrid-lora-probe`, on a path that the driver and the trainer's first "
+        "rank can read; null probes first.",
         source="own choice",
     )
     output_dir: str | None = documented(
         None,
         "Where a run without an allocation writes the one it probes; null is `allocation` beside the checkpoints.",
         source="own choice",
+    )
+    checkpoint_dir: str | None = documented(
+        None,
+        "Set by the plugin where a run saves checkpoints: `trainer.default_local_dir`, which every worker tries to "
+        "write to before training.",
+        source="plugin",
     )
     phase: str = documented(
         "train",

@@ -173,6 +173,17 @@ REFUSED = {
         ["+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=a.B"],
         ["worker_extension_cls", "'a.B'", "null"],
     ),
+    "checkpoints on HDFS": (
+        ["trainer.default_hdfs_dir=hdfs://here"],
+        ["trainer.default_hdfs_dir", "'hdfs://here'", "give null", "trainer.checkpoint_callback_class"],
+    ),
+    "checkpoints in no file system": (
+        ["trainer.default_local_dir=hdfs://here"], ["trainer.default_local_dir", "'hdfs://here'", "a folder"],
+    ),
+    "resuming from HDFS": (
+        ["trainer.resume_mode=resume_path", "trainer.resume_from_path=hdfs://here/global_step_3"],
+        ["trainer.resume_from_path", "global_step_3", "a folder"],
+    ),
     "waits above NCCL's": (
         ["hybrid_lora.sync_timeout=600"],
         ["sync_timeout: 600", "940 s", "nccl_timeout=600", "sync_timeout=373 or less", "nccl_timeout above 940"],
@@ -243,6 +254,13 @@ def test_every_wait_of_a_sync_ends_before_verls_own_limit_by_default(check, acce
     check_configuration(config)
     # Apart by more than what a machine needs to notice.
     check_configuration(composed(*accepted, f"hybrid_lora.sync_check={check}", "actor_rollout_ref.nccl_timeout=540"))
+
+
+def test_workers_are_told_where_checkpoints_go_if_there_will_be_any(accepted):
+    for frequency, wanted in ((-1, None), (0, None), (5, "some/where")):
+        config = composed(*accepted, f"trainer.save_freq={frequency}", "trainer.default_local_dir=some/where")
+        check_configuration(config)
+        assert config.actor_rollout_ref.model.lora.hybrid.checkpoint_dir == wanted
 
 
 def test_raising_both_limits_is_accepted(accepted):

@@ -355,8 +355,15 @@ _TRAINING_ENGINE = [
         ("model_config", _BOTH_ENGINES, "the model's settings"),
         ("engine_config", _ENGINE, "the strategy's settings; replaced while the model loads"),
         ("optimizer_config", _BOTH_ENGINES, "passed to build_optimizer"),
+        ("checkpoint_manager", _ENGINE, "tells which of a checkpoint's files a resume reads"),
         ("_is_offload_param", _ENGINE, "whether FSDP1's weights lie on the host"),
         ("_autocast_dtype", _POLICY, "precision that the artifact records"),
+    ),
+    *_of(
+        "engine",
+        "verl.utils.checkpoint.checkpoint_manager",
+        "BaseCheckpointManager",
+        ("should_load_model should_load_optimizer should_load_extra", _ENGINE, "which files a resume reads"),
     ),
     *_of(
         "engine",

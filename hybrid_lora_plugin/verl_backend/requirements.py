@@ -168,6 +168,21 @@ _RULES: dict[str, Rule] = {
         "false: quantization-aware training is not supported here",
         see="type-of-weights-not-supported",
     ),
+    # Read in verl 0.9.1: the manager of FSDP's checkpoints does not use it, so nothing would ever be there.
+    "trainer.default_hdfs_dir": Rule(
+        lambda v: v is None,
+        "null: verl copies no FSDP checkpoint there, nor is one resumed from there; save to "
+        "trainer.default_local_dir and copy in a trainer.checkpoint_callback_class of your own",
+        see="checkpoint-place-not-usable",
+    ),
+    **{
+        name: Rule(
+            lambda v: "://" not in str(v),
+            "a folder of a file system: each rank saves its shard and resumes from it there",
+            see="checkpoint-place-not-usable",
+        )
+        for name in ("trainer.default_local_dir", "trainer.resume_from_path", "hybrid_lora.output_dir")
+    },
     ACTOR + "checkpoint.save_lora_only": Rule(
         lambda v: not v,
         "false: it would drop the fully tuned weights",
