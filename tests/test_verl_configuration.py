@@ -173,6 +173,14 @@ REFUSED = {
         ["+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=a.B"],
         ["worker_extension_cls", "'a.B'", "null"],
     ),
+    "quantization past verl": (
+        ["+actor_rollout_ref.rollout.engine_kwargs.vllm.quantization=fp8"],
+        ["engine_kwargs.vllm.quantization", "'fp8'", "null and use actor_rollout_ref.rollout.quantization"],
+    ),
+    "workers past verl": (
+        ["+actor_rollout_ref.rollout.engine_kwargs.vllm.data_parallel_size=2"],
+        ["engine_kwargs.vllm.data_parallel_size", "2", "give 1"],
+    ),
     "checkpoints on HDFS": (
         ["trainer.default_hdfs_dir=hdfs://here"],
         ["trainer.default_hdfs_dir", "'hdfs://here'", "give null", "trainer.checkpoint_callback_class"],

@@ -16,6 +16,7 @@ from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.verl_backend.sender import waits
+from hybrid_lora_plugin.verl_backend.vllm_arguments import check_vllm_arguments
 
 ACTOR, MODEL, ROLLOUT = "actor_rollout_ref.actor.", "actor_rollout_ref.model.", "actor_rollout_ref.rollout."
 ENGINE_MODULE = "hybrid_lora_plugin.verl_backend.engine_registration"
@@ -95,11 +96,6 @@ _RULES: dict[str, Rule] = {
     ROLLOUT + "quantization": Rule(
         lambda v: v is None,
         "null: quantized weights cannot be compared with the trainer's, so no sync could be proven",
-        see="rollout-not-supported",
-    ),
-    ROLLOUT + "engine_kwargs.vllm.worker_extension_cls": Rule(
-        lambda v: v is None,
-        "null: the plugin's own worker extension receives the weights",
         see="rollout-not-supported",
     ),
     ROLLOUT + "data_parallel_size": Rule(
@@ -323,6 +319,7 @@ def check_run(config) -> None:
     settings = {name: setting(name) for name in _RULES | _PARTIAL_RULES | _ADAPTER_RULES | _RECEIVER_MERGE_RULES}
     check(settings)
     check_sync(settings, setting("hybrid_lora.sync"))
+    check_vllm_arguments(setting(ROLLOUT + "engine_kwargs.vllm"), setting(MODEL + "override_config"))
     ranks = int(OmegaConf.select(config, "trainer.nnodes") or 1) * int(
         OmegaConf.select(config, "trainer.n_gpus_per_node") or 1
     )
