@@ -354,8 +354,8 @@ class HybridLoraConfig(SelectionConfig):
     sync_check: str = documented(
         "digest",
         "Proof of every sync: `digest` compares a digest of each tensor at both ends and reads the engine's model "
-        "back; `logprobs` also compares log-probabilities of a fixed prompt; `off` compares names, shapes, dtypes and "
-        "step only.",
+        "back; `logprobs` also compares log-probabilities of a fixed prompt; `off` looks at names, shapes, dtypes and "
+        "step, that nothing is missing and that the engine has not lost what is not sent, and at no other value.",
         source="own choice",
         choices=("digest", "logprobs", "off"),
     )

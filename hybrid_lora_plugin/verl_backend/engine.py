@@ -24,7 +24,7 @@ from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.names import plain_name, wire_name
 from hybrid_lora_plugin.probing.distributed import Ranks
 from hybrid_lora_plugin.sync.base_weights import base_digests, stored_dtypes
-from hybrid_lora_plugin.sync.hybrid_weights import original_weights
+from hybrid_lora_plugin.sync.hybrid_weights import original_weights, plain_state
 from hybrid_lora_plugin.sync.mode_base import SyncMode
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, trainable_groups
@@ -210,9 +210,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             self._while_resident(mode.outgoing(self.module, self.scaling, source.dtype, device)),
             payload_bytes=mode.payload_bytes(parts.counts, source.dtype),
             lora_modules=list(parts.lora_modules),
-            base=(lambda: base_digests(self._while_resident(original_weights(self.module, device))))
-            if mode.partial
-            else None,
+            base=self._base_digests if mode.partial else None,
             merged=(lambda module: self._merged_digest(mode, module, source.dtype)) if mode.receiver_merges else None,
             fixed_prompt=fixed_prompt(self, self.hybrid, source.dtype)
             if self.hybrid.sync_check == "logprobs"
@@ -220,6 +218,14 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         )
         # verl asks only whether there is one; what the engine needs of it travels in the stream.
         return stream, {"r": self.model_config.lora_rank} if mode.engine_adapter else None
+
+    def _base_digests(self) -> dict[str, str]:
+        """Digest of every weight that training leaves alone; without digests in the sync "" for each: it is counted."""
+        if self.hybrid.sync_check == "off":
+            trained = parts_of(self.module).trained
+            state = plain_state(self.module).items()
+            return {plain: "" for plain, (name, tensor) in state if name not in trained and tensor.is_floating_point()}
+        return base_digests(self._while_resident(original_weights(self.module, get_device_id())))
 
     def _merged_digest(self, mode: SyncMode, module: str, dtype: torch.dtype) -> dict[str, str]:
         with self._resident():
