@@ -247,6 +247,8 @@ CRITERIA = (
     "spread",
 )
 FROZEN_DTYPES = ("auto", "float32")
+ROUNDINGS = ("stochastic", "nearest")
+EXPORT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 SYNC_MODES = ("merge", "adapter", "receiver_merge")
 NORMALISATIONS = ("none", "sqrt_dims", "delta_norm", "type_zscore")
 
@@ -350,6 +352,19 @@ class HybridLoraConfig(SelectionConfig):
         "which the engine merges into its checkpoint's weights.",
         source="own choice: merge needs nothing of the engine",
         choices=SYNC_MODES,
+    )
+    sync_rounding: str = documented(
+        "stochastic",
+        "How merged and fully tuned weights become rollout weights of 16 bits: `stochastic` by a random threshold of "
+        "each weight, fixed for the run, so that the update arrives in the mean; `nearest` loses most of it while "
+        "updates are smaller than a unit in the last place.",
+        source="own measurement: docs/weight-sync.md",
+        choices=ROUNDINGS,
+    )
+    sync_seed: int = documented(
+        0,
+        "Seed of the random thresholds; a run that resumes has to keep it.",
+        source="own choice",
     )
     sync_check: str = documented(
         "digest",
@@ -457,6 +472,13 @@ class ExportCommandConfig:
         None, "A global_step_N folder saved by a run with +hybrid_lora=enabled.", source="none: must be given"
     )
     output_dir: str | None = documented(None, "New folder for the Hugging Face model.", source="none: must be given")
+    dtype: str = documented(
+        "auto",
+        "Type of the weights: `auto` is the one of the run's rollout engine, with the very weights that the sync of "
+        "that step gave it; `float32` keeps all of the update.",
+        source="own choice: what was validated is what is exported",
+        choices=EXPORT_DTYPES,
+    )
     base: str | None = documented(
         None, "Base model, if it is no longer where the run found it.", source="recorded in the checkpoint"
     )

@@ -19,6 +19,7 @@ from hybrid_lora_plugin.training.apply import parts_of, trainable_groups  # noqa
 from hybrid_lora_plugin.training.export import export_checkpoint  # noqa: E402
 from hybrid_lora_plugin.training.memory import least_bytes  # noqa: E402
 from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
+from hybrid_lora_plugin.training.rounding import Rounding, round_weight  # noqa: E402
 from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402
 from hybrid_lora_plugin.verl_backend.requirements import check_sharding  # noqa: E402
 from tests.support import host_flash_attention  # noqa: E402
@@ -128,7 +129,10 @@ def runs(setting):
 def run(request, runs):
     ranks, name = request.param
     ours = runs[ranks]
-    tensors = {kind: ours[f"{name}-{kind}"] for kind in ("start", "end", "synced-merge", "synced-receiver_merge")}
+    tensors = {
+        kind: ours[f"{name}-{kind}"]
+        for kind in ("start", "end", "synced-merge", "synced-receiver_merge", "synced-bf16")
+    }
     return {"name": name, "shares": 2 if name in OTHERS else ranks} | tensors | ours[name]
 
 
@@ -310,10 +314,51 @@ def test_rollout_gets_what_was_trained(run, setting):
             assert torch.equal(tensor, base[name].float()) and name not in partial, name
 
 
+def test_thresholds_do_not_depend_on_the_sharding(run, setting):
+    """Every sharding sends the bits that one process without any would round its weights to."""
+    allocation, how = load_allocation(setting[2]), Rounding("stochastic", 0)
+    base = AutoModelForCausalLM.from_pretrained(setting[1], dtype=torch.bfloat16).state_dict()
+    for name, tensor in run["synced-bf16"].items():
+        module = name.rpartition(".")[0]
+        if module in allocation.lora_names and name.endswith(".weight"):
+            factors = [run["end"][f"base_model.model.{module}.lora_{kind}.default.weight"] for kind in "AB"]
+            wanted = merge_weight(base[name], *factors, 2.0, torch.bfloat16, how, name)
+        elif module in allocation.full_names:
+            wanted = round_weight(name, run["end"][f"base_model.model.{name}"], torch.bfloat16, how)
+            # So small a step would be lost to nearest.
+            assert not torch.equal(wanted, base[name]), name
+        else:
+            wanted = base[name]
+        assert torch.equal(tensor, wanted), name
+
+
+def test_update_that_arrived_is_measured(run, setting):
+    """All rows of these small weights are looked at, so the metric is that of whole matrices."""
+    allocation = load_allocation(setting[2])
+    base = AutoModelForCausalLM.from_pretrained(setting[1], dtype=torch.bfloat16).state_dict()
+    sums = {"lora": [0.0, 0.0], "full": [0.0, 0.0]}
+    for name, tensor in run["synced-bf16"].items():
+        module, moved = name.rpartition(".")[0], tensor.double() - base[name].double()
+        if module in allocation.lora_names and name.endswith(".weight"):
+            a, b = (run["end"][f"base_model.model.{module}.lora_{kind}.default.weight"].double() for kind in "AB")
+            kind, exact = "lora", 2.0 * b @ a
+        elif module in allocation.full_names:
+            kind, exact = "full", run["end"][f"base_model.model.{name}"].double() - base[name].double()
+        else:
+            continue
+        sums[kind][0] += (moved * exact).sum().item()
+        sums[kind][1] += exact.square().sum().item()
+    assert run["arrival"]["update_arrived_lora"] == pytest.approx(sums["lora"][0] / sums["lora"][1], rel=1e-3)
+    # Under FSDP1 a rank's original values do not begin with a row.
+    assert ("update_arrived_full" in run["arrival"]) == run["name"].startswith("fsdp2")
+    if run["name"].startswith("fsdp2"):
+        assert run["arrival"]["update_arrived_full"] == pytest.approx(sums["full"][0] / sums["full"][1], rel=1e-3)
+
+
 @pytest.mark.parametrize("ranks, name", list(product(RANKS, SAVED)))
 def test_exported_checkpoint_is_what_the_rollout_gets_rounded_once(runs, tmp_path, ranks, name):
     ours = runs[ranks]
-    folder = export_checkpoint(ours["folder"] / SETTINGS[name]["checkpoint"], tmp_path / "out")
+    folder = export_checkpoint(ours["folder"] / SETTINGS[name]["checkpoint"], tmp_path / "out").folder
     exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
     for weight, tensor in ours[f"{name}-synced-merge"].items():
         assert torch.equal(exported[weight], tensor.bfloat16()), weight

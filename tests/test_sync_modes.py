@@ -20,6 +20,7 @@ from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.wire import HEADER, MANIFEST, OutgoingWeights
 from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
 from hybrid_lora_plugin.training.merge import merge_weight
+from hybrid_lora_plugin.training.rounding import NEAREST, Rounding
 from tests.support.allocations import make_allocation
 from tests.support.sync_models import (
     ALPHA,
@@ -32,6 +33,8 @@ from tests.support.sync_models import (
     Case,
     HuggingFaceRollout,
     TransferBuffer,
+    deliver,
+    each_case,
     each_dtype,
     each_mode,
     each_partial_mode,
@@ -343,12 +346,63 @@ def test_a_receiver_that_merges_to_other_bits_is_caught(hybrid, tiny_qwen2, monk
         hybrid, parts_of(hybrid).lora_modules[3], SCALING, torch.float32, "cpu"
     )
 
-    def rounded(base, lora_a, lora_b, scaling, dtype):
-        return merge_weight(base, lora_a.bfloat16(), lora_b.bfloat16(), scaling, dtype)
+    def rounded(base, lora_a, lora_b, scaling, dtype, *rest):
+        return merge_weight(base, lora_a.bfloat16(), lora_b.bfloat16(), scaling, dtype, *rest)
 
     monkeypatch.setattr("hybrid_lora_plugin.sync.receiver_merge.merge_weight", rounded)
     with pytest.raises(WeightSyncError, match=f"{parts_of(hybrid).lora_modules[3]}.weight: merged here to other bits"):
         take_all(receiver_for(hybrid, HuggingFaceRollout(tiny_qwen2), "receiver_merge", merged=merged), pairs)
+
+
+# -- 16 bits --------------------------------------------------------------------------------------------------------
+
+STOCHASTIC = Rounding("stochastic", 11)
+SIXTEEN = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+
+
+def loaded_by(hybrid, folder, mode, dtype, rounding=STOCHASTIC):
+    """What a rollout engine holds after one sync."""
+    rollout = HuggingFaceRollout(folder, dtype)
+    header = header_for(hybrid, mode, dtype, rounding_mode=rounding.mode, rounding_seed=rounding.seed)
+    deliver(OutgoingWeights(header, outgoing(hybrid, mode, dtype, rounding)), rollout)
+    return rollout.parameters
+
+
+@SIXTEEN
+@each_case
+def test_both_ends_round_to_the_same_bits(case, dtype):
+    hybrid = case.hybrid()
+    here, there = (loaded_by(hybrid, case.folder, mode, dtype) for mode in ("merge", "receiver_merge"))
+    nearest = loaded_by(hybrid, case.folder, "merge", dtype, NEAREST)
+    differ = 0
+    for name, tensor in here.items():
+        assert torch.equal(tensor, there[name]), name
+        differ += not torch.equal(tensor, nearest[name])
+    assert differ == len(parts_of(hybrid).lora_modules) + len(full_names(hybrid)), "what trains, and nothing else"
+
+
+@SIXTEEN
+def test_full_modules_are_rounded_alike_in_every_mode(hybrid, tiny_qwen2, dtype):
+    streams = [tensors_of(hybrid, mode, dtype, STOCHASTIC) for mode in MODES]
+    for name in full_names(hybrid):
+        assert all(torch.equal(stream[name], streams[0][name]) for stream in streams), name
+
+
+@each_mode
+def test_a_weight_that_float16_cannot_hold_is_refused_by_name(hybrid, mode):
+    """Trained or not, factor or weight."""
+    name, parameter = trainable_groups(hybrid)["full"][0]
+    with torch.no_grad():
+        parameter[0] += 70000
+    with pytest.raises(WeightSyncError, match=f"^{plain_name(name)}: .*float16"):
+        tensors_of(hybrid, mode, torch.float16, STOCHASTIC)
+
+
+def test_a_frozen_weight_that_float16_cannot_hold_is_refused_by_name(hybrid):
+    with torch.no_grad():
+        hybrid.get_input_embeddings().weight[3, 3] = -70000
+    with pytest.raises(WeightSyncError, match=r"^model\.embed_tokens\.weight: .*float16"):
+        tensors_of(hybrid, "merge", torch.float16, STOCHASTIC)
 
 
 @each_partial_mode

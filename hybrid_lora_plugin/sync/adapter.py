@@ -12,6 +12,7 @@ from hybrid_lora_plugin.parameter_counts import ParameterCounts
 from hybrid_lora_plugin.sync.hybrid_weights import trained_weights
 from hybrid_lora_plugin.sync.mode_base import RolloutModel, SyncMode, SyncReceiver
 from hybrid_lora_plugin.sync.wire import SyncHeader
+from hybrid_lora_plugin.training.rounding import NEAREST
 
 
 class FactorReceiver(SyncReceiver):
@@ -110,6 +111,6 @@ class AdapterSync(SyncMode):
 
     @torch.no_grad()
     def outgoing(
-        self, model: torch.nn.Module, scaling: float, dtype: torch.dtype, device
+        self, model: torch.nn.Module, scaling: float, dtype: torch.dtype, device, rounding=NEAREST, arrival=None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        return trained_weights(model, dtype, dtype, device)
+        return trained_weights(model, scaling, dtype, dtype, device, rounding, arrival)

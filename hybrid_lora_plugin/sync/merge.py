@@ -8,10 +8,11 @@ import torch
 
 from hybrid_lora_plugin.names import is_wrapped
 from hybrid_lora_plugin.parameter_counts import ParameterCounts
-from hybrid_lora_plugin.sync.hybrid_weights import factors_of, plain_state
+from hybrid_lora_plugin.sync.hybrid_weights import factors_of, plain_state, unmerged
 from hybrid_lora_plugin.sync.mode_base import SyncMode, SyncReceiver
 from hybrid_lora_plugin.training.dtensor import whole
 from hybrid_lora_plugin.training.merge import merge_weight
+from hybrid_lora_plugin.training.rounding import NEAREST
 
 
 class MergeReceiver(SyncReceiver):
@@ -39,13 +40,13 @@ class MergeSync(SyncMode):
 
     @torch.no_grad()
     def outgoing(
-        self, model: torch.nn.Module, scaling: float, dtype: torch.dtype, device
+        self, model: torch.nn.Module, scaling: float, dtype: torch.dtype, device, rounding=NEAREST, arrival=None
     ) -> Iterator[tuple[str, torch.Tensor]]:
         state = model.state_dict()
         for plain, (name, tensor) in plain_state(model, state).items():
             if is_wrapped(name):
                 lora_a, lora_b = factors_of(state, name, device)
-                yield plain, merge_weight(whole(tensor, device), lora_a, lora_b, scaling, dtype)
+                base = whole(tensor, device)
+                yield plain, merge_weight(base, lora_a, lora_b, scaling, dtype, rounding, plain, arrival)
             else:
-                value = whole(tensor, device)
-                yield plain, value.to(dtype) if value.is_floating_point() else value
+                yield plain, unmerged(model, plain, name, tensor, dtype, device, rounding, arrival)

@@ -12,6 +12,8 @@ from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.parameter_counts import ParameterCounts
 from hybrid_lora_plugin.sync.base_weights import CheckpointWeights
 from hybrid_lora_plugin.sync.wire import SyncHeader
+from hybrid_lora_plugin.training.arrival import Arrival
+from hybrid_lora_plugin.training.rounding import NEAREST, Rounding
 
 
 class RolloutModel(Protocol):
@@ -79,7 +81,13 @@ class SyncMode(ABC):
 
     @abstractmethod
     def outgoing(
-        self, model: torch.nn.Module, scaling: float, dtype: torch.dtype, device
+        self,
+        model: torch.nn.Module,
+        scaling: float,
+        dtype: torch.dtype,
+        device,
+        rounding: Rounding = NEAREST,
+        arrival: Arrival | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The trainer's side: (name, whole tensor) pairs of a hybrid model, one module in flight at a time.
 
@@ -88,10 +96,19 @@ class SyncMode(ABC):
             scaling: LoRA's s = alpha / rank.
             dtype: what the rollout engine computes in.
             device: where whole tensors are put together.
+            rounding: of merged and fully tuned weights to ``dtype``.
+            arrival: counts how much of the update is in what is sent.
         """
 
     def merged_digest(
-        self, model: torch.nn.Module, module: str, scaling: float, dtype: torch.dtype, device
+        self,
+        model: torch.nn.Module,
+        module: str,
+        scaling: float,
+        dtype: torch.dtype,
+        device,
+        rounding: Rounding = NEAREST,
+        arrival: Arrival | None = None,
     ) -> dict[str, str]:
         """Digest of the weight that the receiver must come to for ``module``, by its name; a mode that merges there has
         it.

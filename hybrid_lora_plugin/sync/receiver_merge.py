@@ -20,6 +20,7 @@ from hybrid_lora_plugin.sync.mode_base import RolloutModel, SyncMode
 from hybrid_lora_plugin.sync.wire import SyncHeader
 from hybrid_lora_plugin.training.dtensor import whole
 from hybrid_lora_plugin.training.merge import merge_weight
+from hybrid_lora_plugin.training.rounding import NEAREST
 
 #: bytes of merged weights that are loaded at once: one call of the engine's loader costs more than a small matrix
 BATCH = 32 << 20
@@ -45,7 +46,8 @@ class ReceiverMergeReceiver(FactorReceiver):
         # Copies: the kernel of a product may depend on how its operands are aligned, and a transfer buffer packs
         # tightly.
         lora_a, lora_b = lora_a.to(device, copy=True), lora_b.to(device, copy=True)
-        merged = merge_weight(base, lora_a, lora_b, self.header.scaling, self.header.torch_dtype)
+        header = self.header
+        merged = merge_weight(base, lora_a, lora_b, header.scaling, header.torch_dtype, header.rounding, name)
         if name in self.header.merged and digest_of(merged) != self.header.merged[name]:
             raise WeightSyncError(
                 f"{name}: merged here to other bits than in the trainer, though from the same factors: the two compute "
@@ -78,16 +80,23 @@ class ReceiverMergeSync(SyncMode):
 
     @torch.no_grad()
     def outgoing(
-        self, model: torch.nn.Module, scaling: float, dtype: torch.dtype, device
+        self, model: torch.nn.Module, scaling: float, dtype: torch.dtype, device, rounding=NEAREST, arrival=None
     ) -> Iterator[tuple[str, torch.Tensor]]:
-        return trained_weights(model, dtype, torch.float32, device)
+        return trained_weights(model, scaling, dtype, torch.float32, device, rounding, arrival)
 
     @torch.no_grad()
     def merged_digest(
-        self, model: torch.nn.Module, module: str, scaling: float, dtype: torch.dtype, device
+        self,
+        model: torch.nn.Module,
+        module: str,
+        scaling: float,
+        dtype: torch.dtype,
+        device,
+        rounding=NEAREST,
+        arrival=None,
     ) -> dict[str, str]:
         layer = PEFT_PREFIX + module
         name = layer + BASE_WEIGHT
         state = layer_state(model, layer)
-        merged = merge_weight(whole(state[name], device), *factors_of(state, name, device), scaling, dtype)
-        return {f"{module}.weight": digest_of(merged)}
+        base, factors, plain = whole(state[name], device), factors_of(state, name, device), f"{module}.weight"
+        return {plain: digest_of(merge_weight(base, *factors, scaling, dtype, rounding, plain, arrival))}

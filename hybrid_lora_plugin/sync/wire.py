@@ -19,9 +19,10 @@ import xxhash
 
 from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.sync.digest import digest_of, digest_soon
+from hybrid_lora_plugin.training.rounding import Rounding
 
 HEADER, MANIFEST = "hybrid_lora.sync.header", "hybrid_lora.sync.manifest"
-VERSION = 2
+VERSION = 3
 #: bytes of the digest in front of header and manifest, and what both together are a multiple of
 _SEAL, _ALIGNMENT = 32, 64
 #: room in a transfer buffer for header, manifest and alignment
@@ -53,6 +54,9 @@ class SyncHeader:
     lora_modules: list[str] = field(default_factory=list)
     #: digest of every original weight that the rollout engine keeps or merges into; see ``base_check``
     base: dict[str, str] = field(default_factory=dict)
+    #: how merged and fully tuned weights become ``dtype``: stochastic or nearest, and the seed of the thresholds
+    rounding_mode: str = "nearest"
+    rounding_seed: int = 0
     #: bytes of all tensors together, 0 where nobody knows; a sender needs no larger buffer
     payload_bytes: int = 0
     #: digest of a merged weight by name, another one in each sync: the receiver's own merge must come to the same bits
@@ -67,6 +71,10 @@ class SyncHeader:
     def scaling(self) -> float:
         """LoRA's scaling s = alpha / rank."""
         return self.lora_alpha / self.lora_rank
+
+    @property
+    def rounding(self) -> Rounding:
+        return Rounding(self.rounding_mode, self.rounding_seed)
 
     @property
     def torch_dtype(self) -> torch.dtype:

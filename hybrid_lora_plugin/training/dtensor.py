@@ -24,6 +24,17 @@ def sum_of_squares(tensors: Iterable[torch.Tensor | None]) -> torch.Tensor:
     return torch.stack(torch._foreach_norm(shards)).float().square().sum()
 
 
+def first_row(tensor: torch.Tensor) -> int:
+    """Which row of the whole tensor this rank's part begins with; 0 for a tensor that is not sharded by rows."""
+    for dimension, placement in enumerate(getattr(tensor, "placements", ())):
+        if placement.is_shard(0):
+            ranks = tensor.device_mesh.size(dimension)
+            # As torch.chunk cuts it: the last ranks may have fewer rows, or none.
+            rows = -(-tensor.shape[0] // ranks)
+            return min(tensor.shape[0], rows * tensor.device_mesh.get_local_rank(dimension))
+    return 0
+
+
 def whole(tensor: torch.Tensor, device) -> torch.Tensor:
     """The full tensor on ``device``; for a DTensor a collective, so every rank must call it in the same order."""
     if isinstance(tensor, DTensor):

@@ -12,6 +12,9 @@ from contextlib import contextmanager
 
 import torch
 
+from hybrid_lora_plugin.training.arrival import Arrival
+from hybrid_lora_plugin.training.rounding import NEAREST, Rounding, round_weight
+
 
 @contextmanager
 def _exact_fp32(device: torch.device) -> Iterator[None]:
@@ -46,9 +49,19 @@ def _ieee_products() -> Iterator[None]:
 
 @torch.no_grad()
 def merge_weight(
-    base: torch.Tensor, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float, dtype: torch.dtype
+    base: torch.Tensor,
+    lora_a: torch.Tensor,
+    lora_b: torch.Tensor,
+    scaling: float,
+    dtype: torch.dtype,
+    rounding: Rounding = NEAREST,
+    name: str = "",
+    arrival: Arrival | None = None,
 ) -> torch.Tensor:
     """``W0 + s·(B A)`` in fp32, rounded once to ``dtype``.
+
+    Rounded stochastically, W0 is brought to ``dtype`` first, to nearest as a rollout engine loads it: a weight without
+    an update is then the engine's own. (It is the same for a checkpoint in ``dtype``.)
 
     Args:
         base: [d_out, d_in] original weight, any floating dtype; not changed.
@@ -56,8 +69,26 @@ def merge_weight(
         lora_b: [d_out, r] factor B.
         scaling: s = alpha / rank.
         dtype: of the result.
+        rounding: to ``dtype``.
+        name: plain name of the weight, for the rounding's thresholds and for messages.
+        arrival: counts how much of the update is in the result, from some rows of it.
+
+    Raises:
+        WeightSyncError: a weight is too large for float16, or no number.
     """
     with _exact_fp32(base.device):
-        # In place on the product: one fp32 matrix instead of three, and the same bits, since addition commutes.
-        merged = lora_b.float() @ lora_a.float()
-        return merged.mul_(scaling).add_(base).to(dtype)
+        update = (lora_b.float() @ lora_a.float()).mul_(scaling)
+    if arrival is None:
+        return _added(base, update, dtype, rounding, name)
+    rows = arrival.rows(update.shape)
+    exact = update[rows].clone()
+    merged = _added(base, update, dtype, rounding, name)
+    arrival.add("lora", exact, merged[rows].float() - base[rows].to(dtype).float())
+    return merged
+
+
+def _added(base, update, dtype: torch.dtype, rounding: Rounding, name: str) -> torch.Tensor:
+    if dtype == torch.float32:
+        # In place on the product: one matrix instead of two, and the same bits, since addition commutes.
+        return update.add_(base)
+    return round_weight(name, update, dtype, rounding, base)

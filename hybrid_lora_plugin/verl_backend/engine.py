@@ -28,6 +28,7 @@ from hybrid_lora_plugin.sync.hybrid_weights import original_weights, plain_state
 from hybrid_lora_plugin.sync.mode_base import SyncMode
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, trainable_groups
+from hybrid_lora_plugin.training.arrival import Arrival
 from hybrid_lora_plugin.training.checkpoint import FOLDER, CheckpointDescription, require_same_setting, save_trained
 from hybrid_lora_plugin.training.dtensor import local_tensor, sum_of_squares, whole
 from hybrid_lora_plugin.training.memory import rank_bytes
@@ -38,7 +39,7 @@ from hybrid_lora_plugin.verl_backend.checkpoint_files import require_shards, req
 from hybrid_lora_plugin.verl_backend.patches import only_parameters_cast
 from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
 from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import fixed_prompt
-from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource
+from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource, rollout_dtype
 
 
 class HybridLoraEngine(FSDPEngineWithLMHead):
@@ -205,13 +206,18 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         if self._weight_source is None:
             self._weight_source = WeightSource(self.hybrid, self.model_config, device)
         source, parts = self._weight_source, parts_of(self.module)
+        # FSDP1 keeps pieces of a parameter that begin and end within a row.
+        aligned = fsdp_version(self.module) != 1 and self._base_snapshot is not None
+        arrival = source.next_arrival(self._base_snapshot.values if aligned else None)
+        tensors = mode.outgoing(self.module, self.scaling, source.dtype, device, source.rounding, arrival)
         stream = source.stream(
             mode.name,
-            self._while_resident(mode.outgoing(self.module, self.scaling, source.dtype, device)),
+            self._while_resident(tensors),
             payload_bytes=mode.payload_bytes(parts.counts, source.dtype),
             lora_modules=list(parts.lora_modules),
             base=self._base_digests if mode.partial else None,
-            merged=(lambda module: self._merged_digest(mode, module, source.dtype)) if mode.receiver_merges else None,
+            merged=(lambda module: self._merged_digest(mode, module, arrival)) if mode.receiver_merges else None,
+            arrival=arrival,
             fixed_prompt=fixed_prompt(self, self.hybrid, source.dtype)
             if self.hybrid.sync_check == "logprobs"
             else None,
@@ -227,9 +233,12 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             return {plain: "" for plain, (name, tensor) in state if name not in trained and tensor.is_floating_point()}
         return base_digests(self._while_resident(original_weights(self.module, get_device_id())))
 
-    def _merged_digest(self, mode: SyncMode, module: str, dtype: torch.dtype) -> dict[str, str]:
+    def _merged_digest(self, mode: SyncMode, module: str, arrival: Arrival) -> dict[str, str]:
+        source = self._weight_source
         with self._resident():
-            return mode.merged_digest(self.module, module, self.scaling, dtype, get_device_id())
+            return mode.merged_digest(
+                self.module, module, self.scaling, source.dtype, get_device_id(), source.rounding, arrival
+            )
 
     @contextmanager
     def _resident(self):
@@ -261,6 +270,9 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             rank=self.model_config.lora_rank,
             alpha=self.model_config.lora_alpha,
             global_step=int(global_step or 0),
+            rollout_dtype=str(rollout_dtype(self.model_config)).removeprefix("torch."),
+            rounding_mode=self.hybrid.sync_rounding,
+            rounding_seed=self.hybrid.sync_seed,
         )
         # A disk that is full ends every rank, instead of leaving the others to wait for the first.
         self._ranks.from_first(lambda: save_trained(local_path, tensors, description, self._allocation_json))

@@ -125,19 +125,16 @@ def log_sync_metrics() -> None:
     def consume_sync_metrics(self) -> dict:
         import ray
 
-        from hybrid_lora_plugin.verl_backend.sender.sync_metrics import last_sync
+        from hybrid_lora_plugin.verl_backend.sender.sync_metrics import combined, last_sync, warn_of_lost_update
 
         asked = [worker.__ray_call__.remote(last_sync) for worker in self.actor_rollout_wg.workers]
         try:
             records = ray.get(asked, timeout=60)
         except ray.exceptions.GetTimeoutError:
             return original(self)  # a busy worker: not worth a run
-        metrics = {}
-        for name in {name for record in records for name in record}:
-            # Seconds of the slowest rank, the least that every rank proved; the rest is the same on all.
-            values = [record[name] for record in records if name in record]
-            metrics[f"hybrid_lora/{name}"] = min(values) if name == "sync_digest_ok" else max(values)
-        return original(self) | metrics
+        metrics = combined(records)
+        warn_of_lost_update(metrics)
+        return original(self) | {f"hybrid_lora/{name}": value for name, value in metrics.items()}
 
     consume_sync_metrics.has_sync_metrics = True
     trainer.PPOTrainer._consume_sync_metrics = consume_sync_metrics

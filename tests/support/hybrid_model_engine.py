@@ -134,7 +134,7 @@ class HybridModelEngine(CheckpointEngine):
 
     def _stream(self) -> Iterator[Pair]:
         mode, fault, source = sync_mode(self.mode), self.fault, self._source
-        tensors = mode.outgoing(self.model, self.scaling, source.dtype, "cpu")
+        tensors = mode.outgoing(self.model, self.scaling, source.dtype, "cpu", source.rounding)
         if fault is not None and fault.where == "source":
             tensors = fault.applied(tensors, [])
         stream = source.stream(
@@ -152,7 +152,10 @@ class HybridModelEngine(CheckpointEngine):
         return iter(stream)
 
     def _merged_digest(self, module: str) -> dict[str, str]:
-        return sync_mode("receiver_merge").merged_digest(self.model, module, self.scaling, self._source.dtype, "cpu")
+        source = self._source
+        return sync_mode("receiver_merge").merged_digest(
+            self.model, module, self.scaling, source.dtype, "cpu", source.rounding
+        )
 
     async def send_weights(self, weights, global_steps=None):
         raise NotImplementedError

@@ -41,6 +41,23 @@ def counted(part, seen: list):
     return noting
 
 
+def tensors_in(stream) -> dict[str, torch.Tensor]:
+    return {name: tensor.clone() for name, tensor in stream if not name.startswith("hybrid_lora.sync.")}
+
+
+def synced_in_bf16(engine, ranks: int) -> tuple[dict[str, torch.Tensor], dict[str, float]]:
+    """A sync in mode ``merge`` to a rollout in bfloat16, and the metrics of what arrived."""
+    from hybrid_lora_plugin.verl_backend.sender import sync_metrics
+
+    source = engine._weight_source
+    engine.hybrid.sync, given, source.dtype = "merge", source.dtype, torch.bfloat16
+    stream, _ = engine.get_per_tensor_param()
+    source.dtype = given
+    tensors, records = tensors_in(stream), [None] * ranks
+    torch.distributed.all_gather_object(records, sync_metrics.last_sync())
+    return tensors, sync_metrics.combined(records)
+
+
 def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[dict, dict[str, dict]]:
     """Steps, reference log-probabilities, bytes and units of one engine; its weights before and after."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -83,7 +100,8 @@ def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[
     for mode in ("merge", "receiver_merge"):
         engine.hybrid.sync = mode
         stream, _ = engine.get_per_tensor_param()
-        synced[f"synced-{mode}"] = {n: t.clone() for n, t in stream if not n.startswith("hybrid_lora.sync.")}
+        synced[f"synced-{mode}"] = tensors_in(stream)
+    synced["synced-bf16"], result["arrival"] = synced_in_bf16(engine, ranks)
     engine.hybrid.sync_check = "logprobs"
     engine.engine_config.use_remove_padding = options.get("use_remove_padding", False)  # as verl's worker does
     engine.engine_config.use_fused_kernels = options.get("use_fused_kernels", False)

@@ -21,6 +21,7 @@ from hybrid_lora_plugin.sync.base_weights import CheckpointWeights
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, ReceivedWeights, SyncHeader, read_header
 from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
+from hybrid_lora_plugin.training.rounding import NEAREST
 from tests.support.allocations import make_allocation
 from tests.support.tiny_models import make_tiny_qwen2
 
@@ -104,13 +105,13 @@ def update(model, generator, size=0.05):
             parameter += size * torch.randn(parameter.shape, generator=generator)
 
 
-def outgoing(model, mode, dtype=torch.float32):
-    return sync_mode(mode).outgoing(model, SCALING, dtype, "cpu")
+def outgoing(model, mode, dtype=torch.float32, rounding=NEAREST):
+    return sync_mode(mode).outgoing(model, SCALING, dtype, "cpu", rounding)
 
 
-def tensors_of(model, mode, dtype=torch.float32):
+def tensors_of(model, mode, dtype=torch.float32, rounding=NEAREST):
     """One sync's tensors by name, in memory of their own."""
-    pairs = [(name, tensor.clone()) for name, tensor in outgoing(model, mode, dtype)]
+    pairs = [(name, tensor.clone()) for name, tensor in outgoing(model, mode, dtype, rounding)]
     assert len(dict(pairs)) == len(pairs)
     return dict(pairs)
 

@@ -226,8 +226,10 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
         device = get_device_id()
         if self._weight_source is None:
             self._weight_source = WeightSource(self.hybrid, self.model_config, device)
-        dtype = self._weight_source.dtype
-        return self._weight_source.stream("merge", merged_probe_weights(self.module, dtype, device)), None
+        source = self._weight_source
+        arrival = source.next_arrival()
+        weights = merged_probe_weights(self.module, source.dtype, device, source.rounding, arrival)
+        return source.stream("merge", weights, arrival=arrival), None
 
     # -- checkpoints ------------------------------------------------------------------------------------------
 

@@ -7,18 +7,24 @@ from collections.abc import Iterator
 import torch
 
 from hybrid_lora_plugin.probing.layers import SvdLoraLinear
+from hybrid_lora_plugin.training.arrival import Arrival
 from hybrid_lora_plugin.training.dtensor import whole
 from hybrid_lora_plugin.training.merge import merge_weight
+from hybrid_lora_plugin.training.rounding import NEAREST, Rounding, round_weight
 
 
 @torch.no_grad()
-def merged_probe_weights(model: torch.nn.Module, dtype: torch.dtype, device) -> Iterator[tuple[str, torch.Tensor]]:
+def merged_probe_weights(
+    model: torch.nn.Module, dtype: torch.dtype, device, rounding: Rounding = NEAREST, arrival: Arrival | None = None
+) -> Iterator[tuple[str, torch.Tensor]]:
     """Stream every weight of a model with centred SVD-LoRA on its candidates: ``W0 + (A diag(alpha e) B)ᵀ``.
 
     Args:
         model: the Hugging Face model that ``probing.svd_lora.attach`` changed, inside FSDP2 or unsharded.
         dtype: what the rollout engine computes in.
         device: where whole tensors are put together.
+        rounding: of merged weights to ``dtype``.
+        arrival: counts how much of the update is in what is sent.
 
     Yields:
         (plain Hugging Face name, tensor of ``dtype``).
@@ -36,6 +42,8 @@ def merged_probe_weights(model: torch.nn.Module, dtype: torch.dtype, device) -> 
             a, b, e, alpha = (whole(state[module + which], device).float() for which in ("A", "B", "e", "alpha"))
             gate = (alpha + probed[module].alpha_origin) * (e + probed[module].e_origin)
             # A is [d_in, r] and B [r, d_out] here, PEFT's factors are their transposes.
-            yield module + "weight", merge_weight(value, a.T, (b * gate[:, None]).T, 1.0, dtype)
+            merged = module + "weight"
+            yield merged, merge_weight(value, a.T, (b * gate[:, None]).T, 1.0, dtype, rounding, merged, arrival)
         else:
-            yield name.replace(".base.", "."), value.to(dtype)
+            plain = name.replace(".base.", ".")
+            yield plain, round_weight(plain, value, dtype, NEAREST)

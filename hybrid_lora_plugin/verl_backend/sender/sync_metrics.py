@@ -8,13 +8,21 @@ proven.
 
 from __future__ import annotations
 
+import math
+from typing import Any
+
 from hybrid_lora_plugin.sync.wire import OutgoingWeights
+from hybrid_lora_plugin.training.arrival import ENOUGH, arrival_of
 
-_last: dict[str, float] = {}
+#: in a record beside the metrics: by kind of module, the sums that the arrived update is computed from
+UPDATE_SUMS = "update_sums"
+
+_last: dict[str, Any] = {}
+_warned = False
 
 
-def keep(outgoing: OutgoingWeights) -> None:
-    """Remember a stream that has gone out."""
+def keep(outgoing: OutgoingWeights, update_sums: dict[str, list[float]] | None = None) -> None:
+    """Remember a stream that has gone out, and what ``Arrival.sums`` says of it."""
     # One step may sync two sets of engines, and the second sends what the first did.
     changed = max(_last.get("sync_tensors_changed", 0.0), float(outgoing.changed))
     _last.clear()
@@ -26,6 +34,7 @@ def keep(outgoing: OutgoingWeights) -> None:
     )
     if outgoing.header.digests:
         _last["sync_tensors_changed"] = changed
+    _last[UPDATE_SUMS] = update_sums or {}
 
 
 def add(seconds: float, logprob_difference: float | None) -> None:
@@ -40,8 +49,46 @@ def add(seconds: float, logprob_difference: float | None) -> None:
         _last["sync_logprob_difference"] = logprob_difference
 
 
-def last_sync(_worker=None) -> dict[str, float]:
-    """The measurements by metric name without prefix, of the last sync or of those of one step; each is given once."""
+def last_sync(_worker=None) -> dict[str, Any]:
+    """The measurements by metric name without prefix, of the last sync or of those of one step; each is given once.
+
+    Beside them, as ``UPDATE_SUMS``, what ``combined`` makes the arrived update of.
+    """
     taken = dict(_last)
     _last.clear()
     return taken
+
+
+def combined(records: list[dict[str, Any]]) -> dict[str, float]:
+    """Metrics of one sync from what ``last_sync`` gave in each rank.
+
+    Returns:
+        Seconds of the slowest rank, the least that every rank proved, the update that arrived in all that the ranks
+        looked at; the rest is the same on all.
+    """
+    metrics = {}
+    for name in sorted({name for record in records for name in record} - {UPDATE_SUMS}):
+        values = [record[name] for record in records if name in record]
+        metrics[name] = min(values) if name == "sync_digest_ok" else max(values)
+    sums = [record.get(UPDATE_SUMS, {}) for record in records]
+    for kind in sorted({kind for of_rank in sums for kind in of_rank}):
+        arrived = arrival_of([math.fsum(terms) for terms in zip(*(s[kind] for s in sums if kind in s), strict=True)])
+        if arrived is not None:
+            metrics[f"update_arrived_{kind}"], metrics[f"update_noise_{kind}"] = arrived
+    return metrics
+
+
+def warn_of_lost_update(metrics: dict[str, float]) -> None:
+    """Print once in a run that the rollout engine does not get the update, and what helps."""
+    global _warned
+    lost = {name: value for name, value in metrics.items() if name.startswith("update_arrived_") and value < ENOUGH}
+    if lost and not _warned:
+        _warned = True
+        name, value = min(lost.items(), key=lambda item: item[1])
+        print(
+            f"hybrid_lora: WARNING: {name} is {value:.2f}: so much of the update is in the rollout engine's weights, "
+            "the rest is lost in rounding, and it samples from a policy nearer to the base model than the one that "
+            "trains; give hybrid_lora.sync_rounding=stochastic or actor_rollout_ref.rollout.dtype=float16 "
+            "[docs/weight-sync.md#rollouts-in-16-bits]",
+            flush=True,
+        )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import torch
@@ -11,6 +11,8 @@ from verl.utils.torch_dtypes import PrecisionType
 
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader
+from hybrid_lora_plugin.training.arrival import Arrival
+from hybrid_lora_plugin.training.rounding import Rounding
 from hybrid_lora_plugin.verl_backend.sender import sync_metrics
 
 
@@ -27,12 +29,22 @@ class WeightSource:
         self._hybrid = hybrid
         self._device = device
         self._model_config = model_config
-        self.dtype: torch.dtype = PrecisionType.to_dtype(model_config.lora["rollout_dtype"])
+        self.dtype: torch.dtype = rollout_dtype(model_config)
+        #: how weights become ``dtype``; the same through a run and in one that continues it
+        self.rounding = Rounding(hybrid.sync_rounding, hybrid.sync_seed)
         self._run = ""
         self._number = 0
         self._before: dict[str, str] = {}
         self._last: OutgoingWeights | None = None
         self._base: dict[str, str] | None = None
+
+    def next_arrival(self, originals: Mapping[str, torch.Tensor] | None = None) -> Arrival:
+        """For the next sync, which looks at other rows than the last.
+
+        Args:
+            originals: this rank's rows of the full modules' original weights, by their name in ``state_dict()``.
+        """
+        return Arrival(self._number + 1, originals)
 
     def stream(
         self,
@@ -44,6 +56,7 @@ class WeightSource:
         base: Callable[[], dict[str, str]] | None = None,
         fixed_prompt: dict[str, Any] | None = None,
         merged: Callable[[str], dict[str, str]] | None = None,
+        arrival: Arrival | None = None,
     ) -> OutgoingWeights:
         """The next sync.
 
@@ -57,6 +70,7 @@ class WeightSource:
             fixed_prompt: what the engine compares log-probabilities of, from ``logprob_prompt``.
             merged: from a module with an adapter, the digest of its merged weight, where the receiver merges; the
                 modules take turns, one in each sync. Called on every rank.
+            arrival: what ``tensors`` and ``merged`` count in.
         """
         self._run = self._run or _drawn_run()
         self._number += 1
@@ -74,6 +88,8 @@ class WeightSource:
             mode=mode,
             dtype=str(self.dtype).removeprefix("torch."),
             digests=digests,
+            rounding_mode=self.rounding.mode,
+            rounding_seed=self.rounding.seed,
             lora_rank=int(self._model_config.lora_rank),
             lora_alpha=float(self._model_config.lora_alpha),
             lora_modules=lora_modules or [],
@@ -83,8 +99,17 @@ class WeightSource:
             fixed_prompt=fixed_prompt or {},
             merged=proof,
         )
-        self._last = OutgoingWeights(header, tensors, self._device, self._before, on_end=sync_metrics.keep)
+
+        def keep(stream: OutgoingWeights) -> None:
+            sync_metrics.keep(stream, arrival.sums() if arrival is not None else {})
+
+        self._last = OutgoingWeights(header, tensors, self._device, self._before, on_end=keep)
         return self._last
+
+
+def rollout_dtype(model_config) -> torch.dtype:
+    """What the rollout engine computes in, from verl's model configuration."""
+    return PrecisionType.to_dtype(model_config.lora["rollout_dtype"])
 
 
 def _drawn_run() -> str:

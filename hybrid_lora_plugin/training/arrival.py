@@ -1,0 +1,88 @@
+"""How much of an update is in the rounded weights that a rollout engine gets.
+
+With ``d`` the exact update of an element and ``r`` its rounded weight less its original one, ``arrived`` is
+``⟨r, d⟩ / ‖d‖²``, 1.0 where all of the update is there, and ``noise`` is ``‖r − d‖ / ‖d‖``. Both come from a block of
+rows of every tensor, another one at each sync: what is left out costs nothing, and millions of elements remain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import torch
+
+from hybrid_lora_plugin.training.dtensor import first_row
+
+#: elements of one tensor that are looked at in one sync
+SAMPLED = 1 << 16
+#: below this much of the update, a user has to know
+ENOUGH = 0.9
+
+
+class Arrival:
+    """The sums of one sync.
+
+    Args:
+        number: of the sync, which chooses the rows.
+        originals: this rank's rows of the full modules' original weights, by their name in ``state_dict()``; a tensor
+            without one is not looked at.
+        sampled: most elements of one tensor that are looked at; None is all of them.
+    """
+
+    def __init__(
+        self, number: int = 0, originals: Mapping[str, torch.Tensor] | None = None, sampled: int | None = SAMPLED
+    ):
+        self._number = number
+        self._sampled = sampled
+        self._originals = originals or {}
+        self._sums: dict[str, torch.Tensor] = {}
+
+    def rows(self, shape: torch.Size) -> slice:
+        """The rows to look at of a tensor of [d_out, …]."""
+        if self._sampled is None:
+            return slice(0, shape[0])
+        count = min(shape[0], max(1, self._sampled // max(1, shape[1:].numel())))
+        first = self._number * count % (shape[0] - count + 1)
+        return slice(first, first + count)
+
+    def add(self, kind: str, exact: torch.Tensor, rounded: torch.Tensor) -> None:
+        """Count some elements.
+
+        Args:
+            kind: ``lora`` or ``full``.
+            exact: the exact update of each.
+            rounded: of the same shape, the update that the rounded weights make.
+        """
+        exact, rounded = exact.float().reshape(-1), rounded.float().reshape(-1)
+        sums = torch.stack([rounded.dot(exact), exact.dot(exact), rounded.dot(rounded)]).double()
+        self._sums[kind] = self._sums[kind] + sums if kind in self._sums else sums
+
+    def add_full(self, name: str, parameter: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> None:
+        """Count some elements of a full module's weight or bias.
+
+        Args:
+            name: in ``state_dict()``.
+            parameter: [d_out, …] the whole tensor, or a DTensor that says which rows are this rank's.
+            exact: [d_out, …] float32, all of it.
+            rounded: of the same shape, as the rollout engine gets it.
+        """
+        original = self._originals.get(name)
+        if original is None or not original.numel():
+            return
+        rows = self.rows(original.shape)
+        first = first_row(parameter)
+        sent = slice(first + rows.start, first + rows.stop)
+        start = original[rows].to(exact.device, torch.float32)
+        self.add("full", exact[sent] - start, rounded[sent].float() - start)
+
+    def sums(self) -> dict[str, list[float]]:
+        """By kind ⟨r, d⟩, ‖d‖² and ‖r‖²; those of several ranks may be added."""
+        return {kind: sums.tolist() for kind, sums in self._sums.items()}
+
+
+def arrival_of(sums: list[float]) -> tuple[float, float] | None:
+    """(arrived, noise) from ``Arrival.sums``; None where nothing was updated."""
+    product, exact, rounded = sums
+    if not exact:
+        return None
+    return product / exact, (max(0.0, rounded - 2 * product + exact) / exact) ** 0.5

@@ -1,0 +1,175 @@
+"""How the trainer's float32 values become a rollout engine's weights of 16 bits, the same bits wherever it is done.
+
+One optimizer step moves a weight by far less than a unit in the last place of bfloat16. Rounded to nearest, nearly all
+of the update is lost and the rollout engine samples from a policy close to the base model, while every digest agrees.
+Rounded stochastically, up with a probability of the distance to the lower neighbour, the update arrives in the mean.
+
+The random threshold of an element is fixed for a run: an integer hash of (seed, name of the tensor, row, column). So
+every device and both ends of a sync come to the same bits, a shard to those of its part, and a resumed run to those of
+its first life; and from one sync to the next only those elements change whose value crossed its threshold.
+"""
+
+from __future__ import annotations
+
+import functools
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+import xxhash
+
+from hybrid_lora_plugin.errors import WeightSyncError
+
+#: elements that are rounded at once: what is needed besides the result stays in a core's cache
+CHUNK = 1 << 17
+#: types of 16 bits, and how many bits of a float32 each lacks
+_SIXTEEN = {torch.bfloat16: 16, torch.float16: 13}
+
+
+@dataclass(frozen=True)
+class Rounding:
+    """How values are rounded to a type of 16 bits.
+
+    Attributes:
+        mode: ``stochastic`` or ``nearest``; other types are rounded to nearest in both.
+        seed: chooses the thresholds of ``stochastic``.
+    """
+
+    mode: str = "nearest"
+    seed: int = 0
+
+    def is_stochastic(self, dtype: torch.dtype) -> bool:
+        """Whether values become ``dtype`` by thresholds."""
+        return self.mode == "stochastic" and dtype in _SIXTEEN
+
+    def for_tensor(self, name: str, dtype: torch.dtype, shape: torch.Size, device) -> ChunkRounding:
+        """The rounding of one whole tensor.
+
+        Args:
+            name: plain name of the weight or bias, a part of its thresholds' hash.
+            dtype: of the result.
+            shape: (d_out, d_in) or (d_out,) of the whole tensor.
+            device: of the values.
+        """
+        if self.is_stochastic(dtype):
+            return _Dithered(self.seed, name, dtype, shape, device)
+        return ChunkRounding()
+
+
+NEAREST = Rounding()
+
+
+@torch.no_grad()
+def round_weight(
+    name: str, values: torch.Tensor, dtype: torch.dtype, rounding: Rounding, base: torch.Tensor | None = None
+) -> torch.Tensor:
+    """A weight in the rollout engine's type: ``values``, or ``base + values`` in float32, rounded once.
+
+    Args:
+        name: plain name, for the thresholds and for messages.
+        values: [d_out, d_in] or [d_out] float32, a whole tensor; not changed.
+        dtype: to round to.
+        rounding: how.
+        base: of the same shape, any floating type; rounded stochastically, it is brought to ``dtype`` first.
+
+    Raises:
+        WeightSyncError: an element is too large for ``dtype``, or, where thresholds are added to bits, no number.
+    """
+    checked = dtype == torch.float16 or rounding.is_stochastic(dtype)
+    if not checked and base is None:
+        return values.to(dtype)
+    out = torch.empty(values.shape, dtype=dtype, device=values.device)
+    columns = values.shape[1] if values.dim() > 1 else 1
+    matrix, result = values.reshape(-1, columns), out.view(-1, columns)
+    base = None if base is None else base.reshape(-1, columns)
+    rows = max(1, CHUNK // columns)
+    scratch = torch.empty((min(rows, len(matrix)), columns), dtype=torch.float32, device=values.device)
+    of_tensor = rounding.for_tensor(name, dtype, values.shape, values.device)
+    largest = []
+    for first in range(0, len(matrix), rows):
+        exact = scratch[: len(matrix) - first]
+        part = slice(first, first + len(exact))
+        if base is None:
+            exact.copy_(matrix[part])
+        else:
+            start = base[part].to(dtype) if rounding.is_stochastic(dtype) else base[part]
+            torch.add(matrix[part], start, out=exact)
+        if checked:
+            largest.extend(exact.aminmax())
+        of_tensor.round(exact, first, result[part])
+    if checked:
+        _check_fits(name, torch.stack(largest), dtype)
+    return out
+
+
+def _check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
+    largest = values.abs().max().item()
+    limit = torch.finfo(dtype).max
+    if largest <= limit:
+        return
+    if largest > limit:
+        raise WeightSyncError(
+            f"{name}: its largest weight, {largest:g}, does not fit into {dtype}, which ends at {limit:g}; give "
+            "actor_rollout_ref.rollout.dtype=bfloat16".replace("torch.", ""),
+            see="weight-too-large-for-the-rollout-type",
+        )
+    raise WeightSyncError(
+        f"{name}: holds a value that is no number; the training run has diverged, continue from an earlier checkpoint",
+        see="weight-is-no-number",
+    )
+
+
+class ChunkRounding:
+    """To nearest: what ``copy_`` does."""
+
+    def round(self, values: torch.Tensor, first_row: int, out: torch.Tensor) -> None:
+        """Round some rows.
+
+        Args:
+            values: [rows, d_in] float32; destroyed.
+            first_row: which row of the whole tensor ``values`` begins with.
+            out: [rows, d_in] in the type to round to.
+        """
+        out.copy_(values)
+
+
+class _Dithered(ChunkRounding):
+    """A threshold is added to the bits that the type does not have, and they are cut off.
+
+    A float32's pattern is sign and magnitude, so a carry makes the magnitude larger, for both signs, and a value of the
+    type, which has none of those bits, stays as it is. float16 has a fixed step of 2**-24 below 2**-14, finer than
+    anywhere above: there the rest is to nearest.
+
+    The threshold is the upper bits of ``R_row · C_column`` mod 2**32, with two random odd factors: uniform, of two
+    elements pairwise nearly independent, and it costs one product.
+    """
+
+    def __init__(self, seed: int, name: str, dtype: torch.dtype, shape: torch.Size, device):
+        #: bits of a float32 that the type lacks
+        self._bits = _SIXTEEN[dtype]
+        columns = shape[1] if len(shape) > 1 else 1
+        self._row = _odd_factors(f"{seed}/{name}/row", shape[0]).to(device)
+        self._column = _odd_factors(f"{seed}/{name}/column", columns).to(device)
+        self._scratch: torch.Tensor | None = None
+
+    def round(self, values: torch.Tensor, first_row: int, out: torch.Tensor) -> None:
+        if self._scratch is None or self._scratch.shape[0] < values.shape[0]:
+            self._scratch = torch.empty(values.shape, dtype=torch.int32, device=values.device)
+        rows, lacking = self._row[first_row : first_row + values.shape[0], None], (1 << self._bits) - 1
+        products = torch.mul(rows, self._column, out=self._scratch[: values.shape[0]])
+        thresholds = products.bitwise_right_shift_(32 - self._bits).bitwise_and_(lacking)
+        values.view(torch.int32).add_(thresholds).bitwise_and_(~lacking)
+        out.copy_(values)
+
+
+@functools.lru_cache(maxsize=4096)
+def _odd_factors(stream: str, count: int) -> torch.Tensor:
+    """[count] odd int32: SplitMix64, begun where the stream's name says, its upper half."""
+    # unsigned 64-bit integers wrap around
+    state = np.arange(1, count + 1, dtype=np.uint64)
+    state *= np.uint64(0x9E3779B97F4A7C15)
+    state += np.uint64(xxhash.xxh3_64_intdigest(stream.encode()))
+    state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+    state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+    state ^= state >> np.uint64(31)
+    return torch.from_numpy(((state >> np.uint64(32)) | np.uint64(1)).astype(np.uint32).view(np.int32))
