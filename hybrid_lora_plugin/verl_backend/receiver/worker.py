@@ -98,6 +98,8 @@ class Reception:
             self._prove_base(header)
         if header.digests:
             entries = self._received.prove(self._rollout.verify())
+        else:
+            self._rollout.check_unsent()
         return {
             "run": header.run,
             "number": header.number,
@@ -113,8 +115,6 @@ class Reception:
         Raises:
             WeightSyncError: naming the first weight that nobody accounts for.
         """
-        if not header.digests:
-            return
         partial = sync_mode(header.mode).partial
         known = set(self._received.entries)
         if partial:
@@ -129,11 +129,13 @@ class Reception:
 
     def _prove_base(self, header: SyncHeader) -> None:
         checkpoint = self._rollout.checkpoint
-        check_base(header.base, checkpoint.read, str(checkpoint.folder))
+        if header.digests:
+            check_base(header.base, checkpoint.read, str(checkpoint.folder))
         sent = set(self._received.entries)
         if sync_mode(header.mode).receiver_merges:
             sent |= {f"{module}.weight" for module in header.lora_modules}
-        self._rollout.prove_unsent(header.run, [name for name in header.base if name not in sent])
+        unsent = [name for name in header.base if name not in sent]
+        self._rollout.prove_unsent(header.run, unsent, whole=header.digests)
 
 
 class HybridLoraWorkerExtension(vLLMColocateWorkerExtension):
@@ -145,7 +147,7 @@ class HybridLoraWorkerExtension(vLLMColocateWorkerExtension):
         number: int | None = None,
         step: int | None = None,
         use_shm: bool = False,
-        limit: float = 600.0,
+        limit: float = 240.0,
     ) -> dict[str, Any]:
         """Receive one sync over this worker's socket.
 
