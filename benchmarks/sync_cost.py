@@ -33,7 +33,9 @@ from tests.support.rollout_harness import start_ray, stop_ray
 
 RANK, ALPHA = 16, 32
 BEGIN, END = "<!-- measured by benchmarks/sync_cost.py -->", "<!-- end of the measured part -->"
-PAIRS = ("full", "verl-merge", "verl-adapter", "hybrid", "hybrid-adapter")
+PAIRS = ("full", "verl-merge", "verl-adapter", "hybrid", "hybrid-adapter", "hybrid-sparse")
+#: the plugin's mode that a pair starts with
+MODE_OF_PAIR = {"hybrid": "receiver_merge", "hybrid-adapter": "adapter", "hybrid-sparse": "sparse_merge"}
 
 
 @dataclass(frozen=True)
@@ -45,10 +47,16 @@ class Variant:
     #: the plugin's mode and check, "" for verl's own ways
     mode: str = ""
     check: str = ""
+    rounding: str = "stochastic"
+    #: optimizer steps at the paper's rates before a sync; 0 changes every trained weight by 1 %
+    steps: int = 0
 
     @property
     def key(self) -> str:
-        return f"{self.mode} {self.check}" if self.mode else self.pair
+        if not self.mode:
+            return self.pair
+        steps = f" {self.steps} steps" if self.steps > 1 else ""
+        return f"{self.mode} {self.check}" + steps + (" nearest" if self.rounding == "nearest" else "")
 
 
 #: in one pair ``merge`` and ``receiver_merge`` take turns: the engine runs a plain model for both
@@ -58,13 +66,19 @@ VARIANTS = (
     Variant("verl, LoRA, own adapter", "verl-adapter"),
     Variant("`merge`", "hybrid", "merge", "digest"),
     Variant("`merge`, no check", "hybrid", "merge", "off"),
+    Variant("`merge`, to nearest", "hybrid", "merge", "digest", rounding="nearest"),
+    Variant("`sparse_merge`, every step", "hybrid-sparse", "sparse_merge", "digest", steps=1),
+    Variant("`sparse_merge`, every step, no check", "hybrid-sparse", "sparse_merge", "off", steps=1),
+    Variant("`sparse_merge`, every fourth step", "hybrid-sparse", "sparse_merge", "digest", steps=4),
     Variant("`adapter`", "hybrid-adapter", "adapter", "digest"),
     Variant("`adapter`, no check", "hybrid-adapter", "adapter", "off"),
     Variant("`receiver_merge`", "hybrid", "receiver_merge", "digest"),
     Variant("`receiver_merge`, no check", "hybrid", "receiver_merge", "off"),
 )
 CHECKED = tuple(variant for variant in VARIANTS if variant.check != "off")
-MODES = tuple(variant for variant in VARIANTS if variant.check == "digest")
+MODES = tuple(v for v in VARIANTS if v.check == "digest" and v.rounding == "stochastic" and v.steps < 2)
+#: whose engine may differ from another's
+ENGINES = tuple(variant for variant in CHECKED if variant.rounding == "stochastic" and variant.steps < 2)
 
 
 def make_model(folder: Path, shape: argparse.Namespace) -> None:
@@ -130,7 +144,7 @@ def overrides_of(pair: str, folder: Path, shape: argparse.Namespace) -> list[str
         f"hybrid_lora.allocation={folder / 'allocation'}",
         f"hybrid_lora.lora.rank={RANK}",
         f"hybrid_lora.lora.alpha={ALPHA}",
-        f"hybrid_lora.sync={'adapter' if pair == 'hybrid-adapter' else 'receiver_merge'}",
+        f"hybrid_lora.sync={MODE_OF_PAIR[pair]}",
     ]
 
 
@@ -163,7 +177,8 @@ class Benchmark:
         if variant.mode:
             pair.in_trainer(colocated.set_hybrid, "sync", variant.mode)
             pair.in_trainer(colocated.set_hybrid, "sync_check", variant.check)
-        pair.move()
+            pair.in_trainer(colocated.set_hybrid, "sync_rounding", variant.rounding)
+        pair.move(variant.steps)
         return pair
 
     def first_syncs(self) -> dict[str, float]:
@@ -198,13 +213,13 @@ class Benchmark:
     def speeds(self) -> dict[str, list[float]]:
         """Generated tokens per second after a sync of each variant, one a round; the first round is not counted."""
         shape = self.shape
-        speeds: dict[str, list[float]] = {variant.key: [] for variant in CHECKED}
+        speeds: dict[str, list[float]] = {variant.key: [] for variant in ENGINES}
         for round_ in range(shape.generations + 1):
             generator = torch.Generator().manual_seed(round_)
             # Ids of the tokenizer, and other ones each round: the caches must not know them.
             prompts = torch.randint(4, 260, (shape.prompts, shape.prompt_tokens), generator=generator).tolist()
-            turn = (round_ * 2) % len(CHECKED)
-            for variant in (*CHECKED[turn:], *CHECKED[:turn]):
+            turn = (round_ * 2) % len(ENGINES)
+            for variant in (*ENGINES[turn:], *ENGINES[:turn]):
                 pair = self.prepare(variant)
                 pair.sync()
                 speeds[variant.key].append(pair.generate(prompts, shape.new_tokens))
@@ -287,6 +302,8 @@ def time_table(result: dict) -> list[str]:
             f"| {variant.label} | {quartiles(seconds[key])} | {ratio(seconds, key, 'verl-merge')} | "
             f"{ratio(seconds, key, 'verl-adapter')} | {result['first'][key]:.2f} |"
         )
+    thresholds = ratio(seconds, "merge digest", "merge digest nearest")
+    lines += ["", f"`merge` by thresholds against `merge` to nearest: {thresholds}."]
     lines += ["", "| the check of | digest / off (quartiles) | seconds more |", "| --- | ---: | ---: |"]
     for variant in MODES:
         with_, without = seconds[variant.key], seconds[f"{variant.mode} off"]
@@ -301,7 +318,7 @@ def speed_table(result: dict) -> list[str]:
         "| rollout after | tokens/s (quartiles) | against the plain model | against `adapter` |",
         "| --- | ---: | ---: | ---: |",
     ]
-    for variant in CHECKED:
+    for variant in ENGINES:
         lines.append(
             f"| {variant.label} | {quartiles(speeds[variant.key], 1)} | {ratio(speeds, variant.key, 'full')} | "
             f"{ratio(speeds, variant.key, 'adapter digest')} |"
@@ -349,7 +366,8 @@ def report(result: dict, *, profile: bool = True) -> str:
         f"verl's), rollout in bf16, LoRA rank {RANK}, transfer buffer of at most {shape['bucket']} MiB, "
         f"{shape['rounds']} rounds; {shape['prompts']} requests at once of {shape['prompt_tokens']} and "
         f"{shape['new_tokens']} new tokens, {shape['generations']} rounds. Ratios are medians (quartiles) of the "
-        f"ratios within a round."
+        f"ratios within a round. Before a sync every trained weight has changed by 1 %, for `sparse_merge` by steps of "
+        f"Adam's size at the paper's rates (2.5e-5 for factors, 1e-6 for full modules)."
     )
     tables = [bytes_table, time_table, speed_table, memory_table, *([profile_table] if profile else [])]
     return "\n\n".join([head, *("\n".join(table(result)) for table in tables)])

@@ -97,9 +97,9 @@ class ColocatedPair:
 
     # -- what a training step does ----------------------------------------------------------------------------
 
-    def move(self) -> None:
-        """Change every trained weight by about 1 %."""
-        self.in_trainer(_move)
+    def move(self, steps: int = 0) -> None:
+        """Change every trained weight by about 1 %, or by so many steps of an optimizer at the paper's rates."""
+        self.in_trainer(_move) if not steps else self.in_trainer(_step, steps)
 
     def sync(self) -> float:
         """One sync; returns the seconds that the trainer's loop waits for it."""
@@ -199,6 +199,17 @@ def _move(actor) -> None:
             if ".lora_B." in name and not local.any():
                 local.normal_(std=0.02)
             local.mul_(1.01 if up else 1 / 1.01)
+
+
+@torch.no_grad()
+def _step(actor, steps: int) -> None:
+    """Adam's steps have about the size of the learning rate; here their signs are random."""
+    for name, parameter in _worker(actor).actor.engine.module.named_parameters():
+        if parameter.requires_grad:
+            local = parameter.to_local() if hasattr(parameter, "to_local") else parameter
+            rate = 2.5e-5 if ".lora_" in name else 1e-6
+            for _ in range(steps):
+                local.add_(torch.randn_like(local).sign_(), alpha=rate)
 
 
 def set_hybrid(actor, field: str, value: Any) -> None:

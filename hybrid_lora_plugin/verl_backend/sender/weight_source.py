@@ -30,13 +30,16 @@ class WeightSource:
         self._device = device
         self._model_config = model_config
         self.dtype: torch.dtype = rollout_dtype(model_config)
-        #: how weights become ``dtype``; the same through a run and in one that continues it
-        self.rounding = Rounding(hybrid.sync_rounding, hybrid.sync_seed)
         self._run = ""
         self._number = 0
         self._before: dict[str, str] = {}
         self._last: OutgoingWeights | None = None
         self._base: dict[str, str] | None = None
+
+    @property
+    def rounding(self) -> Rounding:
+        """How weights become ``dtype``; the same through a run and in one that continues it."""
+        return Rounding(self._hybrid.sync_rounding, self._hybrid.sync_seed)
 
     def next_arrival(self, originals: Mapping[str, torch.Tensor] | None = None) -> Arrival:
         """For the next sync, which looks at other rows than the last.
