@@ -25,6 +25,7 @@ def keep(outgoing: OutgoingWeights, update_sums: dict[str, list[float]] | None =
     """Remember a stream that has gone out, and what ``Arrival.sums`` says of it."""
     # One step may sync two sets of engines, and the second sends what the first did.
     changed = max(_last.get("sync_tensors_changed", 0.0), float(outgoing.changed))
+    elements = _last.get("sync_elements_changed", 0.0)
     _last.clear()
     _last.update(
         sync_bytes=float(outgoing.bytes),
@@ -34,6 +35,8 @@ def keep(outgoing: OutgoingWeights, update_sums: dict[str, list[float]] | None =
     )
     if outgoing.header.digests:
         _last["sync_tensors_changed"] = changed
+    if outgoing.changes is not None:
+        _last["sync_elements_changed"] = max(elements, outgoing.changes.share)
     _last[UPDATE_SUMS] = update_sums or {}
 
 
