@@ -18,6 +18,7 @@ from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer, vllm_asy
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension  # noqa: E402
 
 from hybrid_lora_plugin.errors import WeightSyncError  # noqa: E402
+from hybrid_lora_plugin.sync.modes import sync_mode  # noqa: E402
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, ReceivedWeights, SyncHeader, read_header  # noqa: E402
 from hybrid_lora_plugin.verl_backend import engine_registration, patches  # noqa: E402
 from hybrid_lora_plugin.verl_backend.receiver.server import HybridLoraHttpServer, HybridLoraReplica  # noqa: E402
@@ -161,6 +162,11 @@ def server(**attributes) -> HybridLoraHttpServer:
     for name, value in (defaults | attributes).items():
         setattr(made, name, value)
     return made
+
+
+@pytest.mark.parametrize("mode", ["sparse_merge", "adapter", "receiver_merge"])
+def test_an_engine_keeps_its_weights_asleep_where_no_sync_brings_all_of_them(mode):
+    assert server(_mode=sync_mode(mode))._resolve_sleep_level() == 1
 
 
 def test_prefix_cache_that_cannot_be_reset_is_an_error():

@@ -60,9 +60,16 @@ class WeightSource:
             group: the ranks that hold one copy of the weights between them; None where each holds a whole one.
             destination: which of the run's sets of rollout engines the sync goes to.
         """
+        if not mode.builds_on_last:
+            return None
         if self._sent is None:
             self._sent = mode.sent_weights(group)
-        return self._sent and self._sent.begin(self._number + 1, destination)
+        return self._sent.begin(self._number + 1, destination)
+
+    def send_all(self) -> None:
+        """Have the next sync stand for itself: the last one was not proven, or its weights are there no more."""
+        if self._sent is not None:
+            self._sent.forget()
 
     def read_all_back(self) -> None:
         """Have the next sync prove everything that the rollout engine holds, as far as the mode leaves some of it to
