@@ -45,8 +45,8 @@ $(VENV)/.installed: requirements/cpu.txt requirements/overrides.txt pyproject.to
 test: install ## all tests, with the real verl, Ray and vLLM
 	$(BIN)/python -m pytest
 
-test-fast: install ## the tests that start no verl process: a few minutes
-	$(BIN)/python -m pytest -m "not verl"
+test-fast: install ## the tests that start neither verl nor several ranks: a few minutes
+	$(BIN)/python -m pytest -m "not verl and not ranks"
 
 demo: install ## the whole line on two CPU cores: probe, verl GSPO run, proof, export, report
 	$(BIN)/python -m recipes.demo --steps $(DEMO_STEPS) --ranks $(DEMO_RANKS) --output $(DEMO_DIR) $(addprefix --on-the-fly ,$(DEMO_ON_THE_FLY)) $(DEMO_OVERRIDES)

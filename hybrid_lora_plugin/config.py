@@ -248,6 +248,7 @@ CRITERIA = (
 )
 FROZEN_DTYPES = ("auto", "float32")
 ROUNDINGS = ("stochastic", "nearest")
+EXPORT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 SYNC_MODES = ("merge", "sparse_merge", "adapter", "receiver_merge")
 NORMALISATIONS = ("none", "sqrt_dims", "delta_norm", "type_zscore")
 
@@ -457,6 +458,13 @@ class ExportCommandConfig:
         None, "A global_step_N folder saved by a run with +hybrid_lora=enabled.", source="none: must be given"
     )
     output_dir: str | None = documented(None, "New folder for the Hugging Face model.", source="none: must be given")
+    dtype: str = documented(
+        "auto",
+        "Type of the weights: `auto` is the one of the run's rollout engine, with the very weights that the sync of "
+        "that step gave it; `float32` keeps all of the update.",
+        source="own choice: what was validated is what is exported",
+        choices=EXPORT_DTYPES,
+    )
     base: str | None = documented(
         None, "Base model, if it is no longer where the run found it.", source="recorded in the checkpoint"
     )

@@ -178,7 +178,7 @@ def test_headers_number_the_syncs_of_one_run_and_prove_the_base(result, setting)
 
 def test_fixed_prompt_has_the_log_probabilities_of_the_trained_model(result, tmp_path):
     prompt = result["headers"][-1]["fixed_prompt"]
-    exported = export_checkpoint(result["folder"] / "checkpoint", tmp_path / "out")
+    exported = export_checkpoint(result["folder"] / "checkpoint", tmp_path / "out").folder
     model = AutoModelForCausalLM.from_pretrained(exported)
     tokens = torch.tensor([prompt["tokens"]])
     with torch.no_grad():
@@ -189,7 +189,7 @@ def test_fixed_prompt_has_the_log_probabilities_of_the_trained_model(result, tmp
 
 def test_exported_checkpoint_is_bit_equal_to_what_was_synced(result, tmp_path):
     exported = AutoModelForCausalLM.from_pretrained(
-        export_checkpoint(result["folder"] / "checkpoint", tmp_path / "out")
+        export_checkpoint(result["folder"] / "checkpoint", tmp_path / "out").folder
     )
     assert all(torch.equal(tensor, result["synced"][name]) for name, tensor in exported.state_dict().items())
 

@@ -161,6 +161,7 @@ def _one_of_two(rank, folder):
         distributed.destroy_process_group()
 
 
+@pytest.mark.ranks
 def test_two_ranks_whole_or_sharded_give_what_one_gives(tmp_path):
     # Five rows on two ranks: in the last of three micro-batches the second rank has no row of its own.
     multiprocessing.spawn(_one_of_two, (str(tmp_path),), nprocs=2)

@@ -15,6 +15,8 @@ from hybrid_lora_plugin.cli.probe import main
 from tests.support.processes import free_port
 from tests.support.tiny_models import sums, write_jsonl
 
+pytestmark = pytest.mark.ranks
+
 ROOT = Path(__file__).resolve().parent.parent
 LIMIT_SECONDS = 240
 

@@ -376,7 +376,7 @@ def test_update_that_arrived_is_measured(run, setting):
 @pytest.mark.parametrize("ranks, name", list(product(RANKS, SAVED)))
 def test_exported_checkpoint_is_what_the_rollout_gets_rounded_once(runs, tmp_path, ranks, name):
     ours = runs[ranks]
-    folder = export_checkpoint(ours["folder"] / SETTINGS[name]["checkpoint"], tmp_path / "out")
+    folder = export_checkpoint(ours["folder"] / SETTINGS[name]["checkpoint"], tmp_path / "out").folder
     exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
     for weight, tensor in ours[f"{name}-synced-merge"].items():
         assert torch.equal(exported[weight], tensor.bfloat16()), weight

@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import json
+import re
 from collections import Counter
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from torch.utils._python_dispatch import TorchDispatchMode
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_lora_plugin import apply_allocation, load_allocation
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.sync.base_weights import stored_dtypes
+from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
 from hybrid_lora_plugin.training.checkpoint import CheckpointDescription, load_trained, save_trained
 from hybrid_lora_plugin.training.export import export_checkpoint
@@ -23,6 +25,7 @@ from hybrid_lora_plugin.training.memory import least_bytes, rank_bytes
 from hybrid_lora_plugin.training.merge import merge_weight
 from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot
+from hybrid_lora_plugin.training.rounding import Rounding
 from tests.support.allocations import make_allocation
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
@@ -39,8 +42,8 @@ def hybrid(tiny_qwen2, allocation):
     return apply_allocation(AutoModelForCausalLM.from_pretrained(tiny_qwen2), allocation, rank=4, alpha=8)
 
 
-def train_a_little(model, steps=3):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2)
+def train_a_little(model, steps=3, lr=1e-2):
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
     for _ in range(steps):
         optimizer.zero_grad()
         model(input_ids=IDS, labels=IDS).loss.backward()
@@ -205,7 +208,7 @@ def test_merge_is_exact_fp32_inside_autocast_and_with_reduced_matmul_precision()
 def test_merged_model_computes_what_the_adapted_model_computes(hybrid, tiny_qwen2, tmp_path):
     train_a_little(hybrid)
     save_checkpoint(hybrid, tiny_qwen2, tmp_path / "allocation", tmp_path / "actor")
-    exported = export_checkpoint(tmp_path / "actor", tmp_path / "exported")
+    exported = export_checkpoint(tmp_path / "actor", tmp_path / "exported").folder
     merged = AutoModelForCausalLM.from_pretrained(exported)
     hybrid.eval()
     torch.testing.assert_close(merged(IDS).logits, hybrid(IDS).logits, rtol=1e-4, atol=1e-5)
@@ -249,16 +252,74 @@ def test_snapshot_refuses_other_modules_than_it_was_taken_of(hybrid):
 def test_bf16_base_exports_in_bf16(tiny_qwen2, allocation, tmp_path):
     base = AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=torch.bfloat16)
     base.save_pretrained(tmp_path / "base")
-    from transformers import AutoTokenizer
-
     AutoTokenizer.from_pretrained(tiny_qwen2).save_pretrained(tmp_path / "base")
     hybrid = apply_allocation(base.float(), allocation, rank=4, alpha=8)
     train_a_little(hybrid)
     save_checkpoint(hybrid, tmp_path / "base", tmp_path / "allocation", tmp_path / "actor")
     exported = AutoModelForCausalLM.from_pretrained(
-        export_checkpoint(tmp_path / "actor", tmp_path / "out"), dtype="auto"
+        export_checkpoint(tmp_path / "actor", tmp_path / "out").folder, dtype="auto"
     )
     assert {p.dtype for p in exported.parameters()} == {torch.bfloat16}
+
+
+@pytest.fixture
+def bf16_run(tiny_qwen2, allocation, tmp_path):
+    """A short run at a small rate from a bf16 checkpoint, saved as a run with a bf16 rollout saves it."""
+    base = AutoModelForCausalLM.from_pretrained(tiny_qwen2, dtype=torch.bfloat16)
+    base.save_pretrained(tmp_path / "base")
+    AutoTokenizer.from_pretrained(tiny_qwen2).save_pretrained(tmp_path / "base")
+    hybrid = apply_allocation(base.float(), allocation, rank=4, alpha=8)
+    train_a_little(hybrid, lr=1e-5)
+    rounding = {"rollout_dtype": "bfloat16", "rounding_mode": "stochastic", "rounding_seed": 5}
+    save_checkpoint(hybrid, tmp_path / "base", tmp_path / "allocation", tmp_path / "actor", **rounding)
+    return hybrid
+
+
+def exported_weights(tmp_path, dtype):
+    exported = export_checkpoint(tmp_path / "actor", tmp_path / dtype, dtype=dtype)
+    weights = load_file(exported.folder / "model.safetensors")
+    return weights, str(exported.kept), json.loads((exported.folder / "config.json").read_text())["dtype"]
+
+
+@pytest.mark.parametrize("dtype", ["auto", "bfloat16", "float16", "float32"])
+def test_export_has_the_rollout_engine_s_own_weights(bf16_run, tmp_path, dtype):
+    weights, kept, said = exported_weights(tmp_path, dtype)
+    wanted = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
+    assert said == str(wanted).removeprefix("torch.")
+    synced = dict(sync_mode("merge").outgoing(bf16_run, 2.0, wanted, "cpu", Rounding("stochastic", 5)))
+    assert weights.keys() == synced.keys()
+    assert all(torch.equal(tensor, synced[name]) for name, tensor in weights.items())
+    shares = [float(share) for share in re.findall(r"([\d.]+)% of the update", kept)]
+    assert len(shares) == 2 and all(90 < share < 110 for share in shares), kept
+    assert ("by the run's thresholds" in kept) == (dtype != "float32")
+
+
+def test_export_says_what_nearest_loses(bf16_run, tmp_path):
+    file = tmp_path / "actor" / "hybrid_lora" / "trainables.json"
+    raw = json.loads(file.read_text())
+    file.write_text(json.dumps(raw | {"rounding_mode": "nearest"}))
+    _, kept, _ = exported_weights(tmp_path, "bfloat16")
+    assert "rounded to nearest" in kept and "give dtype=float32 to keep all of it" in kept
+
+
+def test_a_checkpoint_from_before_rounding_is_exported_as_it_was(bf16_run, tmp_path):
+    file = tmp_path / "actor" / "hybrid_lora" / "trainables.json"
+    raw = json.loads(file.read_text())
+    old = {name: raw[name] for name in ("base_model", "rank", "alpha", "global_step")} | {"schema_version": 1}
+    file.write_text(json.dumps(old))
+    weights, _, said = exported_weights(tmp_path, "auto")
+    assert said == "bfloat16"
+    synced = dict(sync_mode("merge").outgoing(bf16_run, 2.0, torch.bfloat16, "cpu"))
+    assert all(torch.equal(tensor, synced[name]) for name, tensor in weights.items())
+
+
+def test_export_refuses_a_type_that_does_not_hold_the_weights(bf16_run, tiny_qwen2, allocation, tmp_path):
+    with torch.no_grad():
+        trainable_groups(bf16_run)["full"][0][1][0] = 1e5
+    save_checkpoint(bf16_run, tmp_path / "base", tmp_path / "allocation", tmp_path / "actor")
+    with pytest.raises(ConfigurationError, match=r"dtype: float16 does not hold all weights .*give dtype=float32"):
+        export_checkpoint(tmp_path / "actor", tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_export_never_writes_into_an_existing_folder(hybrid, tiny_qwen2, tmp_path):

@@ -12,8 +12,8 @@ from hybrid_lora_plugin.errors import ConfigurationError
 PROGRAM = "hybrid-lora-export"
 SUMMARY = (
     "Merges what a hybrid run trained (full weights and LoRA factors, kept in fp32 beside the checkpoint) into the "
-    "base model and writes a folder that AutoModelForCausalLM and vLLM load. Merged in fp32, rounded once to the "
-    "base's dtype."
+    "base model and writes a folder that AutoModelForCausalLM and vLLM load. Merged in fp32 and rounded once, by "
+    "default to the weights that the run's rollout engine got at that step."
 )
 EXAMPLE = f"{PROGRAM} checkpoint=checkpoints/hybrid_lora/run/global_step_500 output_dir=exported"
 
@@ -31,10 +31,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         # Late, so that --help and a mistyped option answer at once.
         from hybrid_lora_plugin.training.export import export_checkpoint
 
-        folder = export_checkpoint(config.checkpoint, config.output_dir, config.base, config.trust_remote_code)
+        exported = export_checkpoint(
+            config.checkpoint, config.output_dir, config.base, config.trust_remote_code, config.dtype
+        )
     except ConfigurationError as error:
         return report_error(PROGRAM, error)
-    print(f"model written to {folder}; load it with AutoModelForCausalLM.from_pretrained({str(folder)!r})")
+    folder = str(exported.folder)
+    print(exported.kept)
+    print(f"model written to {folder}; load it with AutoModelForCausalLM.from_pretrained({folder!r})")
     return 0
 
 

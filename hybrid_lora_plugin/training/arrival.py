@@ -26,16 +26,22 @@ class Arrival:
         number: of the sync, which chooses the rows.
         originals: this rank's rows of the full modules' original weights, by their name in ``state_dict()``; a tensor
             without one is not looked at.
+        sampled: most elements of one tensor that are looked at; None is all of them.
     """
 
-    def __init__(self, number: int = 0, originals: Mapping[str, torch.Tensor] | None = None):
+    def __init__(
+        self, number: int = 0, originals: Mapping[str, torch.Tensor] | None = None, sampled: int | None = SAMPLED
+    ):
         self._number = number
+        self._sampled = sampled
         self._originals = originals or {}
         self._sums: dict[str, torch.Tensor] = {}
 
     def rows(self, shape: torch.Size) -> slice:
         """The rows to look at of a tensor of [d_out, …]."""
-        count = min(shape[0], max(1, SAMPLED // max(1, shape[1:].numel())))
+        if self._sampled is None:
+            return slice(0, shape[0])
+        count = min(shape[0], max(1, self._sampled // max(1, shape[1:].numel())))
         first = self._number * count % (shape[0] - count + 1)
         return slice(first, first + count)
 

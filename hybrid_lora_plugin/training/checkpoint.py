@@ -3,7 +3,7 @@
     hybrid_lora/
       trainables.safetensors   fp32: full weights under their plain names; LoRA factors as
                                `<module>.lora_A.weight` [r, d_in] and `<module>.lora_B.weight` [d_out, r]
-      trainables.json          base model, rank, alpha, global step
+      trainables.json          base model, rank, alpha, global step, and how the rollout engine's weights are rounded
       allocation.json          the allocation the run trained under
 
 The folder appears under its name only when it is complete.
@@ -24,10 +24,13 @@ from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.storage import load_allocation
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.files import complete_folder
+from hybrid_lora_plugin.training.rounding import Rounding
 
 FOLDER = "hybrid_lora"
 TENSORS, DESCRIPTION, ALLOCATION = "trainables.safetensors", "trainables.json", "allocation.json"
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
+#: before checkpoints said how rollout weights are rounded: to nearest, and their type is not known
+_BEFORE_ROUNDING = {"rollout_dtype": None, "rounding_mode": "nearest", "rounding_seed": 0}
 
 
 @dataclass(frozen=True)
@@ -38,12 +41,21 @@ class CheckpointDescription:
     rank: int
     alpha: int
     global_step: int
+    #: type of the rollout engine's weights, e.g. "bfloat16"; None where the checkpoint does not say
+    rollout_dtype: str | None = None
+    rounding_mode: str = "nearest"
+    rounding_seed: int = 0
     schema_version: int = SCHEMA_VERSION
 
     @property
     def scaling(self) -> float:
         """alpha / rank, PEFT's LoRA scaling."""
         return self.alpha / self.rank
+
+    @property
+    def rounding(self) -> Rounding:
+        """How the run's syncs round weights of 16 bits."""
+        return Rounding(self.rounding_mode, self.rounding_seed)
 
 
 def save_trained(
@@ -76,9 +88,12 @@ def load_description(folder: Path) -> CheckpointDescription:
     """
     try:
         raw = json.loads((folder / DESCRIPTION).read_text())
-        if raw.get("schema_version") != SCHEMA_VERSION:
-            raise ValueError(f"schema_version is {raw.get('schema_version')!r}, wanted {SCHEMA_VERSION}")
-        return CheckpointDescription(**{f.name: raw[f.name] for f in fields(CheckpointDescription)})
+        version = raw.pop("schema_version", None)
+        if version not in (1, SCHEMA_VERSION):
+            raise ValueError(f"schema_version is {version!r}, wanted {SCHEMA_VERSION}")
+        raw |= _BEFORE_ROUNDING if version == 1 else {}
+        names = [f.name for f in fields(CheckpointDescription) if f.name != "schema_version"]
+        return CheckpointDescription(**{name: raw[name] for name in names})
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"checkpoint: {str(folder)!r} cannot be read ({error}); use another checkpoint",

@@ -3,29 +3,71 @@
 from __future__ import annotations
 
 import os
+from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 
 from hybrid_lora_plugin.allocation.storage import load_allocation
 from hybrid_lora_plugin.candidates import find_candidates
-from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.errors import ConfigurationError, WeightSyncError
 from hybrid_lora_plugin.files import complete_folder
 from hybrid_lora_plugin.names import wire_factor
+from hybrid_lora_plugin.training.arrival import ENOUGH, Arrival, arrival_of
 from hybrid_lora_plugin.training.checkpoint import load_trained
 from hybrid_lora_plugin.training.merge import merge_weight
+from hybrid_lora_plugin.training.rounding import NEAREST, Rounding, round_weight
+
+
+@dataclass(frozen=True)
+class KeptUpdate:
+    """What of the trained update is in exported weights."""
+
+    dtype: torch.dtype
+    rounding: Rounding
+    #: by kind of module, ``lora`` and ``full``: ⟨W_exported − W0, W − W0⟩ / ‖W − W0‖²; 1.0 is all of it
+    share: dict[str, float]
+
+    def __str__(self) -> str:
+        dtype = str(self.dtype).removeprefix("torch.")
+        how = "by the run's thresholds" if self.rounding.is_stochastic(self.dtype) else "to nearest"
+        text = f"weights in {dtype}" + ("" if self.dtype == torch.float32 else f", rounded {how}")
+        kept = " and ".join(f"{share:.1%} of the update of {kind} modules" for kind, share in self.share.items())
+        text += f": {kept or 'no update'} kept"
+        if min(self.share.values(), default=1.0) < ENOUGH:
+            text += "; give dtype=float32 to keep all of it"
+        return text
+
+
+class Exported(NamedTuple):
+    """A written model."""
+
+    folder: Path
+    #: what of the update is in its weights
+    kept: KeptUpdate
 
 
 @torch.no_grad()
-def merged_model(checkpoint: str | os.PathLike, base: str | None = None, trust_remote_code: bool = False):
-    """The trained model as a plain ``AutoModelForCausalLM`` on the CPU, in the dtype of the base checkpoint.
+def merged_model(
+    checkpoint: str | os.PathLike, base: str | None = None, trust_remote_code: bool = False, dtype: str = "auto"
+):
+    """The trained model as a plain ``AutoModelForCausalLM`` on the CPU.
 
     Args:
         checkpoint: a ``global_step_N`` folder of a hybrid run (or its ``actor`` or ``hybrid_lora`` folder).
         base: Hugging Face folder or name of the base model; default: the one recorded in the checkpoint.
+        trust_remote_code: as in transformers.
+        dtype: of the weights; ``auto`` is that of the run's rollout engine, where the checkpoint is older and does not
+            say so that of the base checkpoint. The engine's own type gets the engine's own weights, bit for bit: the
+            same thresholds decide.
+
+    Returns:
+        The model, the base it was made from, and what of the update is in it.
 
     Raises:
-        ConfigurationError: the checkpoint is missing something, or belongs to another base model.
+        ConfigurationError: the checkpoint is missing something, belongs to another base model, or has a weight that
+            does not fit into float16.
     """
     from transformers import AutoModelForCausalLM
 
@@ -39,8 +81,12 @@ def merged_model(checkpoint: str | os.PathLike, base: str | None = None, trust_r
         raise ConfigurationError(f"base: {base!r} cannot be loaded ({reason}); give base=PATH") from error
     allocation.check_model(model.config, find_candidates(model))
 
+    chosen = description.rollout_dtype if dtype == "auto" else dtype
+    target = model.dtype if chosen is None else getattr(torch, chosen)
+    rounding = description.rounding
     modules = dict(model.named_modules())
     unused = set(tensors)
+    arrival = Arrival(sampled=None)
 
     def take(name: str) -> torch.Tensor:
         if name not in tensors:
@@ -50,16 +96,30 @@ def merged_model(checkpoint: str | os.PathLike, base: str | None = None, trust_r
         unused.discard(name)
         return tensors[name]
 
-    for name in allocation.full_names:
-        for kind, parameter in modules[name].named_parameters(recurse=False):
-            parameter.copy_(take(f"{name}.{kind}"))
-    for name in allocation.lora_names:
-        weight = modules[name].weight
-        factors = take(wire_factor(name, "A")), take(wire_factor(name, "B"))
-        weight.copy_(merge_weight(weight, *factors, description.scaling, weight.dtype))
+    trained: set[torch.nn.Parameter] = set()
+    try:
+        for name in allocation.full_names:
+            for kind, parameter in modules[name].named_parameters(recurse=False):
+                plain = f"{name}.{kind}"
+                exact, original = take(plain), parameter.float()
+                parameter.data = round_weight(plain, exact, target, rounding)
+                arrival.add("full", exact - original, parameter.float() - original)
+                trained.add(parameter)
+        for name in allocation.lora_names:
+            weight, plain = modules[name].weight, f"{name}.weight"
+            factors = take(wire_factor(name, "A")), take(wire_factor(name, "B"))
+            weight.data = merge_weight(weight, *factors, description.scaling, target, rounding, plain, arrival)
+            trained.add(weight)
+        for name, parameter in model.named_parameters():
+            if parameter not in trained and parameter.is_floating_point():
+                parameter.data = round_weight(name, parameter, target, NEAREST)
+    except WeightSyncError as error:
+        raise ConfigurationError(f"dtype: {chosen} does not hold all weights ({error}); give dtype=float32") from error
     if unused:
         raise ConfigurationError(f"checkpoint: tensor {sorted(unused)[0]!r} belongs to no module of {base!r}")
-    return model, base
+    model.config.dtype = target
+    share = {kind: arrived[0] for kind, sums in arrival.sums().items() if (arrived := arrival_of(sums))}
+    return model, base, KeptUpdate(target, rounding, share)
 
 
 def export_checkpoint(
@@ -67,7 +127,8 @@ def export_checkpoint(
     output_dir: str | os.PathLike,
     base: str | None = None,
     trust_remote_code: bool = False,
-) -> Path:
+    dtype: str = "auto",
+) -> Exported:
     """Write the trained model with tokenizer as a folder that ``AutoModelForCausalLM`` loads.
 
     The folder appears under its name only when it is complete; an existing one is never written to.
@@ -80,8 +141,8 @@ def export_checkpoint(
     output = Path(output_dir)
     if output.exists():
         raise ConfigurationError(f"output_dir: {str(output)!r} exists already; give a new folder or remove it")
-    model, base = merged_model(checkpoint, base, trust_remote_code)
+    model, base, kept = merged_model(checkpoint, base, trust_remote_code, dtype)
     with complete_folder(output) as unfinished:
         model.save_pretrained(unfinished)
         AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code).save_pretrained(unfinished)
-    return output
+    return Exported(output, kept)

@@ -36,7 +36,7 @@ from hybrid_lora_plugin.verl_backend import requirements
 from hybrid_lora_plugin.verl_backend.patches import only_parameters_cast
 from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
 from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import fixed_prompt
-from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource
+from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource, rollout_dtype
 
 
 class HybridLoraEngine(FSDPEngineWithLMHead):
@@ -258,6 +258,9 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
                 rank=self.model_config.lora_rank,
                 alpha=self.model_config.lora_alpha,
                 global_step=int(global_step or 0),
+                rollout_dtype=str(rollout_dtype(self.model_config)).removeprefix("torch."),
+                rounding_mode=self.hybrid.sync_rounding,
+                rounding_seed=self.hybrid.sync_seed,
             )
             save_trained(local_path, tensors, description, self._allocation_json)
         if self._weight_source is not None:

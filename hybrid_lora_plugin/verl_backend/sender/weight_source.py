@@ -31,7 +31,7 @@ class WeightSource:
         self._hybrid = hybrid
         self._device = device
         self._model_config = model_config
-        self.dtype: torch.dtype = PrecisionType.to_dtype(model_config.lora["rollout_dtype"])
+        self.dtype: torch.dtype = rollout_dtype(model_config)
         #: how weights become ``dtype``; the same through a run and in one that continues it
         self.rounding = Rounding(hybrid.sync_rounding, hybrid.sync_seed)
         self._run = ""
@@ -138,6 +138,11 @@ class WeightSource:
 
         self._last = OutgoingWeights(header, tensors, self._device, self._before, on_end=keep, changes=changes)
         return self._last
+
+
+def rollout_dtype(model_config) -> torch.dtype:
+    """What the rollout engine computes in, from verl's model configuration."""
+    return PrecisionType.to_dtype(model_config.lora["rollout_dtype"])
 
 
 def _drawn_run() -> str:
