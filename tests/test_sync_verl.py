@@ -67,6 +67,29 @@ def test_last_sync_is_empty_before_the_first():
     assert sync_metrics.last_sync() == {}
 
 
+def test_two_syncs_of_one_step_count_together_and_those_of_two_steps_do_not():
+    """As before the first step: nobody asks for the metrics of the sync at the start of a run."""
+
+    def send(step: int | None, before: dict[str, str]) -> dict[str, str]:
+        header = SyncHeader(run="r", number=1, mode="merge", dtype="float32", digests=True)
+        stream = OutgoingWeights(header, [("w", torch.ones(2))], before=before, on_end=sync_metrics.keep)
+        stream.step = step
+        list(stream)
+        return stream.digests
+
+    sync_metrics.last_sync()
+    sent = send(0, {})
+    send(0, sent)
+    assert sync_metrics.last_sync()["sync_tensors_changed"] == 1
+    send(0, {})
+    send(1, sent)
+    assert sync_metrics.last_sync()["sync_tensors_changed"] == 0
+    # Engines apart from the trainer are not told the step in its process.
+    send(None, {})
+    send(2, sent)
+    assert sync_metrics.last_sync()["sync_tensors_changed"] == 1
+
+
 def test_transport_still_waits_and_acknowledges_where_ours_looks():
     send = inspect.getsource(bucketed_weight_transfer.BucketedWeightSender)
     receive = inspect.getsource(bucketed_weight_transfer.BucketedWeightReceiver)
