@@ -308,14 +308,20 @@ class HybridLoraConfig(SelectionConfig):
     enabled: bool = documented(True, "Whether this run trains under an allocation.", source="plugin")
     allocation: str | None = documented(
         None,
-        "Folder or allocation.json written by `hybrid-lora-probe`, on a path that every worker can read; null probes "
-        "first.",
+        "Folder or allocation.json written by `hybrid-lora-probe`, on a path that the driver and the trainer's first "
+        "rank can read; null probes first.",
         source="own choice",
     )
     output_dir: str | None = documented(
         None,
         "Where a run without an allocation writes the one it probes; null is `allocation` beside the checkpoints.",
         source="own choice",
+    )
+    checkpoint_dir: str | None = documented(
+        None,
+        "Set by the plugin where a run saves checkpoints: `trainer.default_local_dir`, which every worker tries to "
+        "write to before training.",
+        source="plugin",
     )
     phase: str = documented(
         "train",
@@ -364,8 +370,8 @@ class HybridLoraConfig(SelectionConfig):
     sync_check: str = documented(
         "digest",
         "Proof of every sync: `digest` compares a digest of each tensor at both ends and reads the engine's model "
-        "back; `logprobs` also compares log-probabilities of a fixed prompt; `off` compares names, shapes, dtypes and "
-        "step only.",
+        "back; `logprobs` also compares log-probabilities of a fixed prompt; `off` looks at names, shapes, dtypes and "
+        "step, that nothing is missing and that the engine has not lost what is not sent, and at no other value.",
         source="own choice",
         choices=("digest", "logprobs", "off"),
     )
@@ -385,11 +391,20 @@ class HybridLoraConfig(SelectionConfig):
         choices=("memory_map", "pinned"),
     )
     sync_timeout: float = documented(
-        600.0,
-        "Longest wait of either side for the other in a sync; then the run ends.",
-        source="own choice",
+        240.0,
+        "Longest wait of either side for the other in a sync; then the run ends. Other ranks wait up to 1.5 times this "
+        "and 40 s, with `sync_check=logprobs` twice this, which must be below `actor_rollout_ref.nccl_timeout`.",
+        source="own choice: every wait ends before verl's nccl_timeout of 600 s",
         unit="s",
-        bound=above(0, "a number of seconds above 0, e.g. 600"),
+        bound=above(0, "a number of seconds above 0, e.g. 240"),
+    )
+    first_sync_timeout: float = documented(
+        1800.0,
+        "The same at both ends of the first sync, where trainer and engine look at every weight that no sync sends; "
+        "read where it is longer than `sync_timeout`.",
+        source="own choice: no collective of the trainer stands behind it",
+        unit="s",
+        bound=above(0, "a number of seconds above 0, e.g. 1800"),
     )
 
 

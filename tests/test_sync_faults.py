@@ -49,6 +49,9 @@ WITHOUT_DIGESTS = (
     "shard sent",
     "stale sync",
     "header damaged",
+    "tensor never sent",
+    "unknown name sent",
+    "engine lost a weight",
 )
 
 
@@ -216,11 +219,29 @@ def test_without_digests_the_shape_of_a_sync_is_still_proven_and_values_are_not(
     try:
         for kind in WITHOUT_DIGESTS:
             check(inject(replica, draw_fault(kind, "receiver_merge", seed=1), engines.files))
+        for kind in ("tensor never sent", "unknown name sent"):
+            check(inject(replica, draw_fault(kind, "merge", seed=1), engines.files))
         outcome = inject(replica, draw_fault("bit flipped", "receiver_merge", seed=1), engines.files)
         assert outcome.problems == ["missed", "tokens were generated"]
         assert replica.sync("merge")["sync_digest_ok"] == 0
     finally:
         replica.begin_run("digest")
+
+
+@pytest.mark.parametrize("sync_check", ["digest", "off"])
+def test_an_engine_that_a_sleep_has_emptied_before_the_first_sync_is_refused(engines, sync_check):
+    replica = engines.plain
+    replica.sync("receiver_merge")
+    lost = next(name for name in replica.on_trainers("unsent", "receiver_merge")[0] if name.endswith("norm.weight"))
+    replica.in_engine(processes.lose_weight, lost, 0)
+    replica.begin_run(sync_check)
+    try:
+        with pytest.raises(SyncRefused, match=f"{lost}: the rollout engine holds other values than its checkpoint"):
+            replica.sync("receiver_merge")
+    finally:
+        replica.in_engine(processes.restore_weight)
+        replica.begin_run("digest")
+    replica.sync("receiver_merge")
 
 
 # -- kills; after them the engines are gone ----------------------------------------------------------------------------

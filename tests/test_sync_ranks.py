@@ -12,13 +12,19 @@ import pytest
 pytest.importorskip("verl", reason="verl is not installed")
 
 from tests.support.processes import free_port  # noqa: E402
-from tests.support.sync_ranks_worker import LIMIT  # noqa: E402
+from tests.support.sync_ranks_worker import LIMIT, LIMITS  # noqa: E402
 from tests.support.verl_processes import torchrun  # noqa: E402
 
 pytestmark = pytest.mark.verl
 
 
-SCENARIOS = ("healthy", "receiver fails early", "engine dies at once", "trainer fails on one rank")
+SCENARIOS = (
+    "healthy",
+    "first proof is slow",
+    "receiver fails early",
+    "engine dies at once",
+    "trainer fails on one rank",
+)
 
 
 @pytest.fixture(scope="module")
@@ -45,6 +51,13 @@ def test_healthy_sync_is_ended_once_by_the_rank_with_the_server(outcomes):
     ranks = outcomes["healthy"]
     assert [rank["raised"] for rank in ranks] == ["", ""]
     assert [rank["ended"] for rank in ranks] == [[3], []]
+
+
+def test_first_sync_may_take_longer_to_prove_than_any_bucket(outcomes):
+    """The other rank has sent everything, and waits for the first one's word as long."""
+    ranks = outcomes["first proof is slow"]
+    assert [rank["raised"] for rank in ranks] == ["", ""] and ranks[0]["ended"] == [3]
+    assert min(rank["seconds"] for rank in ranks) > LIMITS["first proof is slow"]
 
 
 @pytest.mark.parametrize(

@@ -24,7 +24,7 @@ from hybrid_lora_plugin.training.lora_linear import SharedInput
 from hybrid_lora_plugin.training.memory import least_bytes, rank_bytes
 from hybrid_lora_plugin.training.merge import merge_weight
 from hybrid_lora_plugin.training.precision import frozen_dtype
-from hybrid_lora_plugin.training.reference import BaseSnapshot
+from hybrid_lora_plugin.training.reference import BaseSnapshot, adapters_off
 from hybrid_lora_plugin.training.rounding import Rounding
 from tests.support.allocations import make_allocation
 
@@ -221,11 +221,25 @@ def test_reference_is_the_base_model_after_full_weights_moved(hybrid, tiny_qwen2
     train_a_little(hybrid)
     hybrid.eval()
     trained = hybrid(IDS).logits
-    with hybrid.disable_adapter():
+    with adapters_off(hybrid):
         assert not torch.equal(hybrid(IDS).logits, base(IDS).logits), "adapters off alone is not the base model"
-    with snapshot.swapped_in(trainable_groups(hybrid)["full"]), hybrid.disable_adapter():
+    with snapshot.swapped_in(trainable_groups(hybrid)["full"]), adapters_off(hybrid):
         assert torch.equal(hybrid(IDS).logits, base(IDS).logits)
     assert torch.equal(hybrid(IDS).logits, trained)
+
+
+def test_adapters_off_is_the_base_layer_and_leaves_every_gradient_on(hybrid):
+    train_a_little(hybrid)
+    hybrid.eval()
+    with_adapters, required = hybrid(IDS).logits, {n: p.requires_grad for n, p in hybrid.named_parameters()}
+    with hybrid.disable_adapter():
+        wanted = hybrid(IDS).logits
+    with pytest.raises(ZeroDivisionError), adapters_off(hybrid):
+        assert torch.equal(hybrid(IDS).logits, wanted) and not torch.equal(wanted, with_adapters)
+        assert {n: p.requires_grad for n, p in hybrid.named_parameters()} == required
+        raise ZeroDivisionError
+    assert torch.equal(hybrid(IDS).logits, with_adapters), "also after an error"
+    assert {n: p.requires_grad for n, p in hybrid.named_parameters()} == required
 
 
 def test_trained_weights_come_back_when_the_reference_pass_fails(hybrid):

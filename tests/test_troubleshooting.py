@@ -37,6 +37,8 @@ REFUSING = (
     "verl_backend/engine.py",
     "verl_backend/preflight.py",
     "verl_backend/requirements.py",
+    "verl_backend/vllm_arguments.py",
+    "verl_backend/checkpoint_files.py",
     "verl_backend/probe/policy.py",
     "verl_backend/probe/policy_engine.py",
     "verl_backend/probe/resume.py",
@@ -225,7 +227,7 @@ def server_adapter():
 def failed_sync(server_adapter, stream) -> str:
     """What the sending end raises on a rank without an engine of its own."""
     adapter = server_adapter.HybridLoraServerAdapter.__new__(server_adapter.HybridLoraServerAdapter)
-    adapter.model_config = SimpleNamespace(lora={"hybrid": {"sync_timeout": 5.0}})
+    adapter.model_config = SimpleNamespace(lora={"hybrid": {"sync_timeout": 5.0, "first_sync_timeout": 5.0}})
     adapter._has_server = False
     with pytest.raises(WeightSyncError) as caught:
         asyncio.run(adapter.update_weights(stream, global_steps=3))
@@ -287,7 +289,7 @@ def test_a_report_of_other_weights_or_of_another_step_names_its_entry(server_ada
     sent, other = (OutgoingWeights(header, [("weight", torch.full((2,), value))]) for value in (1.0, 2.0))
     for stream in (sent, other):
         list(stream)
-    passing = server_adapter.PassingWeights(iter([]), 5.0)
+    passing = server_adapter.PassingWeights(iter([]), server_adapter.waits.Limits(5.0, 5.0, ""))
     passing.header, passing.manifest = header, sent.entries
     compare = server_adapter.HybridLoraServerAdapter._compare
     report = {"run": "r", "number": 4, "step": 3, "tensors": rows_of(sent.entries)}

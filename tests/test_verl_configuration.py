@@ -20,6 +20,7 @@ from hybrid_lora_plugin.errors import ConfigurationError  # noqa: E402
 from hybrid_lora_plugin.sync.modes import SYNC_MODES  # noqa: E402
 from hybrid_lora_plugin.verl_backend import registration  # noqa: E402
 from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
+from hybrid_lora_plugin.verl_backend.sender import waits  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
 from tests.support.tiny_models import make_tiny_qwen2  # noqa: E402
 from tests.support.verl_processes import ROOT, run  # noqa: E402
@@ -172,6 +173,37 @@ REFUSED = {
         ["+actor_rollout_ref.rollout.engine_kwargs.vllm.worker_extension_cls=a.B"],
         ["worker_extension_cls", "'a.B'", "null"],
     ),
+    "quantization past verl": (
+        ["+actor_rollout_ref.rollout.engine_kwargs.vllm.quantization=fp8"],
+        ["engine_kwargs.vllm.quantization", "'fp8'", "null and use actor_rollout_ref.rollout.quantization"],
+    ),
+    "workers past verl": (
+        ["+actor_rollout_ref.rollout.engine_kwargs.vllm.data_parallel_size=2"],
+        ["engine_kwargs.vllm.data_parallel_size", "2", "give 1"],
+    ),
+    "checkpoints on HDFS": (
+        ["trainer.default_hdfs_dir=hdfs://here"],
+        ["trainer.default_hdfs_dir", "'hdfs://here'", "give null", "trainer.checkpoint_callback_class"],
+    ),
+    "checkpoints in no file system": (
+        ["trainer.default_local_dir=hdfs://here"], ["trainer.default_local_dir", "'hdfs://here'", "a folder"],
+    ),
+    "resuming from HDFS": (
+        ["trainer.resume_mode=resume_path", "trainer.resume_from_path=hdfs://here/global_step_3"],
+        ["trainer.resume_from_path", "global_step_3", "a folder"],
+    ),
+    "waits above NCCL's": (
+        ["hybrid_lora.sync_timeout=600"],
+        ["sync_timeout: 600", "940 s", "nccl_timeout=600", "sync_timeout=373 or less", "nccl_timeout above 940"],
+    ),
+    "waits above NCCL's with a fixed prompt": (
+        ["hybrid_lora.sync_timeout=300", "hybrid_lora.sync_check=logprobs"],
+        ["sync_timeout: 300", "600 s", "sync_timeout=299 or less", "nccl_timeout above 600"],
+    ),
+    "no wait below NCCL's": (
+        ["actor_rollout_ref.nccl_timeout=40"],
+        ["sync_timeout: 240", "400 s", "nccl_timeout=40", "give actor_rollout_ref.nccl_timeout above 400"],
+    ),
     "dummy weights for a partial sync": (
         ["hybrid_lora.sync=receiver_merge", "actor_rollout_ref.rollout.load_format=dummy"],
         ["load_format", "'dummy'", "hybrid_lora.sync=receiver_merge", "safetensors", "hybrid_lora.sync=merge"],
@@ -227,6 +259,26 @@ def test_sync_mode_sets_verls_own_switch_for_adapters(sync, merge, accepted):
     config = composed(*accepted, f"hybrid_lora.sync={sync}")
     check_configuration(config)
     assert config.actor_rollout_ref.model.lora.merge is merge
+
+
+@pytest.mark.parametrize("check", ["digest", "logprobs", "off"])
+def test_every_wait_of_a_sync_ends_before_verls_own_limit_by_default(check, accepted):
+    config = composed(*accepted, f"hybrid_lora.sync_check={check}")
+    assert waits.longest(config.hybrid_lora.sync_timeout, check == "logprobs") < config.actor_rollout_ref.nccl_timeout
+    check_configuration(config)
+    # Apart by more than what a machine needs to notice.
+    check_configuration(composed(*accepted, f"hybrid_lora.sync_check={check}", "actor_rollout_ref.nccl_timeout=540"))
+
+
+def test_workers_are_told_where_checkpoints_go_if_there_will_be_any(accepted):
+    for frequency, wanted in ((-1, None), (0, None), (5, "some/where")):
+        config = composed(*accepted, f"trainer.save_freq={frequency}", "trainer.default_local_dir=some/where")
+        check_configuration(config)
+        assert config.actor_rollout_ref.model.lora.hybrid.checkpoint_dir == wanted
+
+
+def test_raising_both_limits_is_accepted(accepted):
+    check_configuration(composed(*accepted, "hybrid_lora.sync_timeout=600", "actor_rollout_ref.nccl_timeout=1000"))
 
 
 def test_own_checkpoint_engine_is_accepted_beside_our_module(accepted):

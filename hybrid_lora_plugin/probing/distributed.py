@@ -75,21 +75,46 @@ class Ranks:
         Raises:
             ConfigurationError: on every rank, if it raises one on rank 0; nobody is left waiting. Elsewhere it carries
                 ``reported_by_first_rank``, so that one mistake is not printed by every process.
+            RuntimeError: on every rank, in one line, if it raises anything else.
         """
         if self.size == 1:
             return make()
         box: list = [None, None]
         if self.first:
-            try:
-                box[0] = make()
-            except ConfigurationError as error:
-                box[1] = error
+            box = list(_outcome(make, self.rank))
         distributed.broadcast_object_list(box, src=0, group=self._group, device=self.device)
         if box[1] is not None:
             if not self.first:
                 box[1].reported_by_first_rank = True
             raise box[1]
         return box[0]
+
+    def on_each(self, make: Callable[[], Result]) -> Result:
+        """What ``make`` returns here, once it has returned on every rank.
+
+        Raises:
+            ConfigurationError, RuntimeError: on every rank, the error of the first rank that has one, in one line.
+        """
+        if self.size == 1:
+            return make()
+        result, error = _outcome(make, self.rank)
+        errors: list = [None] * self.size
+        distributed.all_gather_object(errors, error, group=self._group)
+        for failure in errors:
+            if failure is not None:
+                raise failure
+        return result
+
+
+def _outcome(make: Callable[[], Result], rank: int) -> tuple[Result | None, Exception | None]:
+    """What ``make`` returns, or an error that can travel to other ranks."""
+    try:
+        return make(), None
+    except ConfigurationError as error:
+        return None, error
+    except Exception as error:
+        reason = (str(error).strip().splitlines() or [""])[0]
+        return None, RuntimeError(f"hybrid_lora: on rank {rank}: {type(error).__name__}: {reason}")
 
 
 def start() -> Ranks:

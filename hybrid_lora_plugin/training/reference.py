@@ -10,8 +10,31 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 
 import torch
+from peft.tuners.lora import LoraLayer
 
 from hybrid_lora_plugin.training.dtensor import local_tensor
+
+
+@contextmanager
+def adapters_off(model: torch.nn.Module) -> Iterator[None]:
+    """Every LoRA layer computes its base layer alone inside the ``with``, and its adapter again after it.
+
+    PEFT's own ``disable_adapter`` also takes the gradient from the factors meanwhile. FSDP2 settles at the first
+    forward pass, from what requires a gradient then, in which type it reduces gradients: were that a reference pass,
+    the first update would fail. Here a flag is set and no parameter touched.
+
+    Args:
+        model: a hybrid model, also when FSDP has wrapped it.
+    """
+    layers = [module for module in model.modules() if isinstance(module, LoraLayer)]
+    before = [layer._disable_adapters for layer in layers]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer, disabled in zip(layers, before, strict=True):
+            layer._disable_adapters = disabled
 
 
 def _compact(values: torch.Tensor) -> torch.Tensor:

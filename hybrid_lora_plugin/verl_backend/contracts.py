@@ -180,6 +180,7 @@ _PREFLIGHT = "verl_backend/preflight.py"
 _LORA_LINEAR = "training/lora_linear.py"
 _LAYOUT = "verl_backend/receiver/vllm_layout.py"
 _APPLY = "training/apply.py"
+_REFERENCE = "training/reference.py"
 _LOADING = "probing/loading.py"
 _BOTH_ENGINES = (_ENGINE, _POLICY)
 
@@ -354,8 +355,15 @@ _TRAINING_ENGINE = [
         ("model_config", _BOTH_ENGINES, "the model's settings"),
         ("engine_config", _ENGINE, "the strategy's settings; replaced while the model loads"),
         ("optimizer_config", _BOTH_ENGINES, "passed to build_optimizer"),
+        ("checkpoint_manager", _ENGINE, "tells which of a checkpoint's files a resume reads"),
         ("_is_offload_param", _ENGINE, "whether FSDP1's weights lie on the host"),
         ("_autocast_dtype", _POLICY, "precision that the artifact records"),
+    ),
+    *_of(
+        "engine",
+        "verl.utils.checkpoint.checkpoint_manager",
+        "BaseCheckpointManager",
+        ("should_load_model should_load_optimizer should_load_extra", _ENGINE, "which files a resume reads"),
     ),
     *_of(
         "engine",
@@ -370,6 +378,7 @@ _TRAINING_ENGINE = [
         "torch.distributed.fsdp",
         "FullyShardedDataParallel",
         ("_handle", _ENGINE, "FSDP1's flat parameter, resharded around the reference policy"),
+        ("_is_root", _ENGINE, "None until the first forward pass, before which there is no shard to go back to"),
         ("sharding_strategy process_group", _ENGINE, "the ranks that share one copy"),
     ),
     *_of(
@@ -391,7 +400,6 @@ _TRAIN = [
         "",
         ("PeftModel", _APPLY, "what apply_allocation returns"),
         ("PeftModel.peft_config", _APPLY, "tells a model that is wrapped already"),
-        ("PeftModel.disable_adapter", _ENGINE, "switches the adapters off for the reference policy"),
         ("TaskType", _APPLY, "kind of model"),
         ("TaskType.CAUSAL_LM", _APPLY, "kind of model"),
         ("LoraConfig", _APPLY, "the adapters", "task_type r target_modules lora_alpha lora_dropout bias"),
@@ -402,7 +410,8 @@ _TRAIN = [
         "train",
         "peft.tuners.lora",
         "",
-        ("LoraLayer", _APPLY, "marks the modules that got an adapter"),
+        ("LoraLayer", (_APPLY, _REFERENCE), "marks the modules that got an adapter"),
+        ("LoraLayer._disable_adapters", _REFERENCE, "switches an adapter off for the reference policy"),
         ("Linear", _LORA_LINEAR, "base class of our layer"),
         ("Linear.forward", _LORA_LINEAR, "answers for everything but the plain case", "x"),
         ("Linear.lora_A Linear.lora_B", (_APPLY, _LORA_LINEAR), "factors by adapter name"),
@@ -975,10 +984,28 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         "tests/test_sharding.py::test_reference_is_the_base_model",
     ),
     Behaviour(
+        "engine",
+        _ENGINE,
+        "FSDP1 gathers nothing before it knows which unit is the root",
+        "tests/test_first_pass.py::test_every_order_of_first_passes_trains_to_the_same_bits",
+    ),
+    Behaviour(
         "train",
         _APPLY,
         "PEFT puts the registered class in place of its own layer and keeps its names",
         "tests/test_training.py::test_exactly_the_allocated_modules_train_each_in_its_own_way",
+    ),
+    Behaviour(
+        "train",
+        _REFERENCE,
+        "a LoRA layer of PEFT's computes its base alone while `_disable_adapters` is set, whatever its factors require",
+        "tests/test_training.py::test_adapters_off_is_the_base_layer_and_leaves_every_gradient_on",
+    ),
+    Behaviour(
+        "engine",
+        _REFERENCE,
+        "FSDP2 settles the type of its reductions at the first forward pass, from what requires a gradient then",
+        "tests/test_first_pass.py::test_fsdp2_still_settles_how_it_reduces_at_the_first_forward_pass",
     ),
     Behaviour(
         "train",

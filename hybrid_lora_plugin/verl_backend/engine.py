@@ -17,12 +17,14 @@ from verl.utils.fsdp_utils import fsdp_version, load_fsdp_model_to_gpu, offload_
 from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine import FSDPEngineWithLMHead
 
+from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.storage import allocation_file, load_allocation
 from hybrid_lora_plugin.config import HybridLoraConfig
-from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.names import plain_name, wire_name
+from hybrid_lora_plugin.probing.distributed import Ranks
 from hybrid_lora_plugin.sync.base_weights import base_digests, stored_dtypes
-from hybrid_lora_plugin.sync.hybrid_weights import original_weights
+from hybrid_lora_plugin.sync.hybrid_weights import original_weights, plain_state
 from hybrid_lora_plugin.sync.mode_base import SyncMode
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, trainable_groups
@@ -31,8 +33,9 @@ from hybrid_lora_plugin.training.checkpoint import FOLDER, CheckpointDescription
 from hybrid_lora_plugin.training.dtensor import local_tensor, sum_of_squares, whole
 from hybrid_lora_plugin.training.memory import rank_bytes
 from hybrid_lora_plugin.training.precision import frozen_dtype
-from hybrid_lora_plugin.training.reference import BaseSnapshot
+from hybrid_lora_plugin.training.reference import BaseSnapshot, adapters_off
 from hybrid_lora_plugin.verl_backend import requirements
+from hybrid_lora_plugin.verl_backend.checkpoint_files import require_shards, require_writable
 from hybrid_lora_plugin.verl_backend.patches import only_parameters_cast
 from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
 from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import fixed_prompt
@@ -49,11 +52,19 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         self.hybrid = requirements.check_engine(model_config, engine_config, checkpoint_config)
         requirements.check_sharding(engine_config.strategy, engine_config.fsdp_size, torch.distributed.get_world_size())
+        self._ranks = Ranks(torch.device(get_device_id()))
         if self.hybrid.allocation:
-            self.allocation = load_allocation(self.hybrid.allocation)
-            # Kept as text: a checkpoint records what this run trains under, whatever becomes of the file meanwhile.
-            self._allocation_json = allocation_file(self.hybrid.allocation).read_text(encoding="utf-8")
+            # Rank 0's, for all: other nodes need not see the file, and none waits for one that cannot read it.
+            self.allocation, self._allocation_json = self._ranks.from_first(self._read_allocation)
+        if self.hybrid.checkpoint_dir:
+            self._ranks.on_each(lambda: require_writable(self.hybrid.checkpoint_dir))
         super().__init__(model_config, engine_config, optimizer_config, checkpoint_config)
+
+    def _read_allocation(self) -> tuple[Allocation, str]:
+        with explained(otherwise="allocation-cannot-be-read"):
+            allocation = load_allocation(self.hybrid.allocation)
+        # Kept as text: a checkpoint records what this run trains under, whatever becomes of the file meanwhile.
+        return allocation, allocation_file(self.hybrid.allocation).read_text(encoding="utf-8")
 
     def initialize(self):
         if not self.hybrid.allocation:
@@ -167,7 +178,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
     def disable_adapter(self):
         """The untouched base model: adapters off and the original values of the full modules in place."""
         self._reshard()
-        with self._base_snapshot.swapped_in(trainable_groups(self.module)["full"]), self.module.disable_adapter():
+        with self._base_snapshot.swapped_in(trainable_groups(self.module)["full"]), adapters_off(self.module):
             try:
                 yield
             finally:
@@ -178,11 +189,11 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         for module in self.module.modules():
             if isinstance(module, FSDPModule):
                 module.reshard()
-            elif (
-                isinstance(module, FullyShardedDataParallel) and module._handle and module._handle.uses_sharded_strategy
-            ):
-                # As verl does with the root after an evaluation.
-                module._handle.reshard(True)
+            elif isinstance(module, FullyShardedDataParallel) and module._is_root is not None:
+                # As verl does with the root after an evaluation. Before its first forward pass a unit does not know
+                # yet whether it is the root; nothing has been gathered then, and it has no shard to go back to.
+                if module._handle and module._handle.uses_sharded_strategy:
+                    module._handle.reshard(True)
 
     # -- rollout ----------------------------------------------------------------------------------------------
 
@@ -207,9 +218,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             self._while_resident(tensors),
             payload_bytes=mode.payload_bytes(parts.counts, source.dtype),
             lora_modules=list(parts.lora_modules),
-            base=(lambda: base_digests(self._while_resident(original_weights(self.module, device))))
-            if mode.partial
-            else None,
+            base=self._base_digests if mode.partial else None,
             merged=(lambda module: self._merged_digest(mode, module, arrival)) if mode.receiver_merges else None,
             arrival=arrival,
             changes=changes,
@@ -219,6 +228,14 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         )
         # verl asks only whether there is one; what the engine needs of it travels in the stream.
         return stream, {"r": self.model_config.lora_rank} if mode.engine_adapter else None
+
+    def _base_digests(self) -> dict[str, str]:
+        """Digest of every weight that training leaves alone; without digests in the sync "" for each: it is counted."""
+        if self.hybrid.sync_check == "off":
+            trained = parts_of(self.module).trained
+            state = plain_state(self.module).items()
+            return {plain: "" for plain, (name, tensor) in state if name not in trained and tensor.is_floating_point()}
+        return base_digests(self._while_resident(original_weights(self.module, get_device_id())))
 
     def _merged_digest(self, mode: SyncMode, module: str, arrival: Arrival) -> dict[str, str]:
         source = self._weight_source
@@ -252,21 +269,20 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             gathered = whole(tensor, get_device_id())
             if self.rank == 0:
                 tensors[wire_name(name)] = gathered.float().cpu().contiguous()
-        if self.rank == 0:
-            description = CheckpointDescription(
-                base_model=str(self.model_config.path),
-                rank=self.model_config.lora_rank,
-                alpha=self.model_config.lora_alpha,
-                global_step=int(global_step or 0),
-                rollout_dtype=str(rollout_dtype(self.model_config)).removeprefix("torch."),
-                rounding_mode=self.hybrid.sync_rounding,
-                rounding_seed=self.hybrid.sync_seed,
-            )
-            save_trained(local_path, tensors, description, self._allocation_json)
+        description = CheckpointDescription(
+            base_model=str(self.model_config.path),
+            rank=self.model_config.lora_rank,
+            alpha=self.model_config.lora_alpha,
+            global_step=int(global_step or 0),
+            rollout_dtype=str(rollout_dtype(self.model_config)).removeprefix("torch."),
+            rounding_mode=self.hybrid.sync_rounding,
+            rounding_seed=self.hybrid.sync_seed,
+        )
+        # A disk that is full ends every rank, instead of leaving the others to wait for the first.
+        self._ranks.from_first(lambda: save_trained(local_path, tensors, description, self._allocation_json))
         if self._weight_source is not None:
             # The sync that verl makes next is of these very weights.
             self._weight_source.read_all_back()
-        torch.distributed.barrier()
 
     def _trained_state(self):
         state = self.module.state_dict()
@@ -275,11 +291,29 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             yield name, state[name]
 
     def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=True, **kwargs):
-        kept = Path(local_path or "") / FOLDER
-        if local_path is not None and kept.is_dir():
-            require_same_setting(kept, self.allocation, self.model_config.lora_rank, self.model_config.lora_alpha)
+        if local_path is not None:
+            self._ranks.from_first(lambda: self._require_same_setting(Path(local_path) / FOLDER))
+            self._ranks.on_each(lambda: self._require_shards(local_path))
         base = self._frozen_sums()
         super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
+        # On each rank: a difference may lie in one rank's shard alone.
+        self._ranks.on_each(lambda: self._require_same_base(base, local_path))
+
+    def _require_same_setting(self, kept: Path) -> None:
+        if kept.is_dir():
+            require_same_setting(kept, self.allocation, self.model_config.lora_rank, self.model_config.lora_alpha)
+
+    def _require_shards(self, folder: str) -> None:
+        manager = self.checkpoint_manager
+        loaded = {
+            "model": manager.should_load_model,
+            "optim": manager.should_load_optimizer,
+            "extra_state": manager.should_load_extra,
+        }
+        ranks = torch.distributed.get_world_size()
+        require_shards(folder, [kind for kind, wanted in loaded.items() if wanted], self.rank, ranks)
+
+    def _require_same_base(self, base: dict[str, tuple[float, float]], local_path: str) -> None:
         # The checkpoint holds frozen weights too. If they are not those of model.path, the reference snapshot, which
         # was taken from there, belongs to another base model.
         changed = [name for name, sums in self._frozen_sums().items() if sums != base[name]]

@@ -42,6 +42,9 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
         )
     hybrid = requirements.hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
     requirements.check_run(config)
+    if (OmegaConf.select(config, "trainer.save_freq") or -1) > 0:
+        folder = str(OmegaConf.select(config, "trainer.default_local_dir"))
+        OmegaConf.update(config, "hybrid_lora.checkpoint_dir", folder)
     if hybrid.allocation:
         from hybrid_lora_plugin.allocation.storage import load_allocation
 

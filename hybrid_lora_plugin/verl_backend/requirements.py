@@ -15,6 +15,8 @@ from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.verl_backend.sender import waits
+from hybrid_lora_plugin.verl_backend.vllm_arguments import check_vllm_arguments
 
 ACTOR, MODEL, ROLLOUT = "actor_rollout_ref.actor.", "actor_rollout_ref.model.", "actor_rollout_ref.rollout."
 ENGINE_MODULE = "hybrid_lora_plugin.verl_backend.engine_registration"
@@ -96,11 +98,6 @@ _RULES: dict[str, Rule] = {
         "null: quantized weights cannot be compared with the trainer's, so no sync could be proven",
         see="rollout-not-supported",
     ),
-    ROLLOUT + "engine_kwargs.vllm.worker_extension_cls": Rule(
-        lambda v: v is None,
-        "null: the plugin's own worker extension receives the weights",
-        see="rollout-not-supported",
-    ),
     ROLLOUT + "data_parallel_size": Rule(
         lambda v: v in (None, 1),
         "1: vLLM answers for one of several data-parallel engines only; more replicas do the same work",
@@ -167,6 +164,21 @@ _RULES: dict[str, Rule] = {
         "false: quantization-aware training is not supported here",
         see="type-of-weights-not-supported",
     ),
+    # Read in verl 0.9.1: the manager of FSDP's checkpoints does not use it, so nothing would ever be there.
+    "trainer.default_hdfs_dir": Rule(
+        lambda v: v is None,
+        "null: verl copies no FSDP checkpoint there, nor is one resumed from there; save to "
+        "trainer.default_local_dir and copy in a trainer.checkpoint_callback_class of your own",
+        see="checkpoint-place-not-usable",
+    ),
+    **{
+        name: Rule(
+            lambda v: "://" not in str(v),
+            "a folder of a file system: each rank saves its shard and resumes from it there",
+            see="checkpoint-place-not-usable",
+        )
+        for name in ("trainer.default_local_dir", "trainer.resume_from_path", "hybrid_lora.output_dir")
+    },
     ACTOR + "checkpoint.save_lora_only": Rule(
         lambda v: not v,
         "false: it would drop the fully tuned weights",
@@ -285,19 +297,48 @@ def check_sharding(strategy: str, fsdp_size: int, ranks: int) -> None:
         )
 
 
+def check_waits(sync_timeout: float, sync_check: str, nccl_timeout: float | None) -> None:
+    """Refuse waits of a sync that NCCL's watchdog would end first: the run would die without saying what it waited for.
+
+    Args:
+        sync_timeout, sync_check: of the ``hybrid_lora`` node, seconds and mode.
+        nccl_timeout: ``actor_rollout_ref.nccl_timeout``, seconds; None where the configuration has none.
+
+    Raises:
+        ConfigurationError: naming the largest limit that works, and the other way out.
+    """
+    fixed_prompt = sync_check == "logprobs"
+    longest = waits.longest(sync_timeout, fixed_prompt)
+    if nccl_timeout is not None and longest >= nccl_timeout:
+        fitting = waits.largest_limit(nccl_timeout, fixed_prompt)
+        smaller = f"hybrid_lora.sync_timeout={fitting} or less, or " if fitting else ""
+        raise ConfigurationError(
+            f"hybrid_lora.sync_timeout: {sync_timeout:g} makes the longest wait of a sync {longest:g} s, and "
+            f"actor_rollout_ref.nccl_timeout={nccl_timeout:g} ends the run before it can say what it waited for; give "
+            f"{smaller}actor_rollout_ref.nccl_timeout above {longest:g}",
+            see="sync-timeout-above-the-watchdogs",
+        )
+
+
 def check_run(config) -> None:
     """``check`` on a whole composed verl configuration (OmegaConf)."""
-    settings = {}
-    for name in _RULES | _PARTIAL_RULES | _ADAPTER_RULES | _RECEIVER_MERGE_RULES | _BUILDING_RULES:
+
+    def setting(name: str) -> Any:
         value = OmegaConf.select(config, name, default=None)
-        settings[name] = OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+        return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+    rules = _RULES | _PARTIAL_RULES | _BUILDING_RULES | _ADAPTER_RULES | _RECEIVER_MERGE_RULES
+    settings = {name: setting(name) for name in rules}
     check(settings)
-    check_sync(settings, OmegaConf.select(config, "hybrid_lora.sync"))
+    check_sync(settings, setting("hybrid_lora.sync"))
+    check_vllm_arguments(setting(ROLLOUT + "engine_kwargs.vllm"), setting(MODEL + "override_config"))
     ranks = int(OmegaConf.select(config, "trainer.nnodes") or 1) * int(
         OmegaConf.select(config, "trainer.n_gpus_per_node") or 1
     )
     fsdp_size = OmegaConf.select(config, ACTOR + "fsdp_config.fsdp_size", default=-1)
     check_sharding(settings[ACTOR + "strategy"], int(fsdp_size), ranks)
+    timeouts = ("hybrid_lora.sync_timeout", "hybrid_lora.sync_check", "actor_rollout_ref.nccl_timeout")
+    check_waits(*(setting(name) for name in timeouts))
 
 
 def check_engine(model_config, engine_config, checkpoint_config) -> HybridLoraConfig:

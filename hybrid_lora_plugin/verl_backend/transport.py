@@ -34,13 +34,20 @@ class LimitedSocket(zmq.Socket):
     _our_check: Callable[[], None] | None
     _our_monitor: Any
     _our_reply: bytes
+    _our_option: str
 
     def limit_waits(self, limit: float, peer: str, check: Callable[[], None] | None = None) -> None:
         """Set the limit in seconds, the peer's name for messages, and a check that may raise while waiting."""
-        for name, value in (("_our_limit", limit), ("_our_peer", peer), ("_our_check", check), ("_our_reply", b"")):
+        for name, value in (("_our_peer", peer), ("_our_check", check), ("_our_reply", b"")):
             object.__setattr__(self, name, value)
+        self.wait_up_to(limit)
         object.__setattr__(self, "_our_monitor", self.get_monitor_socket(zmq.EVENT_DISCONNECTED))
         self.setsockopt(zmq.LINGER, 2000)
+
+    def wait_up_to(self, limit: float, option: str = "hybrid_lora.sync_timeout") -> None:
+        """Another limit in seconds from here on, with the option to raise when it is too short."""
+        object.__setattr__(self, "_our_limit", limit)
+        object.__setattr__(self, "_our_option", option)
 
     def recv(self, flags: int = 0, **options) -> bytes:
         self._wait_for(zmq.POLLIN)
@@ -68,7 +75,7 @@ class LimitedSocket(zmq.Socket):
             if time.monotonic() > deadline:
                 raise WeightSyncError(
                     f"nothing from the {self._our_peer} for {self._our_limit:g} s in the middle of a sync; if it is "
-                    f"only slow, raise hybrid_lora.sync_timeout",
+                    f"only slow, raise {self._our_option}",
                     see="no-answer-in-time",
                 )
 
@@ -118,6 +125,10 @@ class LimitedSender(BucketedWeightSender):
         #: the receiver's last answer
         self.answer: dict[str, Any] = {}
         self.zmq_context = _SocketMaker(limit, "rollout engine", check)
+
+    def wait_up_to(self, limit: float, option: str) -> None:
+        """As the socket's, in the middle of a sync."""
+        self.socket.wait_up_to(limit, option)
 
     def _init_socket(self):
         super()._init_socket()

@@ -25,6 +25,7 @@ from hybrid_lora_plugin.allocation.select import select_modules
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.probing.distributed import Ranks
 from hybrid_lora_plugin.probing.layers import SvdLoraLinear, attach
 from hybrid_lora_plugin.probing.loading import checkpoint_fingerprint, parameter_count
 from hybrid_lora_plugin.probing.measure import draw_partition, sensitivities_of
@@ -240,6 +241,12 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
         torch.distributed.barrier()
 
     def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=True, **kwargs):
+        # Rank 0 wrote it, perhaps to a disk of its own.
+        ranks = Ranks(torch.device(get_device_id()))
+        self._step, self._rows = ranks.from_first(lambda: self._read_state(local_path))
+        super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
+
+    def _read_state(self, local_path) -> tuple[int, list[torch.Tensor]]:
         file = Path(local_path or "") / STATE_FILE
         if local_path is not None and not file.is_file():
             raise ConfigurationError(
@@ -248,8 +255,7 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
                 see="unfinished-probe-cannot-be-used",
             )
         with safe_open(file, framework="pt") as saved:
-            self._step, self._rows = int(saved.metadata()["step"]), list(saved.get_tensor("sensitivities"))
-        super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
+            return int(saved.metadata()["step"]), list(saved.get_tensor("sensitivities"))
 
 
 def _switch_dropout_off(model: torch.nn.Module) -> None:

@@ -6,6 +6,7 @@ Written for vLLM 0.28 (``lora/model_manager.py``, ``v1/worker``); where a plain 
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from functools import cached_property
 
 import torch
@@ -71,6 +72,10 @@ class VllmRolloutModel:
         tied = bool(getattr(self._worker.model_config.hf_config, "tie_word_embeddings", False))
         return [name for name in names if not (tied and name == "lm_head.weight")]
 
+    @cached_property
+    def _checkpoint_names(self) -> frozenset[str]:
+        return frozenset(self.checkpoint_names())
+
     def begin(self, header: SyncHeader) -> None:
         """Forget what an earlier sync expected, and where weights were if a sleep has moved them."""
         addresses = self._addresses()
@@ -119,7 +124,13 @@ class VllmRolloutModel:
         except WeightSyncError:
             if self._digests:
                 raise
-            return  # not to be read back, so its layout need not be known
+            if name in self._checkpoint_names:
+                return  # not to be read back, so its layout need not be known
+            raise WeightSyncError(
+                f"{name}: neither in the rollout engine's model in a layout known here nor in its checkpoint, and "
+                "vLLM may drop what it does not know; let trainer and engine read one checkpoint",
+                see="weight-in-an-unknown-layout",
+            ) from None
         if tuple(tensor.shape) != live.shape:
             raise WeightSyncError(
                 f"{name}: received with shape {tuple(tensor.shape)}, wanted {live.shape}",
@@ -231,6 +242,19 @@ class VllmRolloutModel:
                     f"{name}: arrived whole, but the rollout engine's model holds other values",
                     see="engine-holds-other-weights",
                 )
+        self.check_unsent()
+        if self._adapter is not None:
+            self._verify_adapter(*self._adapter)
+            # Nothing reads the factors again: vLLM has its own.
+            self._adapter = None
+        return {name: found[name] for name in self._as_arrived}
+
+    def check_unsent(self) -> None:
+        """Look at samples of the weights that no sync sends: part of ``verify``, and done also where nothing is proven.
+
+        Raises:
+            WeightSyncError: naming the first that is not as it was.
+        """
         for name, sample in self._unsent.items():
             if not torch.equal(self.live(name).sample(), sample):
                 raise WeightSyncError(
@@ -238,26 +262,30 @@ class VllmRolloutModel:
                     f"those that a sync does not bring back",
                     see="engine-lost-weights-that-are-not-sent",
                 )
-        if self._adapter is not None:
-            self._verify_adapter(*self._adapter)
-            # Nothing reads the factors again: vLLM has its own.
-            self._adapter = None
-        return {name: found[name] for name in self._as_arrived}
 
     def base_proven_for(self, run: str) -> bool:
         """Whether the weights that this run's syncs leave alone have been compared with the checkpoint."""
         return self._unsent_proven_for == run
 
-    def prove_unsent(self, run: str, names: list[str]) -> None:
+    def prove_unsent(self, run: str, names: list[str], *, whole: bool = True) -> None:
         """Compare weights that no sync of ``run`` sends with the checkpoint, once, and remember a sample of each.
 
+        Args:
+            run: the training run.
+            names: of these weights.
+            whole: compare all of them; else the samples alone, and none of a weight in a layout unknown here.
+
         Raises:
-            WeightSyncError: naming the first that differs.
+            WeightSyncError: naming the first that differs, or that the checkpoint has not.
         """
         for name in names:
-            live = self.live(name)
-            original = live.part_of(self.checkpoint.read(name)).to(live.view.dtype)
-            if digest_of(live.view.cpu()) != digest_of(original):
+            try:
+                live = self.live(name)
+            except WeightSyncError:
+                if whole:
+                    raise
+                continue
+            if not self._is_original(name, live, whole):
                 raise WeightSyncError(
                     f"{name}: the rollout engine holds other values than its checkpoint {self.checkpoint.folder}; give "
                     "actor_rollout_ref.rollout.load_format=safetensors",
@@ -266,13 +294,34 @@ class VllmRolloutModel:
             self._unsent[name] = live.sample().clone()
         self._unsent_proven_for = run
 
+    def _is_original(self, name: str, live: LiveWeight, whole: bool) -> bool:
+        try:
+            original = live.part_of(self.checkpoint.read(name))
+        except KeyError:
+            raise WeightSyncError(
+                f"{name}: the trainer has this weight and the checkpoint of the rollout engine, "
+                f"{self.checkpoint.folder}, has not; give hybrid_lora.sync=merge, which needs no checkpoint there",
+                see="checkpoints-of-trainer-and-engine-differ",
+            ) from None
+        if whole:
+            return digest_of(live.view.cpu()) == digest_of(original.to(live.view.dtype))
+        # A file that is memory-mapped is read only where the sample lies.
+        sample = replace(live, view=original).sample()
+        return torch.equal(live.sample(), sample.to(live.view.device, live.view.dtype))
+
     def begin_building(self, run: str, trained: frozenset[str], unsent: list[str]) -> None:
-        """Remember which weights later syncs change, and what the others, which have just been proven, hold."""
-        self.trained = trained
-        if self._digests:
-            self._unsent = {name: self.live(name).sample().clone() for name in unsent}
-            self._unsent_digests = {name: digest_of(self.live(name).view) for name in unsent}
-            self._unsent_proven_for = run
+        """Remember which weights later syncs change, and what the others, which have just been loaded, hold."""
+        self.trained, self._unsent_proven_for = trained, run
+        for name in unsent:
+            try:
+                live = self.live(name)
+            except WeightSyncError:
+                if self._digests:
+                    raise
+                continue
+            self._unsent[name] = live.sample().clone()
+            if self._digests:
+                self._unsent_digests[name] = digest_of(live.view)
 
     def read_back_unsent(self, part: slice) -> None:
         for name in sorted(self._unsent_digests)[part]:

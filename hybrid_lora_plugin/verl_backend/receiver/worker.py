@@ -102,6 +102,8 @@ class Reception:
             self._prove_base(header)
         if header.digests:
             entries = self._received.prove(self._rollout.verify())
+        else:
+            self._rollout.check_unsent()
         besides = self._receiver.conclude(self._received.account)
         return besides | {
             "run": header.run,
@@ -118,8 +120,8 @@ class Reception:
         Raises:
             WeightSyncError: naming the first weight that nobody accounts for.
         """
-        if not header.digests or header.base_number:  # the sync that this one changes had every weight
-            return
+        if header.base_number:
+            return  # the sync that this one changes had every weight
         partial = sync_mode(header.mode).partial
         known = set(self._received.entries)
         if partial:
@@ -134,11 +136,13 @@ class Reception:
 
     def _prove_base(self, header: SyncHeader) -> None:
         checkpoint = self._rollout.checkpoint
-        check_base(header.base, checkpoint.read, str(checkpoint.folder))
+        if header.digests:
+            check_base(header.base, checkpoint.read, str(checkpoint.folder))
         sent = set(self._received.entries)
         if sync_mode(header.mode).receiver_merges:
             sent |= {f"{module}.weight" for module in header.lora_modules}
-        self._rollout.prove_unsent(header.run, [name for name in header.base if name not in sent])
+        unsent = [name for name in header.base if name not in sent]
+        self._rollout.prove_unsent(header.run, unsent, whole=header.digests)
 
 
 class HybridLoraWorkerExtension(vLLMColocateWorkerExtension):
@@ -150,7 +154,7 @@ class HybridLoraWorkerExtension(vLLMColocateWorkerExtension):
         number: int | None = None,
         step: int | None = None,
         use_shm: bool = False,
-        limit: float = 600.0,
+        limit: float = 240.0,
     ) -> dict[str, Any]:
         """Receive one sync over this worker's socket.
 

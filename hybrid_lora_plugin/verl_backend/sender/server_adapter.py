@@ -31,11 +31,8 @@ from hybrid_lora_plugin.sync.wire import (
     read_header,
     read_manifest,
 )
-from hybrid_lora_plugin.verl_backend.sender import sync_metrics
+from hybrid_lora_plugin.verl_backend.sender import sync_metrics, waits
 from hybrid_lora_plugin.verl_backend.transport import SYMPTOMS, LimitedSender
-
-#: seconds that workers have to tell what they saw of a sync that has failed
-GRACE = 10.0
 
 
 class PassingWeights:
@@ -43,11 +40,11 @@ class PassingWeights:
 
     Args:
         weights: the stream, from the engine in this process or from verl's checkpoint engine.
-        limit: seconds to wait for one tensor from a checkpoint engine.
+        limits: how long to wait for the first tensor from a checkpoint engine, and for each of the others.
     """
 
-    def __init__(self, weights, limit: float):
-        self._limit = limit if hasattr(weights, "__aiter__") else None
+    def __init__(self, weights, limits: waits.Limits):
+        self._limits = limits if hasattr(weights, "__aiter__") else None
         self._items = ensure_async_iterator(weights)
         self._first: tuple[str, torch.Tensor] | None = None
         self._failed_key = ""
@@ -59,17 +56,18 @@ class PassingWeights:
 
     async def begin(self) -> SyncHeader:
         """Read the header."""
-        self._first = await self._next()
+        self._first = await self._next(begin=True)
         if self._first is None:
             raise WeightSyncError("the sync is empty", see="sync-with-parts-missing-or-repeated")
         self.header = read_header(*self._first)
         self._failed_key = f"hybrid_lora/{self.header.run}/{self.header.number}/failed"
         return self.header
 
-    async def _next(self) -> tuple[str, torch.Tensor] | None:
-        if self._limit is None:  # a generator of this process: nothing could interrupt it
+    async def _next(self, begin: bool = False) -> tuple[str, torch.Tensor] | None:
+        if self._limits is None:  # a generator of this process: nothing could interrupt it
             return await anext(self._items, None)
-        return await _within(anext(self._items, None), self._limit, "the checkpoint engine")
+        limit = (self._limits.proof, self._limits.option) if begin else (self._limits.bucket,)
+        return await _within(anext(self._items, None), "the checkpoint engine", *limit)
 
     async def __aiter__(self) -> AsyncIterator[tuple[str, torch.Tensor]]:
         yield self._first
@@ -117,7 +115,10 @@ def _store():
 class HybridLoraServerAdapter(ServerAdapter):
     """verl's server adapter; a model without Hybrid-LoRA goes through verl's own code."""
 
-    _agreement: Any = None
+    #: whether a sync has been proven: later ones have less to look at
+    _proven = False
+    #: all ranks, by how long they wait for each other
+    _groups: dict[float, torch.distributed.ProcessGroup] | None = None
 
     async def update_weights(self, weights, global_steps=None, wire_format="named_tensors", **kwargs):
         hybrid = self.model_config.lora.get("hybrid")
@@ -141,35 +142,37 @@ class HybridLoraServerAdapter(ServerAdapter):
     async def _update(self, weights, global_steps: int | None, hybrid) -> None:
         """One sync up to its proof."""
         started = time.perf_counter()
-        limit = float(hybrid["sync_timeout"])
-        passing, error = PassingWeights(weights, limit), ""
+        limits = waits.Limits.of(hybrid, first=not self._proven)
+        passing, error = PassingWeights(weights, limits), ""
         # In two parts: a rank whose stream has no header must not leave the engine's workers waiting for its tensors.
         for part in (self._begin, self._send):
             try:
-                await part(passing, global_steps, limit)
+                await part(passing, global_steps, limits)
             except Exception as failure:
                 error = _text(failure)
                 # Printed at once: should the other ranks not answer any more, this would be lost.
                 print(f"hybrid_lora: weight sync of step {global_steps}: {error}", flush=True)
-            await self._agree(error, passing, global_steps, limit)
+            await self._agree(error, passing, global_steps, limits)
         difference = None
         if self._ensure_server_handle():
             prompt = passing.header.fixed_prompt
             proving = self.server_handle.end_weight_sync.remote(global_steps, prompt)
             try:
-                difference = await _within(proving, 2 * limit if prompt else limit, "the rollout engine's last checks")
+                patience = waits.for_last_checks(limits.bucket, bool(prompt))
+                difference = await _within(proving, "the rollout engine's last checks", patience)
             except Exception as failure:
                 raise _ended(passing, global_steps, _text(failure)) from failure
+        self._proven = True
         sync_metrics.add(time.perf_counter() - started, difference)
 
-    async def _begin(self, passing: PassingWeights, step: int | None, limit: float) -> None:
+    async def _begin(self, passing: PassingWeights, step: int | None, limits: waits.Limits) -> None:
         """Lock the engine and read the header."""
         if self._ensure_server_handle():
             # Before anything can fail: from here on the engine generates nothing until this sync is proven.
-            await _within(self.server_handle.begin_weight_sync.remote(step), limit, "the rollout engine")
+            await _within(self.server_handle.begin_weight_sync.remote(step), "the rollout engine", limits.bucket)
         await passing.begin()
 
-    async def _send(self, passing: PassingWeights, step: int | None, limit: float) -> None:
+    async def _send(self, passing: PassingWeights, step: int | None, limits: waits.Limits) -> None:
         """Send one sync and compare the report.
 
         Raises:
@@ -188,7 +191,7 @@ class HybridLoraServerAdapter(ServerAdapter):
                         "number": header.number,
                         "step": step,
                         "use_shm": self.use_shm,
-                        "limit": limit,
+                        "limit": limits.bucket,
                     },
                 )
                 done = call.future()
@@ -201,8 +204,16 @@ class HybridLoraServerAdapter(ServerAdapter):
                     raise _engine_failed(done.exception())
                 passing.check_other_ranks()
 
-            sender = LimitedSender(self.zmq_handle, bucket, self.use_shm, limit=limit, check=still_receiving)
-            await sender.async_send_weights(passing)
+            sender = LimitedSender(self.zmq_handle, bucket, self.use_shm, limit=limits.bucket, check=still_receiving)
+
+            async def patient_at_the_end():
+                async for name, tensor in passing:
+                    if name == MANIFEST:
+                        # All has been drawn, and what is acknowledged last is the engine's whole proof.
+                        sender.wait_up_to(limits.proof, limits.option)
+                    yield name, tensor
+
+            await sender.async_send_weights(patient_at_the_end())
         except Exception as raised:
             failure = raised
             # The other ranks stand in this rank's collectives, and their workers end only after them.
@@ -210,7 +221,7 @@ class HybridLoraServerAdapter(ServerAdapter):
             await passing.drain()
         reports: list[dict[str, Any]] = []
         if done is not None:
-            failure, reports = await self._answers(done, failure, limit)
+            failure, reports = await self._answers(done, failure, limits.bucket)
         if failure is not None:
             raise failure
         self._compare(passing, sender.answer, step)
@@ -227,8 +238,8 @@ class HybridLoraServerAdapter(ServerAdapter):
         """
         try:
             # After a failure only for what they have to say about it: vLLM answers nothing at all for a dead engine.
-            patience = limit + 30 if failure is None else GRACE
-            results = await _within(asyncio.wrap_future(done), patience, "the rollout engine's workers")
+            patience = waits.for_workers(limit) if failure is None else waits.GRACE
+            results = await _within(asyncio.wrap_future(done), "the rollout engine's workers", patience)
         except Exception as broken:
             return failure or _engine_failed(broken), []
         errors = [result["error"] for result in results if "error" in result]
@@ -254,21 +265,27 @@ class HybridLoraServerAdapter(ServerAdapter):
         loaded = entries_of(report["tensors"])
         compare_entries(passing.manifest, loaded, "sent", "loaded", see="engine-holds-other-weights")
 
-    async def _agree(self, error: str, passing: PassingWeights, step: int | None, limit: float) -> None:
+    def _group(self, patience: float) -> torch.distributed.ProcessGroup:
+        """All ranks, for words and not for tensors; a group keeps its timeout, and the first sync has a longer one."""
+        if self._groups is None:
+            self._groups = {}
+        if patience not in self._groups:
+            timeout = timedelta(seconds=patience)
+            self._groups[patience] = torch.distributed.new_group(backend="gloo", timeout=timeout)
+        return self._groups[patience]
+
+    async def _agree(self, error: str, passing: PassingWeights, step: int | None, limits: waits.Limits) -> None:
         """Raise on every rank if any rank has an error: none goes on with an engine that another could not prove.
 
         Every rank gathers the same tensors, so every rank must also have sent the same ones.
         """
         seen = [(error, passing.manifest)]
         if _several_ranks():
-            # Longer than the longest wait of a rank that is only slow.
-            patience = 1.5 * limit + 40
+            patience = waits.for_other_ranks(limits.proof)
             seen = [None] * torch.distributed.get_world_size()
             try:
-                if self._agreement is None:
-                    self._agreement = torch.distributed.new_group(backend="gloo", timeout=timedelta(seconds=patience))
                 await asyncio.to_thread(
-                    torch.distributed.all_gather_object, seen, (error, passing.manifest), group=self._agreement
+                    torch.distributed.all_gather_object, seen, (error, passing.manifest), group=self._group(patience)
                 )
             except Exception as broken:
                 silent = f"another rank did not answer within {patience:g} s: {_last_line(broken)}"
@@ -313,13 +330,13 @@ def _several_ranks() -> bool:
     return torch.distributed.is_initialized() and torch.distributed.get_world_size() > 1
 
 
-async def _within(awaitable, limit: float, whom: str):
-    """Its result; WeightSyncError, naming ``whom``, when there is none after ``limit`` seconds."""
+async def _within(awaitable, whom: str, limit: float, option: str = "hybrid_lora.sync_timeout"):
+    """Its result; WeightSyncError, naming ``whom`` and the option, when there is none after ``limit`` seconds."""
     try:
         return await asyncio.wait_for(awaitable, limit)
     except (asyncio.TimeoutError, TimeoutError) as error:
         raise WeightSyncError(
-            f"no answer from {whom} for {limit:g} s; if it is only slow, raise hybrid_lora.sync_timeout",
+            f"no answer from {whom} for {limit:g} s; if it is only slow, raise {option}",
             see="no-answer-in-time",
         ) from error
 

@@ -97,7 +97,8 @@ class WeightSource:
             tensors: (plain name, whole tensor).
             payload_bytes: of all tensors together.
             lora_modules: modules with an adapter.
-            base: computes the digests of the weights that stay away; called once in a run, on every rank.
+            base: computes the digests of the weights that stay away, or "" for each where no digests are sent; called
+                once in a run, on every rank.
             fixed_prompt: what the engine compares log-probabilities of, from ``logprob_prompt``.
             merged: from a module with an adapter, the digest of its merged weight, where the receiver merges; the
                 modules take turns, one in each sync. Called on every rank.
@@ -107,7 +108,7 @@ class WeightSource:
         self._run = self._run or _drawn_run()
         self._number += 1
         digests = self._hybrid.sync_check != "off"
-        if base is not None and digests and self._base is None:
+        if base is not None and self._base is None:
             self._base = base()
         if self._last is not None:
             self._before = self._last.digests
