@@ -249,7 +249,7 @@ CRITERIA = (
 FROZEN_DTYPES = ("auto", "float32")
 ROUNDINGS = ("stochastic", "nearest")
 EXPORT_DTYPES = ("auto", "float32", "bfloat16", "float16")
-SYNC_MODES = ("merge", "adapter", "receiver_merge")
+SYNC_MODES = ("merge", "sparse_merge", "adapter", "receiver_merge")
 NORMALISATIONS = ("none", "sqrt_dims", "delta_norm", "type_zscore")
 
 
@@ -347,9 +347,10 @@ class HybridLoraConfig(SelectionConfig):
     )
     sync: str = documented(
         "merge",
-        "How trained weights reach the rollout engine: `merge` sends every weight, merged; `adapter` sends the full "
-        "modules and LoRA factors for the engine's own adapter; `receiver_merge` sends full modules and fp32 factors, "
-        "which the engine merges into its checkpoint's weights.",
+        "How trained weights reach the rollout engine: `merge` sends every weight, merged; `sparse_merge` the "
+        "same at first, and then the elements that changed; `adapter` sends the full modules and LoRA factors for the "
+        "engine's own adapter; `receiver_merge` sends full modules and fp32 factors, which the engine merges into its "
+        "checkpoint's weights.",
         source="own choice: merge needs nothing of the engine",
         choices=SYNC_MODES,
     )

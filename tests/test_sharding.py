@@ -131,7 +131,10 @@ def run(request, runs):
     ours = runs[ranks]
     tensors = {
         kind: ours[f"{name}-{kind}"]
-        for kind in ("start", "end", "synced-merge", "synced-receiver_merge", "synced-bf16")
+        for kind in (
+            *("start", "end", "synced-merge", "synced-receiver_merge", "synced-bf16"),
+            *("synced-sparse", "synced-moved"),
+        )
     }
     return {"name": name, "shares": 2 if name in OTHERS else ranks} | tensors | ours[name]
 
@@ -330,6 +333,21 @@ def test_thresholds_do_not_depend_on_the_sharding(run, setting):
         else:
             wanted = base[name]
         assert torch.equal(tensor, wanted), name
+
+
+def test_changed_elements_make_the_bits_of_merge_under_every_sharding(run):
+    """Each rank compares its own rows, and all put the list together."""
+    seen = run["sparse"]
+    assert seen["base_number"] == seen["first"] and seen["lists"] > 0 and 0 < seen["share"] < 0.2
+    assert set(run["synced-sparse"]) == set(run["synced-moved"])
+    for name, tensor in run["synced-moved"].items():
+        assert torch.equal(run["synced-sparse"][name], tensor), name
+
+
+def test_a_rank_keeps_its_share_of_what_was_sent(run):
+    # Rows are shared out whole.
+    assert 2 * run["sparse"]["trains"] / run["shares"] <= run["sparse"]["kept"]
+    assert run["sparse"]["kept"] <= 1.1 * 2 * run["sparse"]["trains"] / run["shares"]
 
 
 def test_update_that_arrived_is_measured(run, setting):

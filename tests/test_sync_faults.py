@@ -13,6 +13,7 @@ from tests.support import rollout_harness as processes  # noqa: E402
 from tests.support.faults import KINDS, MODES, combinations, draw_fault, draw_faults  # noqa: E402
 from tests.support.rollout_harness import RolloutHarness, SyncRefused, start_side_by_side, stop_ray  # noqa: E402
 from tests.support.sync_faults import (  # noqa: E402
+    ENGINES,
     PROMPT,
     Outcome,
     digests,
@@ -60,11 +61,13 @@ class Engines:
     plain: RolloutHarness
     #: one that runs adapters, with two tensor-parallel workers
     adapter: RolloutHarness
+    #: one in 16 bits, with two tensor-parallel workers, for sparse_merge
+    sixteen: RolloutHarness
     #: of model and allocation, from the beginning
     files: dict[str, str]
 
     def of(self, mode: str) -> RolloutHarness:
-        return self.adapter if mode == "adapter" else self.plain
+        return {"adapter": self.adapter, "sparse_merge": self.sixteen}.get(mode, self.plain)
 
 
 @pytest.fixture(scope="module")
@@ -72,10 +75,13 @@ def engines(tmp_path_factory):
     model, allocation = make_inputs(tmp_path_factory.mktemp("inputs"))
     plain = RolloutHarness(model, allocation, "receiver_merge", number=0, timeout=30)
     adapter = RolloutHarness(model, allocation, "adapter", number=1, tensor_parallel=2, timeout=30)
+    sixteen = RolloutHarness(
+        model, allocation, "sparse_merge", number=2, tensor_parallel=2, timeout=30, **ENGINES["sparse_merge"]
+    )
     try:
-        start_side_by_side(plain, adapter)
-        yield Engines(plain, adapter, digests(model, allocation))
-        plain.close(), adapter.close()
+        start_side_by_side(plain, adapter, sixteen)
+        yield Engines(plain, adapter, sixteen, digests(model, allocation))
+        plain.close(), adapter.close(), sixteen.close()
     finally:
         stop_ray()
 
@@ -84,7 +90,7 @@ def engines(tmp_path_factory):
 
 
 def test_nothing_is_generated_before_the_first_sync(engines):
-    for mode in ("receiver_merge", "adapter"):
+    for mode in ("receiver_merge", "adapter", "sparse_merge"):
         assert "no weights have been synced yet" in engines.of(mode).refusal()
 
 
@@ -94,7 +100,7 @@ def test_rollout_agrees_with_the_trainer_after_every_update(engines, mode):
     for step in range(4):
         replica.update(step)
         measured = replica.sync(mode)
-        assert replica.difference(PROMPT) < 1e-4
+        assert replica.difference(PROMPT) < (1e-4 if mode != "sparse_merge" else replica.agrees)
         assert measured["sync_digest_ok"] == 1 and measured["sync_seconds"] > 0
     assert replica.sync(mode)["sync_tensors_changed"] == 0, "nothing was trained"
 
@@ -128,7 +134,36 @@ def test_merge_and_receiver_merge_leave_the_same_bits_in_vllm(engines):
         assert replica.in_engine(processes.parameter_digests) == merged
 
 
-@pytest.mark.parametrize("mode", ["adapter", "receiver_merge"])
+def test_sparse_merge_leaves_the_bits_of_merge_in_both_workers_and_sends_a_fraction(engines):
+    replica = engines.sixteen
+    replica.begin_run("digest")
+    whole = replica.sync("sparse_merge")
+    assert whole["sync_elements_changed"] == 1 and whole["sync_tensors_changed"] == whole["sync_tensors"]
+    for step in range(3):
+        replica.update(step)
+        sparse = replica.sync("sparse_merge")
+        assert 0 < sparse["sync_elements_changed"] < 0.1 and sparse["sync_bytes"] < 0.25 * whole["sync_bytes"]
+        assert 0 < sparse["sync_tensors_changed"] == sparse["sync_tensors"] < whole["sync_tensors"]
+    held = replica.in_engine(processes.parameter_digests)
+    replica.sync("merge")
+    assert replica.in_engine(processes.parameter_digests) == held
+
+
+def test_a_sync_that_was_lost_is_not_papered_over_by_the_next(engines):
+    replica = engines.sixteen
+    replica.sync("sparse_merge")
+    replica.update(0)
+    replica.on_trainers("lose_sync")
+    replica.update(1)
+    with pytest.raises(SyncRefused, match="has only what changed since sync .* the last one proven here is sync"):
+        replica.sync("sparse_merge")
+    assert "has not been completed" in replica.refusal()
+    replica.on_trainers("send_all")
+    replica.sync("sparse_merge")
+    assert not replica.refusal()
+
+
+@pytest.mark.parametrize("mode", ["sparse_merge", "adapter", "receiver_merge"])
 def test_weights_that_no_sync_sends_stay(engines, mode):
     replica = engines.of(mode)
     replica.sync(mode)
@@ -155,6 +190,13 @@ def check(outcome) -> None:
 @pytest.mark.parametrize("fault", draw_faults(44, seed=0, modes=PLAIN, slow=False), ids=named)
 def test_fault_is_caught_and_named(engines, fault):
     check(inject(engines.plain, fault, engines.files))
+
+
+@pytest.mark.parametrize(
+    "fault", draw_faults(27, seed=0, modes=("sparse_merge",), slow=False, tensor_parallel=2), ids=named
+)
+def test_fault_of_changed_elements_is_caught_and_named(engines, fault):
+    check(inject(engines.sixteen, fault, engines.files))
 
 
 @pytest.mark.parametrize("kind", ON_TWO_RANKS)
@@ -251,7 +293,7 @@ def test_report_tells_what_is_wrong_with_a_fault():
 @pytest.mark.parametrize(
     "arguments, wanted",
     [
-        (["--modes", "merge,adaptor"], "--modes: adaptor, wanted some of merge, adapter, receiver_merge"),
+        (["--modes", "merge,adaptor"], "--modes: adaptor, wanted some of merge, sparse_merge, adapter, receiver_merge"),
         (["--modes", ""], "--modes: none"),
         (["--faults", "3"], "--faults: 3 faults, wanted at least"),
         (["--tensor-parallel", "3"], "--tensor-parallel: 3, wanted 1 or 2"),

@@ -18,6 +18,7 @@ from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer, vllm_asy
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension  # noqa: E402
 
 from hybrid_lora_plugin.errors import WeightSyncError  # noqa: E402
+from hybrid_lora_plugin.sync.modes import sync_mode  # noqa: E402
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, ReceivedWeights, SyncHeader, read_header  # noqa: E402
 from hybrid_lora_plugin.verl_backend import engine_registration, patches  # noqa: E402
 from hybrid_lora_plugin.verl_backend.receiver.server import HybridLoraHttpServer, HybridLoraReplica  # noqa: E402
@@ -64,6 +65,29 @@ def test_metrics_of_a_sync_are_logged_with_its_step():
 def test_last_sync_is_empty_before_the_first():
     sync_metrics._last.clear()
     assert sync_metrics.last_sync() == {}
+
+
+def test_two_syncs_of_one_step_count_together_and_those_of_two_steps_do_not():
+    """As before the first step: nobody asks for the metrics of the sync at the start of a run."""
+
+    def send(step: int | None, before: dict[str, str]) -> dict[str, str]:
+        header = SyncHeader(run="r", number=1, mode="merge", dtype="float32", digests=True)
+        stream = OutgoingWeights(header, [("w", torch.ones(2))], before=before, on_end=sync_metrics.keep)
+        stream.step = step
+        list(stream)
+        return stream.digests
+
+    sync_metrics.last_sync()
+    sent = send(0, {})
+    send(0, sent)
+    assert sync_metrics.last_sync()["sync_tensors_changed"] == 1
+    send(0, {})
+    send(1, sent)
+    assert sync_metrics.last_sync()["sync_tensors_changed"] == 0
+    # Engines apart from the trainer are not told the step in its process.
+    send(None, {})
+    send(2, sent)
+    assert sync_metrics.last_sync()["sync_tensors_changed"] == 1
 
 
 def test_transport_still_waits_and_acknowledges_where_ours_looks():
@@ -161,6 +185,11 @@ def server(**attributes) -> HybridLoraHttpServer:
     for name, value in (defaults | attributes).items():
         setattr(made, name, value)
     return made
+
+
+@pytest.mark.parametrize("mode", ["sparse_merge", "adapter", "receiver_merge"])
+def test_an_engine_keeps_its_weights_asleep_where_no_sync_brings_all_of_them(mode):
+    assert server(_mode=sync_mode(mode))._resolve_sleep_level() == 1
 
 
 def test_prefix_cache_that_cannot_be_reset_is_an_error():

@@ -150,7 +150,7 @@ REFUSED = {
     "frozen type": (["hybrid_lora.frozen_dtype=int8"], ["hybrid_lora.frozen_dtype", "'int8'", "auto"]),
     "sync mode": (
         ["hybrid_lora.sync=telepathy"],
-        ["hybrid_lora.sync", "'telepathy'", "merge, adapter, receiver_merge"],
+        ["hybrid_lora.sync", "'telepathy'", "merge, sparse_merge, adapter, receiver_merge"],
     ),
     "sync check": (["hybrid_lora.sync_check=maybe"], ["hybrid_lora.sync_check", "'maybe'", "digest"]),
     "sync timeout": (["hybrid_lora.sync_timeout=0"], ["hybrid_lora.sync_timeout", "above 0"]),
@@ -212,6 +212,10 @@ REFUSED = {
         ["hybrid_lora.sync=receiver_merge", "actor_rollout_ref.rollout.full_determinism=true"],
         ["full_determinism", "hybrid_lora.sync=receiver_merge", "hybrid_lora.sync=merge"],
     ),
+    "changes of 32 bits": (
+        ["hybrid_lora.sync=sparse_merge", "actor_rollout_ref.rollout.dtype=float32"],
+        ["rollout_dtype", "'float32'", "hybrid_lora.sync=sparse_merge", "bfloat16", "hybrid_lora.sync=merge"],
+    ),
     "data-parallel engines": (
         ["actor_rollout_ref.rollout.data_parallel_size=2"],
         ["data_parallel_size", "2", "replicas"],
@@ -248,7 +252,9 @@ def test_refused_in_one_line_that_names_field_value_and_way_out(case, accepted):
     assert "\n" not in message and all(word in message for word in words), message
 
 
-@pytest.mark.parametrize(("sync", "merge"), [("merge", True), ("adapter", False), ("receiver_merge", True)])
+@pytest.mark.parametrize(
+    ("sync", "merge"), [("merge", True), ("sparse_merge", True), ("adapter", False), ("receiver_merge", True)]
+)
 def test_sync_mode_sets_verls_own_switch_for_adapters(sync, merge, accepted):
     config = composed(*accepted, f"hybrid_lora.sync={sync}")
     check_configuration(config)
@@ -281,8 +287,9 @@ def test_own_checkpoint_engine_is_accepted_beside_our_module(accepted):
     check_configuration(composed(*accepted, f"{node}.backend=mine", f"{node}.custom_backend_module=[json,{ours}]"))
 
 
-def test_merge_sync_needs_no_weights_of_the_engine(accepted):
-    check_configuration(composed(*accepted, "actor_rollout_ref.rollout.load_format=dummy"))
+@pytest.mark.parametrize("sync", ["merge", "sparse_merge"])
+def test_merge_sync_needs_no_weights_of_the_engine(sync, accepted):
+    check_configuration(composed(*accepted, f"hybrid_lora.sync={sync}", "actor_rollout_ref.rollout.load_format=dummy"))
 
 
 def test_own_external_lib_is_accepted_beside_ours(accepted):

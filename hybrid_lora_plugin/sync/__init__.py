@@ -4,6 +4,8 @@
 ``wire``             the stream: a header, the named tensors, a manifest; and the check of what came out of it
 ``mode_base``        the interface of a sync mode; ``modes`` has them by name
 ``merge``            plain merged weights, all of them
+``sparse_merge``     after a first sync of ``merge``, the elements that changed: ``sent_weights`` is what the trainer
+                     remembers, ``element_list`` what travels, ``element_sum`` its proof, ``live_weight`` where it goes
 ``adapter``          the full modules' weights, and the LoRA factors for the engine's own adapter
 ``receiver_merge``   the full modules' weights, and fp32 factors that the receiver merges itself
 ``hybrid_weights``   reading a hybrid model, sharded or not, one whole tensor at a time

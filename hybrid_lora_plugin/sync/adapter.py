@@ -111,6 +111,13 @@ class AdapterSync(SyncMode):
 
     @torch.no_grad()
     def outgoing(
-        self, model: torch.nn.Module, scaling: float, dtype: torch.dtype, device, rounding=NEAREST, arrival=None
+        self,
+        model: torch.nn.Module,
+        scaling: float,
+        dtype: torch.dtype,
+        device,
+        rounding=NEAREST,
+        arrival=None,
+        changes=None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         return trained_weights(model, scaling, dtype, dtype, device, rounding, arrival)

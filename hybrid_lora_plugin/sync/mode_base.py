@@ -4,13 +4,15 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 
 from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.parameter_counts import ParameterCounts
 from hybrid_lora_plugin.sync.base_weights import CheckpointWeights
+from hybrid_lora_plugin.sync.live_weight import LiveWeight
+from hybrid_lora_plugin.sync.sent_weights import Changes, SentWeights
 from hybrid_lora_plugin.sync.wire import SyncHeader
 from hybrid_lora_plugin.training.arrival import Arrival
 from hybrid_lora_plugin.training.rounding import NEAREST, Rounding
@@ -29,6 +31,20 @@ class RolloutModel(Protocol):
 
     def replace_adapter(self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], header: SyncHeader) -> None:
         """Make A [r, d_in] and B [d_out, r] by module the engine's only adapter, and remember them."""
+
+    # -- for modes that build on an earlier sync
+
+    #: weights that train, from the last whole sync
+    trained: frozenset[str]
+
+    def live(self, name: str) -> LiveWeight:
+        """Where a plain weight lies, to be read and written in place."""
+
+    def begin_building(self, run: str, trained: frozenset[str], unsent: list[str]) -> None:
+        """A whole sync of ``run`` is proven: later ones bring changes of ``trained`` and leave ``unsent`` as it is."""
+
+    def read_back_unsent(self, part: slice) -> None:
+        """Compare some of the weights that are no longer sent with what they were; WeightSyncError names one."""
 
 
 class SyncReceiver(ABC):
@@ -55,6 +71,20 @@ class SyncReceiver(ABC):
     def finish(self) -> None:
         """Everything has been taken: do what needs all of it."""
 
+    def conclude(self, account: dict[str, Any]) -> dict[str, Any]:
+        """Everything has been loaded and read back.
+
+        Args:
+            account: of the manifest, what the trainer says besides of the weights it sent.
+
+        Returns:
+            What this worker's report says besides, for ``SyncMode.check_reports``.
+
+        Raises:
+            WeightSyncError: what came is not what the account says.
+        """
+        return {}
+
 
 class SyncMode(ABC):
     """One way to bring trained weights to a rollout engine.
@@ -65,6 +95,8 @@ class SyncMode(ABC):
         name: the value of ``hybrid_lora.sync``.
         engine_adapter: whether the engine runs an adapter of its own, verl's ``lora.merge=false``.
         partial: whether weights that never train stay away, so that the engine must keep those it loaded.
+        builds_on_last: whether a sync may carry changes to what an earlier one brought, so that the engine must keep
+            it, and the trainer remembers it (``sent_weights``).
         receiver_merges: whether the receiving end computes merged weights, which must come to the trainer's bits.
         receiver: the receiving end.
     """
@@ -72,12 +104,18 @@ class SyncMode(ABC):
     name: str
     engine_adapter: bool = False
     partial: bool = False
+    builds_on_last: bool = False
     receiver_merges: bool = False
     receiver: type[SyncReceiver]
 
+    @property
+    def engine_keeps_weights(self) -> bool:
+        """Whether a sync does not bring back everything that a sleep could discard."""
+        return self.partial or self.builds_on_last
+
     @abstractmethod
     def payload_bytes(self, counts: ParameterCounts, dtype: torch.dtype) -> int:
-        """Bytes of all tensors of one sync together."""
+        """Bytes of all tensors of one sync together; the most, where they differ from sync to sync."""
 
     @abstractmethod
     def outgoing(
@@ -88,6 +126,7 @@ class SyncMode(ABC):
         device,
         rounding: Rounding = NEAREST,
         arrival: Arrival | None = None,
+        changes: Changes | None = None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         """The trainer's side: (name, whole tensor) pairs of a hybrid model, one module in flight at a time.
 
@@ -98,6 +137,29 @@ class SyncMode(ABC):
             device: where whole tensors are put together.
             rounding: of merged and fully tuned weights to ``dtype``.
             arrival: counts how much of the update is in what is sent.
+            changes: what this sync builds on, for a mode that does; without it everything is sent.
+        """
+
+    def sent_weights(self, group: torch.distributed.ProcessGroup | None = None) -> SentWeights | None:
+        """What the trainer remembers from sync to sync; None where every sync stands for itself.
+
+        Args:
+            group: the ranks that hold one copy of the weights between them; None where each holds a whole one.
+        """
+        return None
+
+    def check_reports(  # noqa: B027  most modes have nothing to check here
+        self, header: SyncHeader, account: dict[str, Any], reports: list[dict[str, Any]]
+    ) -> None:
+        """Prove what only all workers of a rollout engine together can.
+
+        Args:
+            header: of the sync.
+            account: of its manifest.
+            reports: of every worker, with what ``SyncReceiver.conclude`` gave.
+
+        Raises:
+            WeightSyncError: naming the first tensor that is not what was sent.
         """
 
     def merged_digest(

@@ -80,7 +80,14 @@ class ReceiverMergeSync(SyncMode):
 
     @torch.no_grad()
     def outgoing(
-        self, model: torch.nn.Module, scaling: float, dtype: torch.dtype, device, rounding=NEAREST, arrival=None
+        self,
+        model: torch.nn.Module,
+        scaling: float,
+        dtype: torch.dtype,
+        device,
+        rounding=NEAREST,
+        arrival=None,
+        changes=None,
     ) -> Iterator[tuple[str, torch.Tensor]]:
         return trained_weights(model, scaling, dtype, torch.float32, device, rounding, arrival)
 

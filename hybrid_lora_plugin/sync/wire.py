@@ -12,7 +12,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import asdict, dataclass, field, replace
 from itertools import zip_longest
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import xxhash
@@ -21,8 +21,11 @@ from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.sync.digest import digest_of, digest_soon
 from hybrid_lora_plugin.training.rounding import Rounding
 
+if TYPE_CHECKING:
+    from hybrid_lora_plugin.sync.sent_weights import Changes
+
 HEADER, MANIFEST = "hybrid_lora.sync.header", "hybrid_lora.sync.manifest"
-VERSION = 3
+VERSION = 4
 #: bytes of the digest in front of header and manifest, and what both together are a multiple of
 _SEAL, _ALIGNMENT = 32, 64
 #: room in a transfer buffer for header, manifest and alignment
@@ -42,12 +45,14 @@ class SyncHeader:
     run: str
     #: 1, 2, 3, … within the run
     number: int
-    #: merge, adapter or receiver_merge
+    #: merge, sparse_merge, adapter or receiver_merge
     mode: str
     #: dtype the rollout engine computes in, e.g. "bfloat16"
     dtype: str
     #: whether tensors carry digests and are read back after loading
     digests: bool
+    #: sync of the same run whose weights this one changes; 0 where it stands for itself
+    base_number: int = 0
     lora_rank: int = 0
     lora_alpha: float = 0.0
     #: modules with an adapter, plain names
@@ -57,7 +62,7 @@ class SyncHeader:
     #: how merged and fully tuned weights become ``dtype``: stochastic or nearest, and the seed of the thresholds
     rounding_mode: str = "nearest"
     rounding_seed: int = 0
-    #: bytes of all tensors together, 0 where nobody knows; a sender needs no larger buffer
+    #: bytes of all tensors together, or the most that they can be; 0 where nobody knows. No larger buffer is needed
     payload_bytes: int = 0
     #: digest of a merged weight by name, another one in each sync: the receiver's own merge must come to the same bits
     merged: dict[str, str] = field(default_factory=dict)
@@ -178,6 +183,7 @@ class OutgoingWeights:
         device: where header and manifest are put, for transports that carry one device only.
         before: digests by name of the previous sync, to count what changed.
         on_end: called with this stream when all of it has been drawn.
+        changes: what ``tensors`` are made from, in a mode whose syncs build on each other.
     """
 
     def __init__(
@@ -187,6 +193,7 @@ class OutgoingWeights:
         device="cpu",
         before: dict[str, str] | None = None,
         on_end: Callable[[OutgoingWeights], None] = lambda stream: None,
+        changes: Changes | None = None,
     ):
         self.header = header
         #: verl's global step, set by the colocated sender, which is told it
@@ -196,6 +203,7 @@ class OutgoingWeights:
         self.seconds = 0.0
         self._before = before or {}
         self._on_end = on_end
+        self.changes = changes
         self._stream = self._pairs(tensors, device)
 
     def __iter__(self) -> Iterator[tuple[str, torch.Tensor]]:
@@ -229,7 +237,7 @@ class OutgoingWeights:
             "number": self.header.number,
             "step": self.step,
             "tensors": rows_of(self.entries),
-        }
+        } | ({} if self.changes is None else {"account": self.changes.account})
 
     @property
     def digests(self) -> dict[str, str]:
@@ -239,6 +247,8 @@ class OutgoingWeights:
     @property
     def changed(self) -> int:
         """How many tensors differ from the previous sync; all of them in the first one."""
+        if self.changes is not None and not self.changes.first:
+            return self.changes.changed_tensors
         return sum(self._before.get(name) != digest for name, digest in self.digests.items())
 
 
@@ -318,6 +328,11 @@ class ReceivedWeights:
         if read_back:
             self._read_back.add(name)
         return Entry.soon(name, tensor, self.header.digests and not read_back)
+
+    @property
+    def account(self) -> dict[str, Any]:
+        """What the manifest says besides of the weights that were sent; {} in most modes."""
+        return (self._manifest or {}).get("account", {})
 
     def finish(self, step: int | None = None) -> list[Entry]:
         """Compare everything received with the manifest; digests of what is read back only in ``prove``.

@@ -209,7 +209,10 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         # FSDP1 keeps pieces of a parameter that begin and end within a row.
         aligned = fsdp_version(self.module) != 1 and self._base_snapshot is not None
         arrival = source.next_arrival(self._base_snapshot.values if aligned else None)
-        tensors = mode.outgoing(self.module, self.scaling, source.dtype, device, source.rounding, arrival)
+        # verl syncs engines beside the trainer in this way, and those apart from it without arguments; one step may do
+        # both, and they need not hold the same weights before.
+        changes = source.next_changes(mode, self._shard_group(), "beside" if base_sync_done else "apart")
+        tensors = mode.outgoing(self.module, self.scaling, source.dtype, device, source.rounding, arrival, changes)
         stream = source.stream(
             mode.name,
             self._while_resident(tensors),
@@ -218,6 +221,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             base=self._base_digests if mode.partial else None,
             merged=(lambda module: self._merged_digest(mode, module, arrival)) if mode.receiver_merges else None,
             arrival=arrival,
+            changes=changes,
             fixed_prompt=fixed_prompt(self, self.hybrid, source.dtype)
             if self.hybrid.sync_check == "logprobs"
             else None,
@@ -276,6 +280,9 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         )
         # A disk that is full ends every rank, instead of leaving the others to wait for the first.
         self._ranks.from_first(lambda: save_trained(local_path, tensors, description, self._allocation_json))
+        if self._weight_source is not None:
+            # The sync that verl makes next is of these very weights.
+            self._weight_source.read_all_back()
 
     def _trained_state(self):
         state = self.module.state_dict()

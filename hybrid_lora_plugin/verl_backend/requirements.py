@@ -203,6 +203,15 @@ _PARTIAL_RULES: dict[str, Rule] = {
         see="setting-does-not-fit-the-sync-mode",
     ),
 }
+#: the same, for sync modes that send what changed since an earlier sync
+_BUILDING_RULES: dict[str, Rule] = {
+    MODEL + "lora.rollout_dtype": Rule(
+        lambda v: not _is_fp32(v),
+        "actor_rollout_ref.rollout.dtype=bfloat16 or float16, or hybrid_lora.sync=merge: in float32 nearly every "
+        "weight changes at every step",
+        see="setting-does-not-fit-the-sync-mode",
+    ),
+}
 _ADAPTER_RULES: dict[str, Rule] = {
     MODEL + "lora.fully_sharded_loras": Rule(
         lambda v: not v,
@@ -242,6 +251,8 @@ def check_sync(settings: Mapping[str, Any], sync: str) -> None:
     rules = (_PARTIAL_RULES if mode.partial else {}) | (_ADAPTER_RULES if mode.engine_adapter else {})
     if mode.receiver_merges:
         rules = rules | _RECEIVER_MERGE_RULES
+    if mode.builds_on_last:
+        rules = rules | _BUILDING_RULES
     for name, rule in rules.items():
         if settings.get(name) is not None and not rule.usable(settings[name]):
             raise ConfigurationError(
@@ -316,7 +327,8 @@ def check_run(config) -> None:
         value = OmegaConf.select(config, name, default=None)
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
-    settings = {name: setting(name) for name in _RULES | _PARTIAL_RULES | _ADAPTER_RULES | _RECEIVER_MERGE_RULES}
+    rules = _RULES | _PARTIAL_RULES | _BUILDING_RULES | _ADAPTER_RULES | _RECEIVER_MERGE_RULES
+    settings = {name: setting(name) for name in rules}
     check(settings)
     check_sync(settings, setting("hybrid_lora.sync"))
     check_vllm_arguments(setting(ROLLOUT + "engine_kwargs.vllm"), setting(MODEL + "override_config"))

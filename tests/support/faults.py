@@ -21,8 +21,9 @@ from hybrid_lora_plugin.names import split_factor
 from hybrid_lora_plugin.sync.wire import HEADER, MANIFEST, packed, unpacked
 
 Pair = tuple[str, torch.Tensor]
-MODES = ("merge", "adapter", "receiver_merge")
+MODES = ("merge", "sparse_merge", "adapter", "receiver_merge")
 PARTIAL = ("adapter", "receiver_merge")
+SPARSE = ("sparse_merge",)
 ON_THE_WAY = ("network", "transport")
 OTHER_RUN = "anotherrun"
 
@@ -153,13 +154,17 @@ def _reordered(pairs, draw, before):
 
 
 def _exchanged(pairs, draw, before):
-    """Two tensors of one shape under each other's names."""
+    """Two tensors, of one shape if there are, under each other's names."""
 
     def others(tensor: torch.Tensor) -> list[int]:
         return [i for i, (_, o) in enumerate(pairs) if o.shape == tensor.shape and not torch.equal(o, tensor)]
 
-    first = draw.index(pairs, lambda name, tensor: bool(others(tensor)))
-    second = draw.random.choice(others(pairs[first][1]))
+    if any(others(tensor) for name, tensor in pairs if name not in (HEADER, MANIFEST)):
+        first = draw.index(pairs, lambda name, tensor: bool(others(tensor)))
+        second = draw.random.choice(others(pairs[first][1]))
+    else:  # lists of elements are hardly ever of one length
+        first = draw.index(pairs)
+        second = draw.index(pairs, lambda name, tensor: name != pairs[first][0])
     swapped = _replaced(_replaced(pairs, first, pairs[second][1]), second, pairs[first][1])
     return swapped, [pairs[first][0], pairs[second][0]], []
 
@@ -177,7 +182,7 @@ def _flipped_bit(pairs, draw, before):
 def _stale_tensor(pairs, draw, before):
     """One tensor of an earlier sync among those of this one."""
     old = dict(before)
-    index = draw.index(pairs, lambda name, tensor: not torch.equal(old[name], tensor))
+    index = draw.index(pairs, lambda name, tensor: name in old and not torch.equal(old[name], tensor))
     return _replaced(pairs, index, old[pairs[index][0]]), [pairs[index][0]], []
 
 
@@ -207,6 +212,13 @@ def _other_run(pairs, draw, before):
 
     exchanged = (HEADER,) if draw.where == "network" else (HEADER, MANIFEST)
     return [(name, of_other_run(name, t) if name in exchanged else t) for name, t in pairs], [], [OTHER_RUN]
+
+
+def _other_base(pairs, draw, before):
+    """A sync that was made for the weights before the last."""
+    content = unpacked(pairs[0][1], HEADER)
+    changed = packed(content | {"base_number": content["base_number"] - 1})
+    return _replaced(pairs, 0, changed), [], ["has only what changed since sync"]
 
 
 def _damaged_header(pairs, draw, before):
@@ -258,7 +270,27 @@ def _unknown_name(pairs, draw, before):
 def _other_values(pairs, draw, before):
     """A rank with other weights than the others: everything it sends is consistent in itself."""
     index = draw.index(pairs)
-    return _replaced(pairs, index, pairs[index][1] + 0.5), [pairs[index][0]], []
+    tensor = pairs[index][1]
+    return _replaced(pairs, index, tensor + (0.5 if tensor.is_floating_point() else 1)), [pairs[index][0]], []
+
+
+def _dropped_element(pairs, draw, before):
+    """A list of elements that lacks one, so that all behind it go elsewhere."""
+    index = draw.index(pairs, _is_list)
+    elements = pairs[index][1]
+    lost = draw.random.randrange(len(elements))
+    return _replaced(pairs, index, torch.cat([elements[:lost], elements[lost + 1 :]])), [pairs[index][0]], []
+
+
+def _shifted_gap(pairs, draw, before):
+    index = draw.index(pairs, _is_list)
+    elements = pairs[index][1].clone()
+    elements[draw.random.randrange(len(elements)), 0] += 1
+    return _replaced(pairs, index, elements), [pairs[index][0]], []
+
+
+def _is_list(name: str, tensor: torch.Tensor) -> bool:
+    return tensor.dtype == torch.int16
 
 
 # -- processes ------------------------------------------------------------------------------------------------------
@@ -281,7 +313,7 @@ def _stopping(pairs: list[Pair], fault: Fault) -> Iterator[Pair]:
 
 
 _SOURCE = {"where": ("source",)}
-_ENGINE = {"where": ("engine",), "modes": PARTIAL}
+_ENGINE = {"where": ("engine",), "modes": PARTIAL + SPARSE}
 _PROCESS = {"where": ("transport",), "slow": True}
 
 KINDS = {
@@ -308,6 +340,9 @@ KINDS = {
     "shard sent": Kind(_shard, **_SOURCE),
     "adapter of another rank": Kind(_adapter_of_another_rank, modes=PARTIAL, **_SOURCE),
     "unknown name sent": Kind(_unknown_name, **_SOURCE),
+    "element dropped": Kind(_dropped_element, modes=SPARSE, **_SOURCE),
+    "gap shifted": Kind(_shifted_gap, modes=SPARSE, **_SOURCE),
+    "other base": Kind(_other_base, modes=SPARSE),
     "ranks differ": Kind(_other_values, ranks=2, **_SOURCE),
     "engine lost a weight": Kind(**_ENGINE),
     "sender silent": Kind(stops=("nothing from the trainer",), **_PROCESS),

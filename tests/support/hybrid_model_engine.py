@@ -90,17 +90,28 @@ class HybridModelEngine(CheckpointEngine):
         self._source = WeightSource(hybrid, self._settings, "cpu")
 
     @torch.no_grad()
-    def update(self, seed: int) -> None:
-        """Move every trained parameter as far as a large optimizer step would."""
+    def update(self, seed: int, scale: float = 1.0) -> None:
+        """Move every trained parameter, by default as far as a large optimizer step would."""
         generator = torch.Generator().manual_seed(seed)
         for name, parameter in self.model.named_parameters():
             if parameter.requires_grad:
                 size = 0.02 if is_adapter(name) else 0.002
-                parameter += size * torch.randn(parameter.shape, generator=generator)
+                parameter += scale * size * torch.randn(parameter.shape, generator=generator)
 
     def configure(self, mode: str, fault: Fault | None, keep: bool) -> None:
         """What the next sync is: its mode, its fault, and whether it is kept to be the stale one of a later fault."""
+        if mode != getattr(self, "mode", mode):
+            self.send_all()
         self.mode, self.fault, self._keep = mode, fault, keep
+
+    def send_all(self) -> None:
+        """Let the next sync build on none, as that of a new training process."""
+        self._source.send_all()
+
+    def lose_sync(self) -> None:
+        """Make a sync that never arrives anywhere."""
+        for _ in self._stream():
+            pass
 
     def struck(self) -> Fault | None:
         """The fault of the last sync, which knows by now what it damaged."""
@@ -109,9 +120,9 @@ class HybridModelEngine(CheckpointEngine):
     def unsent(self, mode: str) -> list[str]:
         """Names of weights that a sync in ``mode`` leaves in the rollout engine as they are."""
         names = {name for name, _ in original_weights(self.model, "cpu")}
-        if mode == "receiver_merge":
+        if not sync_mode(mode).engine_adapter:
             names -= {f"{module}.weight" for module in parts_of(self.model).lora_modules}
-        return sorted(names) if sync_mode(mode).partial else []
+        return sorted(names) if sync_mode(mode).engine_keeps_weights else []
 
     @torch.no_grad()
     def log_probs(self, tokens: list[int]) -> list[float]:
@@ -134,7 +145,8 @@ class HybridModelEngine(CheckpointEngine):
 
     def _stream(self) -> Iterator[Pair]:
         mode, fault, source = sync_mode(self.mode), self.fault, self._source
-        tensors = mode.outgoing(self.model, self.scaling, source.dtype, "cpu", source.rounding)
+        changes = source.next_changes(mode, None, "here")
+        tensors = mode.outgoing(self.model, self.scaling, source.dtype, "cpu", source.rounding, None, changes)
         if fault is not None and fault.where == "source":
             tensors = fault.applied(tensors, [])
         stream = source.stream(
@@ -144,6 +156,7 @@ class HybridModelEngine(CheckpointEngine):
             lora_modules=list(parts_of(self.model).lora_modules),
             base=(lambda: base_digests(original_weights(self.model, "cpu"))) if mode.partial else None,
             merged=self._merged_digest if mode.receiver_merges else None,
+            changes=changes,
         )
         if fault is not None and fault.where == "network":
             return fault.applied([(name, tensor.clone()) for name, tensor in stream], self._before)

@@ -90,6 +90,7 @@ class RolloutHarness:
         sync_check: as in ``hybrid_lora``.
         timeout: ``hybrid_lora.sync_timeout`` in seconds.
         overrides: more of verl's settings.
+        scale: of the trainer's updates, 1 for very large ones.
     """
 
     def __init__(
@@ -106,9 +107,14 @@ class RolloutHarness:
         sync_check: str = "digest",
         timeout: float = 60.0,
         overrides: tuple[str, ...] = (),
+        scale: float = 1.0,
     ):
         self.model, self.allocation = Path(model), Path(allocation)
         self.sync_mode, self.tensor_parallel, self.timeout, self._step = sync, tensor_parallel, timeout, 0
+        self._scale = scale
+        #: largest difference of a log-probability between trainer and engine after a healthy sync, for a model whose
+        #: logits have grown over hundreds of large updates
+        self.agrees = 1e-3 if dtype == "float32" else 0.25
         #: processes of vLLM, which outlive the actor that started them when that is killed
         self._engine_processes: set[int] = set()
         self._overrides = [
@@ -184,7 +190,7 @@ class RolloutHarness:
 
     def update(self, seed: int) -> None:
         """Let the trainer's model move."""
-        self.on_trainers("update", seed)
+        self.on_trainers("update", seed, self._scale)
 
     def sync(self, mode: str | None = None, fault: Fault | None = None, keep: bool = False) -> dict[str, float]:
         """One sync.

@@ -58,6 +58,47 @@ def synced_in_bf16(engine, ranks: int) -> tuple[dict[str, torch.Tensor], dict[st
     return tensors, sync_metrics.combined(records)
 
 
+def synced_sparsely(engine, ranks: int) -> tuple[dict[str, dict], dict]:
+    """Two syncs in mode ``sparse_merge`` with a small step between them, and one in mode ``merge`` after it.
+
+    Returns:
+        What a rollout engine in bfloat16 then holds, and what ``merge`` sends; how many lists of changed elements and
+        whole weights there were in the second, its account and its header.
+    """
+    from hybrid_lora_plugin.sync.element_list import decode
+
+    source = engine._weight_source
+    given, source.dtype, engine.hybrid.sync_check = source.dtype, torch.bfloat16, "digest"
+
+    def sync(mode: str):
+        engine.hybrid.sync = mode
+        stream, _ = engine.get_per_tensor_param(base_sync_done=True)
+        return tensors_in(stream), stream
+
+    held, first = sync("sparse_merge")
+    with torch.no_grad():
+        for parameter in engine.module.parameters():
+            if parameter.requires_grad:
+                parameter.data.mul_(1 + 1e-4)
+    changes, second = sync("sparse_merge")
+    for name, tensor in changes.items():
+        if tensor.dtype == torch.int16:
+            indices, values = decode(tensor)
+            held[name].view(torch.int16).view(-1)[indices] = values
+        else:
+            held[name] = tensor
+    merged, _ = sync("merge")
+    source.dtype = given
+    accounts = [None] * ranks
+    torch.distributed.all_gather_object(accounts, second.manifest())
+    assert all(account == accounts[0] for account in accounts), "every rank sends the same"
+    lists = [tensor for tensor in changes.values() if tensor.dtype == torch.int16]
+    seen = {"lists": len(lists), "elements": sum(map(len, lists)), "base_number": second.header.base_number}
+    seen |= {"first": first.header.number, "share": second.changes.share, "kept": source._sent.bytes}
+    seen |= {"trains": second.changes.elements, "part": second.changes.part}
+    return {"synced-sparse": held, "synced-moved": merged}, seen
+
+
 def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[dict, dict[str, dict]]:
     """Steps, reference log-probabilities, bytes and units of one engine; its weights before and after."""
     from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel
@@ -111,7 +152,9 @@ def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[
         pass
     if "checkpoint" in setting:
         engine.save_checkpoint(str(Path(arguments["out"]) / setting["checkpoint"]), global_step=STEPS)
-    return result, {"start": start, "end": end} | synced
+    # Last: it moves what trains.
+    sparse, result["sparse"] = synced_sparsely(engine, ranks)
+    return result, {"start": start, "end": end} | synced | sparse
 
 
 def main(path: str) -> None:

@@ -1,6 +1,6 @@
 """Faults in real weight syncs: is each one caught before the next rollout, and named?
 
-    python -m tests.support.sync_faults [--faults 120] [--seed 0] [--modes merge,adapter,receiver_merge]
+    python -m tests.support.sync_faults [--faults 120] [--seed 0] [--modes merge,sparse_merge,adapter,receiver_merge]
                                      [--tensor-parallel 1|2] [--kills 2] [--output outputs/sync-faults]
 
 Real replicas of verl with vLLM on the CPU, fed by a small hybrid model through the plugin's own sender. Before every
@@ -37,8 +37,12 @@ from tests.support.faults import KINDS, MODES, Fault, draw_fault, draw_faults, p
 from tests.support.rollout_harness import ROOT, RolloutHarness, SyncHangs, SyncRefused, start_side_by_side, stop_ray
 
 PROMPT = list(range(5, 45))
-#: largest difference of a log-probability in fp32, of a model whose logits have grown over hundreds of large updates
-AGREES = 1e-3
+#: what an engine is started with for a mode that does not run in a plain one in fp32
+ENGINES = {
+    "adapter": {},
+    # Updates that change a few per cent of 16 bits: with larger ones it would send whole weights.
+    "sparse_merge": {"dtype": "bfloat16", "scale": 1e-3},
+}
 #: ``hybrid_lora.sync_timeout`` where a fault is that nothing happens, seconds
 SHORT_TIMEOUT = 3.0
 #: a process that died is noticed in fewer seconds, far below ``sync_timeout``
@@ -76,6 +80,8 @@ class Outcome:
     intact: bool
     #: of log-probabilities after one more healthy sync; None where there was none
     difference: float | None = None
+    #: the largest that this may be
+    agrees: float = 1e-3
 
     @property
     def problems(self) -> list[str]:
@@ -86,7 +92,7 @@ class Outcome:
             "not named": self.caught and not self.named,
             "tokens were generated": not self.refusal,
             "files changed": not self.intact,
-            f"then off by {self.difference}": self.difference is not None and not self.difference <= AGREES,
+            f"then off by {self.difference}": self.difference is not None and not self.difference <= self.agrees,
         }
         return [text for text, wrong in found.items() if wrong]
 
@@ -110,6 +116,9 @@ def inject(replica: RolloutHarness, fault: Fault, files: dict[str, str]) -> Outc
     replica.update(fault.seed + 1)
     with _arranged(replica, fault):
         outcome = _strike(replica, fault, files, limit=2 * replica.timeout + 60)
+    # A new run would begin so.
+    replica.on_trainers("send_all")
+    outcome.agrees = replica.agrees
     try:
         replica.sync(fault.mode)
         outcome.difference = replica.difference(PROMPT)
@@ -199,7 +208,7 @@ def _arranged(replica: RolloutHarness, fault: Fault) -> Iterator[None]:
 
 
 class Replicas:
-    """The replicas of a run, started when they are needed: a plain engine, and one that runs adapters.
+    """The replicas of a run, started when they are needed: a plain engine, one in 16 bits, and one that runs adapters.
 
     Args:
         folder: where model and allocation are made.
@@ -211,31 +220,38 @@ class Replicas:
         self.model, self.allocation = make_inputs(folder)
         self.files = digests(self.model, self.allocation)
         self._tensor_parallel, self._timeout = tensor_parallel, timeout
-        self._running: dict[bool, RolloutHarness] = {}
+        #: by mode, "" for the modes that share the plain engine
+        self._running: dict[str, RolloutHarness] = {}
         self._started = 0
 
     def start(self, modes: tuple[str, ...]) -> None:
         """Start what these modes need and is not there, side by side."""
-        missing = {mode == "adapter": mode for mode in modes if (mode == "adapter") not in self._running}
-        for adapter, mode in missing.items():
-            self._running[adapter] = RolloutHarness(
+        missing = {_engine(mode): mode for mode in modes if _engine(mode) not in self._running}
+        for engine, mode in missing.items():
+            self._running[engine] = RolloutHarness(
                 self.model,
                 self.allocation,
                 mode,
                 number=self._started,
                 tensor_parallel=self._tensor_parallel,
                 timeout=self._timeout,
+                **ENGINES.get(mode, {}),
             )
             self._started += 1
-        start_side_by_side(*(self._running[adapter] for adapter in missing))
+        start_side_by_side(*(self._running[engine] for engine in missing))
 
     def of(self, mode: str) -> RolloutHarness:
         """The replica for that mode."""
-        return self._running[mode == "adapter"]
+        return self._running[_engine(mode)]
 
     def close(self, mode: str) -> None:
         """End the processes of that mode's replica."""
-        self._running.pop(mode == "adapter").close()
+        self._running.pop(_engine(mode)).close()
+
+
+def _engine(mode: str) -> str:
+    """The mode that an engine is started for; "" for one that several share."""
+    return mode if mode in ENGINES else ""
 
 
 def make_inputs(folder: Path) -> tuple[Path, Path]:

@@ -18,6 +18,7 @@ from hybrid_lora_plugin import apply_allocation, load_allocation
 from hybrid_lora_plugin.allocation import Allocation
 from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.sync.base_weights import CheckpointWeights
+from hybrid_lora_plugin.sync.live_weight import LiveWeight
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, ReceivedWeights, SyncHeader, read_header
 from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
@@ -26,6 +27,7 @@ from tests.support.allocations import make_allocation
 from tests.support.tiny_models import make_tiny_qwen2
 
 IDS = torch.tensor([[5, 6, 7, 8, 9, 40, 41, 2, 3], [90, 80, 70, 60, 50, 40, 30, 20, 10]])
+#: those whose syncs stand for themselves, in any type; ``test_sparse_merge.py`` has the other one
 MODES = ["merge", "adapter", "receiver_merge"]
 PARTIAL = ["adapter", "receiver_merge"]
 DTYPES = [torch.float32, torch.bfloat16]
@@ -167,6 +169,8 @@ class HuggingFaceRollout:
         self.parameters = dict(self.model.named_parameters())
         self.loaded: list[str] = []
         self.adapters = 0
+        self.trained = frozenset()
+        self._unsent: dict[str, torch.Tensor] = {}
 
     @torch.no_grad()
     def load(self, weights):
@@ -175,6 +179,17 @@ class HuggingFaceRollout:
             assert (tensor.shape, tensor.dtype) == (live.shape, live.dtype), name
             live.copy_(tensor)
             self.loaded.append(name)
+
+    def live(self, name):
+        parameter = self.parameters[name].detach()
+        return LiveWeight(parameter, tuple(parameter.shape), None, 0)
+
+    def begin_building(self, run, trained, unsent):
+        self.trained, self._unsent = trained, {name: self.parameters[name].detach().clone() for name in unsent}
+
+    def read_back_unsent(self, part):
+        for name in sorted(self._unsent)[part]:
+            assert torch.equal(self.parameters[name], self._unsent[name]), name
 
     @torch.no_grad()
     def replace_adapter(self, factors, header):

@@ -43,8 +43,8 @@ class HybridLoraHttpServer(vLLMHttpServer):
         return WORKER_EXTENSION
 
     def _resolve_sleep_level(self) -> int:
-        # Level 2 throws weights away, and a partial sync does not bring them all back.
-        return 1 if self._mode.partial else super()._resolve_sleep_level()
+        # Level 2 throws weights away, and not every mode's syncs bring them all back.
+        return 1 if self._mode.engine_keeps_weights else super()._resolve_sleep_level()
 
     async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
         """As verl's, and returns what the workers returned, one item each."""

@@ -6,41 +6,13 @@ records say where a plain weight lies in there.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from vllm.model_executor.layers import linear
 
 from hybrid_lora_plugin.errors import WeightSyncError
-
-#: elements of a weight that stand for it where reading all of it at every step would cost more than the sync
-SAMPLES = 256
-
-
-@dataclass(frozen=True)
-class LiveWeight:
-    """Where a plain weight lies in this worker's model."""
-
-    #: [n, …] this worker's part, sharing storage with the model
-    view: torch.Tensor
-    #: shape of the whole weight, over all workers
-    shape: tuple[int, ...]
-    #: dimension that is sharded, None where every worker holds all of it
-    dimension: int | None
-    #: first row or column of this worker's part
-    offset: int
-
-    def part_of(self, whole: torch.Tensor) -> torch.Tensor:
-        """This worker's part of a whole tensor."""
-        if self.dimension is None:
-            return whole
-        return whole.narrow(self.dimension, self.offset, self.view.shape[self.dimension])
-
-    def sample(self) -> torch.Tensor:
-        """[≤ SAMPLES] elements spread evenly over this worker's part, sharing its storage."""
-        flat = self.view.reshape(-1)
-        return flat[:: max(1, flat.numel() // SAMPLES)][:SAMPLES]
+from hybrid_lora_plugin.sync.live_weight import LiveWeight
 
 
 class PackedModules:

@@ -17,13 +17,9 @@ from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.names import PEFT_PREFIX, split_factor, wire_factor
 from hybrid_lora_plugin.sync.base_weights import CheckpointWeights, checkpoint_folder
 from hybrid_lora_plugin.sync.digest import digest_of, digest_soon
+from hybrid_lora_plugin.sync.live_weight import LiveWeight
 from hybrid_lora_plugin.sync.wire import SyncHeader
-from hybrid_lora_plugin.verl_backend.receiver.vllm_layout import (
-    LiveWeight,
-    PackedModules,
-    adapter_part,
-    find_live_weight,
-)
+from hybrid_lora_plugin.verl_backend.receiver.vllm_layout import PackedModules, adapter_part, find_live_weight
 
 
 class VllmRolloutModel:
@@ -47,6 +43,9 @@ class VllmRolloutModel:
         #: samples of the weights that no sync sends, from when they were proven
         self._unsent: dict[str, torch.Tensor] = {}
         self._unsent_proven_for = ""
+        #: digest of all of each, where a mode has it read back in turns
+        self._unsent_digests: dict[str, str] = {}
+        self.trained: frozenset[str] = frozenset()
 
     @property
     def device(self) -> torch.device:
@@ -85,6 +84,9 @@ class VllmRolloutModel:
         self._storage = header.base_storage
         self._digests = header.digests
         self._expected, self._as_arrived, self._adapter = {}, set(), None
+        if header.run != self._unsent_proven_for:
+            # Another run may train them.
+            self._unsent, self._unsent_digests, self._unsent_proven_for = {}, {}, ""
 
     def live(self, name: str) -> LiveWeight:
         """Where the plain weight ``name`` lies, found once and found again when vLLM replaced its parameter."""
@@ -306,6 +308,28 @@ class VllmRolloutModel:
         # A file that is memory-mapped is read only where the sample lies.
         sample = replace(live, view=original).sample()
         return torch.equal(live.sample(), sample.to(live.view.device, live.view.dtype))
+
+    def begin_building(self, run: str, trained: frozenset[str], unsent: list[str]) -> None:
+        """Remember which weights later syncs change, and what the others, which have just been loaded, hold."""
+        self.trained, self._unsent_proven_for = trained, run
+        for name in unsent:
+            try:
+                live = self.live(name)
+            except WeightSyncError:
+                if self._digests:
+                    raise
+                continue
+            self._unsent[name] = live.sample().clone()
+            if self._digests:
+                self._unsent_digests[name] = digest_of(live.view)
+
+    def read_back_unsent(self, part: slice) -> None:
+        for name in sorted(self._unsent_digests)[part]:
+            if digest_of(self.live(name).view) != self._unsent_digests[name]:
+                raise WeightSyncError(
+                    f"{name}: changed in the rollout engine without being sent; read back in full",
+                    see="engine-lost-weights-that-are-not-sent",
+                )
 
     def _verify_adapter(self, factors, header: SyncHeader) -> None:
         manager = self._worker.model_runner.lora_manager._adapter_manager

@@ -19,6 +19,7 @@ from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.sync.base_weights import check_base
 from hybrid_lora_plugin.sync.mode_base import SyncReceiver
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.sparse_merge import require_base
 from hybrid_lora_plugin.sync.wire import HEADER, ReceivedWeights, SyncHeader, read_header, rows_of
 from hybrid_lora_plugin.verl_backend.receiver.vllm_model import VllmRolloutModel
 from hybrid_lora_plugin.verl_backend.transport import LimitedReceiver
@@ -31,6 +32,7 @@ class Reception:
         rollout: the live model.
         run, number, step: of the sync as announced beside the stream; None where they were not.
         last: run and number of the last sync that was proven, None for the first one.
+        holds: the same, and None where another sync has failed since: what the engine's weights are known to be.
     """
 
     def __init__(
@@ -40,11 +42,12 @@ class Reception:
         number: int | None,
         step: int | None,
         last: tuple[str, int] | None,
+        holds: tuple[str, int] | None = None,
     ):
         self._rollout = rollout
         self._announced = (run, number)
         self._step = step
-        self._last = last
+        self._last, self._holds = last, holds
         self._received: ReceivedWeights | None = None
         self._receiver: SyncReceiver | None = None
 
@@ -77,6 +80,7 @@ class Reception:
 
     def _begin(self, header: SyncHeader) -> None:
         self._received = ReceivedWeights(header, *self._announced, self._last)
+        require_base(header, self._holds)
         self._rollout.begin(header)
         self._receiver = sync_mode(header.mode).receiver(header, self._rollout)
 
@@ -100,7 +104,8 @@ class Reception:
             entries = self._received.prove(self._rollout.verify())
         else:
             self._rollout.check_unsent()
-        return {
+        besides = self._receiver.conclude(self._received.account)
+        return besides | {
             "run": header.run,
             "number": header.number,
             "step": self._step,
@@ -115,6 +120,8 @@ class Reception:
         Raises:
             WeightSyncError: naming the first weight that nobody accounts for.
         """
+        if header.base_number:
+            return  # the sync that this one changes had every weight
         partial = sync_mode(header.mode).partial
         known = set(self._received.entries)
         if partial:
@@ -162,9 +169,11 @@ class HybridLoraWorkerExtension(vLLMColocateWorkerExtension):
         if self.device is None:
             self.device = torch.device(f"{get_device_name()}:{self.local_rank}")
         if not hasattr(self, "_hybrid_rollout"):
-            self._hybrid_rollout, self._hybrid_last = VllmRolloutModel(self), None
+            self._hybrid_rollout, self._hybrid_last, self._hybrid_holds = VllmRolloutModel(self), None, None
         started = time.perf_counter()
-        reception = Reception(self._hybrid_rollout, run, number, step, self._hybrid_last)
+        reception = Reception(self._hybrid_rollout, run, number, step, self._hybrid_last, self._hybrid_holds)
+        # Known again when this one is proven.
+        self._hybrid_holds = None
         receiver = LimitedReceiver(self._get_zmq_handle(), self.device, use_shm, limit=limit)
         result: dict[str, Any] = {}
 
@@ -186,7 +195,7 @@ class HybridLoraWorkerExtension(vLLMColocateWorkerExtension):
         except Exception as error:
             result.setdefault("error", _text(error))
         if "error" not in result:
-            self._hybrid_last = (reception.header.run, reception.header.number)
+            self._hybrid_last = self._hybrid_holds = (reception.header.run, reception.header.number)
         return result
 
 

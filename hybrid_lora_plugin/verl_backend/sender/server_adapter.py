@@ -19,6 +19,7 @@ from verl.workers.rollout.utils import ensure_async_iterator
 from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 
 from hybrid_lora_plugin.errors import WeightSyncError, with_reference
+from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.wire import (
     MANIFEST,
     Entry,
@@ -49,6 +50,8 @@ class PassingWeights:
         self._failed_key = ""
         self.header: SyncHeader | None = None
         self.manifest: list[Entry] | None = None
+        #: what the manifest says besides of the weights that were sent
+        self.account: dict[str, Any] = {}
         self.names: set[str] = set()
 
     async def begin(self) -> SyncHeader:
@@ -74,7 +77,8 @@ class PassingWeights:
             if name in self.names:
                 raise WeightSyncError(f"{name}: sent twice in one sync", see="sync-with-parts-missing-or-repeated")
             if name == MANIFEST:
-                self.manifest = read_manifest(tensor)[1]
+                content, self.manifest = read_manifest(tensor)
+                self.account = content.get("account", {})
             else:
                 self.names.add(name)
             yield name, tensor
@@ -125,9 +129,19 @@ class HybridLoraServerAdapter(ServerAdapter):
                 f"wire format {wire_format!r} cannot carry a sync, wanted 'named_tensors'",
                 see="checkpoint-engine-changes-tensors",
             )
+        if not isinstance(weights, OutgoingWeights):
+            return await self._update(weights, global_steps, hybrid)
+        weights.step = global_steps
+        try:
+            await self._update(weights, global_steps, hybrid)
+        except BaseException:
+            if weights.changes is not None:
+                weights.changes.refused()
+            raise
+
+    async def _update(self, weights, global_steps: int | None, hybrid) -> None:
+        """One sync up to its proof."""
         started = time.perf_counter()
-        if isinstance(weights, OutgoingWeights):
-            weights.step = global_steps
         limits = waits.Limits.of(hybrid, first=not self._proven)
         passing, error = PassingWeights(weights, limits), ""
         # In two parts: a rank whose stream has no header must not leave the engine's workers waiting for its tensors.
@@ -205,25 +219,34 @@ class HybridLoraServerAdapter(ServerAdapter):
             # The other ranks stand in this rank's collectives, and their workers end only after them.
             passing.tell_other_ranks(_text(raised))
             await passing.drain()
+        reports: list[dict[str, Any]] = []
         if done is not None:
-            failure = await self._answers(done, failure, limits.bucket)
+            failure, reports = await self._answers(done, failure, limits.bucket)
         if failure is not None:
             raise failure
         self._compare(passing, sender.answer, step)
+        if done is not None:
+            sync_mode(header.mode).check_reports(header, passing.account, reports)
 
-    async def _answers(self, done, failure: Exception | None, limit: float) -> Exception | None:
-        """What the workers returned: their words say more than a closed connection does."""
+    async def _answers(
+        self, done, failure: Exception | None, limit: float
+    ) -> tuple[Exception | None, list[dict[str, Any]]]:
+        """What went wrong, from what the workers returned: their words say more than a closed connection does.
+
+        Returns:
+            The error, if there is one, and the report of every worker.
+        """
         try:
             # After a failure only for what they have to say about it: vLLM answers nothing at all for a dead engine.
             patience = waits.for_workers(limit) if failure is None else waits.GRACE
             results = await _within(asyncio.wrap_future(done), "the rollout engine's workers", patience)
         except Exception as broken:
-            return failure or _engine_failed(broken)
+            return failure or _engine_failed(broken), []
         errors = [result["error"] for result in results if "error" in result]
         errors.sort(key=lambda text: any(words in text for words in SYMPTOMS))
         if errors and (failure is None or any(words in str(failure) for words in SYMPTOMS)):
-            return WeightSyncError.relayed(errors[0], otherwise="error-from-outside-the-plugin")
-        return failure
+            return WeightSyncError.relayed(errors[0], otherwise="error-from-outside-the-plugin"), results
+        return failure, results
 
     @staticmethod
     def _compare(passing: PassingWeights, report: dict[str, Any], step: int | None) -> None:

@@ -18,13 +18,21 @@ from hybrid_lora_plugin.training.arrival import ENOUGH, arrival_of
 UPDATE_SUMS = "update_sums"
 
 _last: dict[str, Any] = {}
+#: verl's global step of these, where the stream was told
+_step: int | None = None
 _warned = False
 
 
 def keep(outgoing: OutgoingWeights, update_sums: dict[str, list[float]] | None = None) -> None:
     """Remember a stream that has gone out, and what ``Arrival.sums`` says of it."""
+    global _step
+    if None not in (_step, outgoing.step) and _step != outgoing.step:
+        # Of a step whose metrics nobody asked for: the sync before the first one.
+        _last.clear()
+    _step = outgoing.step
     # One step may sync two sets of engines, and the second sends what the first did.
     changed = max(_last.get("sync_tensors_changed", 0.0), float(outgoing.changed))
+    elements = _last.get("sync_elements_changed", 0.0)
     _last.clear()
     _last.update(
         sync_bytes=float(outgoing.bytes),
@@ -34,6 +42,8 @@ def keep(outgoing: OutgoingWeights, update_sums: dict[str, list[float]] | None =
     )
     if outgoing.header.digests:
         _last["sync_tensors_changed"] = changed
+    if outgoing.changes is not None:
+        _last["sync_elements_changed"] = max(elements, outgoing.changes.share)
     _last[UPDATE_SUMS] = update_sums or {}
 
 

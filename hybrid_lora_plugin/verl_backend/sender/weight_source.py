@@ -10,6 +10,8 @@ import torch
 from verl.utils.torch_dtypes import PrecisionType
 
 from hybrid_lora_plugin.config import HybridLoraConfig
+from hybrid_lora_plugin.sync.mode_base import SyncMode
+from hybrid_lora_plugin.sync.sent_weights import Changes, SentWeights
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader
 from hybrid_lora_plugin.training.arrival import Arrival
 from hybrid_lora_plugin.training.rounding import Rounding
@@ -35,6 +37,8 @@ class WeightSource:
         self._before: dict[str, str] = {}
         self._last: OutgoingWeights | None = None
         self._base: dict[str, str] | None = None
+        #: what the syncs of the run build on, in a mode whose syncs do
+        self._sent: SentWeights | None = None
 
     @property
     def rounding(self) -> Rounding:
@@ -49,6 +53,33 @@ class WeightSource:
         """
         return Arrival(self._number + 1, originals)
 
+    def next_changes(
+        self, mode: SyncMode, group: torch.distributed.ProcessGroup | None, destination: str
+    ) -> Changes | None:
+        """For the next sync, in a mode whose syncs build on each other; None in the others.
+
+        Args:
+            mode: of the run.
+            group: the ranks that hold one copy of the weights between them; None where each holds a whole one.
+            destination: which of the run's sets of rollout engines the sync goes to.
+        """
+        if not mode.builds_on_last:
+            return None
+        if self._sent is None:
+            self._sent = mode.sent_weights(group)
+        return self._sent.begin(self._number + 1, destination)
+
+    def send_all(self) -> None:
+        """Have the next sync stand for itself: the last one was not proven, or its weights are there no more."""
+        if self._sent is not None:
+            self._sent.forget()
+
+    def read_all_back(self) -> None:
+        """Have the next sync prove everything that the rollout engine holds, as far as the mode leaves some of it to
+        later ones."""
+        if self._sent is not None:
+            self._sent.read_all_back()
+
     def stream(
         self,
         mode: str,
@@ -60,6 +91,7 @@ class WeightSource:
         fixed_prompt: dict[str, Any] | None = None,
         merged: Callable[[str], dict[str, str]] | None = None,
         arrival: Arrival | None = None,
+        changes: Changes | None = None,
     ) -> OutgoingWeights:
         """The next sync.
 
@@ -74,6 +106,7 @@ class WeightSource:
             merged: from a module with an adapter, the digest of its merged weight, where the receiver merges; the
                 modules take turns, one in each sync. Called on every rank.
             arrival: what ``tensors`` and ``merged`` count in.
+            changes: what ``tensors`` are made from, from ``next_changes``.
         """
         self._run = self._run or _drawn_run()
         self._number += 1
@@ -91,6 +124,7 @@ class WeightSource:
             mode=mode,
             dtype=str(self.dtype).removeprefix("torch."),
             digests=digests,
+            base_number=changes.base_number if changes is not None else 0,
             rounding_mode=self.rounding.mode,
             rounding_seed=self.rounding.seed,
             lora_rank=int(self._model_config.lora_rank),
@@ -106,7 +140,7 @@ class WeightSource:
         def keep(stream: OutgoingWeights) -> None:
             sync_metrics.keep(stream, arrival.sums() if arrival is not None else {})
 
-        self._last = OutgoingWeights(header, tensors, self._device, self._before, on_end=keep)
+        self._last = OutgoingWeights(header, tensors, self._device, self._before, on_end=keep, changes=changes)
         return self._last
 
 
