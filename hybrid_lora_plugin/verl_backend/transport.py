@@ -125,13 +125,18 @@ class LimitedSender(BucketedWeightSender):
         #: the receiver's last answer
         self.answer: dict[str, Any] = {}
         self.zmq_context = _SocketMaker(limit, "rollout engine", check)
+        self._later: tuple[float, str] | None = None
 
     def wait_up_to(self, limit: float, option: str) -> None:
-        """As the socket's, in the middle of a sync."""
-        self.socket.wait_up_to(limit, option)
+        """As the socket's; also before there is one, where all is drawn before the first byte goes out."""
+        self._later = (limit, option)
+        if self.socket is not None:
+            self.socket.wait_up_to(limit, option)
 
     def _init_socket(self):
         super()._init_socket()
+        if self._later is not None:
+            self.socket.wait_up_to(*self._later)
         receive = self.socket.recv
 
         def received(*arguments, **options) -> bytes:
