@@ -76,6 +76,8 @@ def synced_sparsely(engine, ranks: int) -> tuple[dict[str, dict], dict]:
         return tensors_in(stream), stream
 
     held, first = sync("sparse_merge")
+    # As an optimizer finds it: FSDP1 may hold gathered weights since the last forward pass, and drops them unread.
+    engine._reshard()
     with torch.no_grad():
         for parameter in engine.module.parameters():
             if parameter.requires_grad:
