@@ -20,8 +20,9 @@ import xxhash
 
 from hybrid_lora_plugin.errors import WeightSyncError
 
-#: elements that are rounded at once: what is needed besides the result stays in a core's cache
-CHUNK = 1 << 17
+#: elements that are rounded at once: on a processor what is needed besides the result stays in a core's cache, on an
+#: accelerator starting a kernel costs little beside running it
+CHUNK, ACCELERATOR_CHUNK = 1 << 17, 1 << 22
 #: types of 16 bits, and how many bits of a float32 each lacks
 _SIXTEEN = {torch.bfloat16: 16, torch.float16: 13}
 
@@ -82,7 +83,7 @@ def round_weight(
     columns = values.shape[1] if values.dim() > 1 else 1
     matrix, result = values.reshape(-1, columns), out.view(-1, columns)
     base = None if base is None else base.reshape(-1, columns)
-    rows = max(1, CHUNK // columns)
+    rows = max(1, (CHUNK if values.device.type == "cpu" else ACCELERATOR_CHUNK) // columns)
     scratch = torch.empty((min(rows, len(matrix)), columns), dtype=torch.float32, device=values.device)
     of_tensor = rounding.for_tensor(name, dtype, values.shape, values.device)
     largest = []
