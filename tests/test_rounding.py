@@ -11,7 +11,7 @@ import xxhash
 
 from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.training import rounding
-from hybrid_lora_plugin.training.arrival import SAMPLED, Arrival, arrival_of
+from hybrid_lora_plugin.training.arrival import SAMPLED, Arrival, arrival_of, is_lost
 from hybrid_lora_plugin.training.merge import merge_weight
 from hybrid_lora_plugin.training.rounding import NEAREST, Rounding, round_weight
 
@@ -252,6 +252,20 @@ def test_arrival_is_what_it_says():
     share, noise = arrival_of(arrival.sums()["lora"])
     assert share == pytest.approx(((moved * exact).sum() / exact.square().sum()).item(), rel=1e-4)
     assert noise == pytest.approx(((moved - exact).norm() / exact.norm()).item(), rel=1e-4)
+
+
+def lost(dtype, how, rows):
+    base, a, b = weights(rows, 64).bfloat16(), weights(8, 64, size=0.1, seed=1), weights(rows, 8, size=1e-5, seed=2)
+    arrival = Arrival(1)
+    merge_weight(base, a, b, 2.0, dtype, how, "w", arrival)
+    return is_lost(arrival.sums()["lora"])
+
+
+@pytest.mark.parametrize("rows", [8, 64, 1000])
+def test_only_a_loss_beyond_chance_is_called_one(rows):
+    """Few elements that move by little arrive in part by chance, whichever seed."""
+    assert lost(torch.bfloat16, NEAREST, 1000)
+    assert not any(lost(dtype, Rounding("stochastic", seed), rows) for seed in range(40) for dtype in SIXTEEN)
 
 
 def test_every_row_has_its_turn():

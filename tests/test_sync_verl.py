@@ -62,6 +62,24 @@ def test_metrics_of_a_sync_are_logged_with_its_step():
     assert trainer_base.PPOTrainer._consume_sync_metrics is patched, "applied once"
 
 
+def test_a_lost_update_is_told_once_with_its_cure(monkeypatch, capsys):
+    """From the sums of all ranks: a rank that holds no rows of a kind has none."""
+    monkeypatch.setattr(sync_metrics, "_warned", False)
+    few = {"lora": [4.0, 100.0, 5.0, 1e6]}
+    records = [
+        {"sync_bytes": 7.0, "sync_digest_ok": 1.0, sync_metrics.UPDATE_SUMS: few},
+        {"sync_bytes": 7.0, "sync_digest_ok": 0.0, sync_metrics.UPDATE_SUMS: few | {"full": [99.0, 100.0, 99.0, 1e6]}},
+    ]
+    metrics = sync_metrics.combined(records)
+    assert metrics["update_arrived_lora"] == 0.04 and metrics["update_arrived_full"] == 0.99
+    assert metrics["sync_bytes"] == 7.0 and metrics["sync_digest_ok"] == 0.0
+    for _ in range(2):
+        sync_metrics.warn_of_lost_update(records)
+    said = capsys.readouterr().out
+    assert said.count("WARNING") == 1 and "update_arrived_lora is 0.04" in said
+    assert "hybrid_lora.sync_rounding=stochastic" in said and "docs/weight-sync.md#rollouts-in-16-bits" in said
+
+
 def test_last_sync_is_empty_before_the_first():
     sync_metrics._last.clear()
     assert sync_metrics.last_sync() == {}

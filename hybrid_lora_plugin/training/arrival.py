@@ -54,7 +54,9 @@ class Arrival:
             rounded: of the same shape, the update that the rounded weights make.
         """
         exact, rounded = exact.float().reshape(-1), rounded.float().reshape(-1)
-        sums = torch.stack([rounded.dot(exact), exact.dot(exact), rounded.dot(rounded)]).double()
+        # The last one counts the elements.
+        count = exact.new_tensor(exact.numel())
+        sums = torch.stack([rounded.dot(exact), exact.dot(exact), rounded.dot(rounded), count]).double()
         self._sums[kind] = self._sums[kind] + sums if kind in self._sums else sums
 
     def add_full(self, name: str, parameter: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> None:
@@ -76,13 +78,23 @@ class Arrival:
         self.add("full", exact[sent] - start, rounded[sent].float() - start)
 
     def sums(self) -> dict[str, list[float]]:
-        """By kind ⟨r, d⟩, ‖d‖² and ‖r‖²; those of several ranks may be added."""
+        """By kind ⟨r, d⟩, ‖d‖², ‖r‖² and the number of elements; those of several ranks may be added."""
         return {kind: sums.tolist() for kind, sums in self._sums.items()}
 
 
 def arrival_of(sums: list[float]) -> tuple[float, float] | None:
     """(arrived, noise) from ``Arrival.sums``; None where nothing was updated."""
-    product, exact, rounded = sums
+    product, exact, rounded, _ = sums
     if not exact:
         return None
     return product / exact, (max(0.0, rounded - 2 * product + exact) / exact) ** 0.5
+
+
+def is_lost(sums: list[float]) -> bool:
+    """Whether too little of an update arrived, beyond what rounding without a bias would do by chance.
+
+    The mean over n elements of a noise of that size has a standard error of about noise / √n, which is large where
+    few elements have moved by little: a small model's first step is no reason for a warning.
+    """
+    arrived = arrival_of(sums)
+    return arrived is not None and arrived[0] + 4 * arrived[1] / sums[3] ** 0.5 < ENOUGH

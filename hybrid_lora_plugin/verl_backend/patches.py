@@ -133,7 +133,7 @@ def log_sync_metrics() -> None:
         except ray.exceptions.GetTimeoutError:
             return original(self)  # a busy worker: not worth a run
         metrics = combined(records)
-        warn_of_lost_update(metrics)
+        warn_of_lost_update(records)
         return original(self) | {f"hybrid_lora/{name}": value for name, value in metrics.items()}
 
     consume_sync_metrics.has_sync_metrics = True

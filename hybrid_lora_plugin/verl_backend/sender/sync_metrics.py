@@ -12,7 +12,7 @@ import math
 from typing import Any
 
 from hybrid_lora_plugin.sync.wire import OutgoingWeights
-from hybrid_lora_plugin.training.arrival import ENOUGH, arrival_of
+from hybrid_lora_plugin.training.arrival import arrival_of, is_lost
 
 #: in a record beside the metrics: by kind of module, the sums that the arrived update is computed from
 UPDATE_SUMS = "update_sums"
@@ -80,25 +80,33 @@ def combined(records: list[dict[str, Any]]) -> dict[str, float]:
     for name in sorted({name for record in records for name in record} - {UPDATE_SUMS}):
         values = [record[name] for record in records if name in record]
         metrics[name] = min(values) if name == "sync_digest_ok" else max(values)
-    sums = [record.get(UPDATE_SUMS, {}) for record in records]
-    for kind in sorted({kind for of_rank in sums for kind in of_rank}):
-        arrived = arrival_of([math.fsum(terms) for terms in zip(*(s[kind] for s in sums if kind in s), strict=True)])
+    for kind, sums in _update_sums(records).items():
+        arrived = arrival_of(sums)
         if arrived is not None:
             metrics[f"update_arrived_{kind}"], metrics[f"update_noise_{kind}"] = arrived
     return metrics
 
 
-def warn_of_lost_update(metrics: dict[str, float]) -> None:
+def _update_sums(records: list[dict[str, Any]]) -> dict[str, list[float]]:
+    """What ``Arrival.sums`` gave on each rank, added up by kind."""
+    of_ranks = [record.get(UPDATE_SUMS, {}) for record in records]
+    return {
+        kind: [math.fsum(terms) for terms in zip(*(sums[kind] for sums in of_ranks if kind in sums), strict=True)]
+        for kind in sorted({kind for sums in of_ranks for kind in sums})
+    }
+
+
+def warn_of_lost_update(records: list[dict[str, Any]]) -> None:
     """Print once in a run that the rollout engine does not get the update, and what helps."""
     global _warned
-    lost = {name: value for name, value in metrics.items() if name.startswith("update_arrived_") and value < ENOUGH}
+    lost = {kind: arrival_of(sums)[0] for kind, sums in _update_sums(records).items() if is_lost(sums)}
     if lost and not _warned:
         _warned = True
-        name, value = min(lost.items(), key=lambda item: item[1])
+        kind, value = min(lost.items(), key=lambda item: item[1])
         print(
-            f"hybrid_lora: WARNING: {name} is {value:.2f}: so much of the update is in the rollout engine's weights, "
-            "the rest is lost in rounding, and it samples from a policy nearer to the base model than the one that "
-            "trains; give hybrid_lora.sync_rounding=stochastic or actor_rollout_ref.rollout.dtype=float16 "
-            "[docs/weight-sync.md#rollouts-in-16-bits]",
+            f"hybrid_lora: WARNING: update_arrived_{kind} is {value:.2f}: so much of the update is in the rollout "
+            "engine's weights, the rest is lost in rounding, and it samples from a policy nearer to the base model "
+            "than the one that trains; give hybrid_lora.sync_rounding=stochastic or "
+            "actor_rollout_ref.rollout.dtype=float16 [docs/weight-sync.md#rollouts-in-16-bits]",
             flush=True,
         )
