@@ -308,6 +308,13 @@ def test_export_has_the_rollout_engine_s_own_weights(bf16_run, tmp_path, dtype):
     assert ("by the run's thresholds" in kept) == (dtype != "float32")
 
 
+def test_what_is_kept_of_a_float32_checkpoint_is_measured_against_its_own_values(hybrid, tiny_qwen2, tmp_path):
+    train_a_little(hybrid)
+    save_checkpoint(hybrid, tiny_qwen2, tmp_path / "allocation", tmp_path / "actor")
+    share = export_checkpoint(tmp_path / "actor", tmp_path / "out", dtype="bfloat16").kept.share
+    assert share == pytest.approx({"full": 1, "lora": 1}, abs=0.1)
+
+
 def test_export_says_what_nearest_loses(bf16_run, tmp_path):
     file = tmp_path / "actor" / "hybrid_lora" / "trainables.json"
     raw = json.loads(file.read_text())

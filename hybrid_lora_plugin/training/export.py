@@ -101,7 +101,7 @@ def merged_model(
         for name in allocation.full_names:
             for kind, parameter in modules[name].named_parameters(recurse=False):
                 plain = f"{name}.{kind}"
-                exact, original = take(plain), parameter.float()
+                exact, original = take(plain), parameter.detach().float().clone()
                 parameter.data = round_weight(plain, exact, target, rounding)
                 arrival.add("full", exact - original, parameter.float() - original)
                 trained.add(parameter)
