@@ -266,15 +266,14 @@ def logprobs(engines):
         replica.begin_run("digest")
 
 
-@pytest.mark.parametrize("mode", ["merge", "sparse_merge"])
-def test_small_update_lost_in_rounding_is_refused_and_passes_with_thresholds(engines, logprobs, mode):
-    """Two steps at the paper's rates, in bfloat16: digests agree either way."""
+def test_small_update_lost_in_rounding_is_refused_and_passes_with_thresholds(engines, logprobs):
+    """As in ``test_policy_engine.py``, through a whole sync: digests agree either way."""
     # The server's last checks are heard by the one rank that asked for them; its error ends a run.
     said = r"gone 0\.[0-4]\d ± 0\.\d+ of the trainer's way.*sync_rounding=stochastic"
     with pytest.raises((SyncRefused, SyncHangs), match=said):
-        logprobs(engines.sixteen, "nearest").sync(mode)
+        logprobs(engines.sixteen, "nearest").sync("sparse_merge")
     assert "differ from the trainer's" in engines.sixteen.refusal()
-    measured = logprobs(engines.sixteen).sync(mode)
+    measured = logprobs(engines.sixteen).sync("sparse_merge")
     assert measured["sync_policy_judged"] == 1 and measured["sync_policy_slope_error"] < 0.0625
     assert measured["sync_policy_slope"] == pytest.approx(1, abs=0.15) and measured["sync_policy_kl_ratio"] < 0.1
     assert engines.sixteen.refusal() == ""
