@@ -23,7 +23,7 @@ from pathlib import Path
 from recipes.gpu_check import device as devices
 from recipes.gpu_check.budget import FAILED, MINUTES, Budget
 from recipes.gpu_check.runs import RUNS, Files, Run, overrides_of
-from recipes.gpu_check.versions import has_flash_attention, missing, system, versions
+from recipes.gpu_check.versions import missing, system, versions
 
 PROGRAM = "gpu-check"
 #: warm-up, partitions and rate of the probe; enough to go through all of it
@@ -70,14 +70,8 @@ class GpuCheck:
         self.device, self.options, self.files = device, options, files
         self.shape = Shape(options.layers, options.hidden, options.vocabulary)
         self.environment = devices.environment_of(device)
-        self.flash_attention = has_flash_attention()
         self.budget = Budget(options.minutes, say)
-        notes = [*device.notes, *devices.left_out_of_the_shell(device)]
-        if device.kind == "cuda" and not self.flash_attention:
-            notes.append(
-                "flash-attn is not installed: the trainer's attention is sdpa, and rows are padded; verl's default, "
-                "and the costs of it, were not checked"
-            )
+        notes = devices.notes_of(device)
         if options.overrides:
             notes.append(f"every verl run also had {shlex.join(options.overrides)}")
         self.findings = Findings(
@@ -142,7 +136,7 @@ class GpuCheck:
         from recipes.gpu_check.evidence import checks_of
 
         steps, metrics = run.steps_of(self.options.steps), self.files.metrics(run.name)
-        overrides = overrides_of(run, self.files, steps, self.device.kind, self.flash_attention)
+        overrides = overrides_of(run, self.files, steps, self.device.kind, not self.device.no_flash_attention)
         try:
             run_verl(
                 [*overrides, *self.options.overrides],

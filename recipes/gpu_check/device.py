@@ -30,6 +30,10 @@ if torch.cuda.is_available():
         free, total = torch.cuda.mem_get_info(index)
         capability = [properties.major, properties.minor]
         found["gpus"].append({"name": properties.name, "capability": capability, "free": free, "total": total})
+try:  # built against another torch, it is there and cannot be imported
+    import flash_attn
+except Exception as error:
+    found["no_flash_attention"] = f"{type(error).__name__}: {error}".splitlines()[0]
 print("\\n" + json.dumps(found))
 """
 #: of the CPU platform; a process on a GPU must not inherit them
@@ -62,6 +66,7 @@ class Device:
         total, free: bytes of its memory.
         capability: CUDA compute capability; None on a CPU.
         visible: value of ``CUDA_VISIBLE_DEVICES`` that shows only this one; None on a CPU.
+        no_flash_attention: why flash-attn cannot be used; None where it can.
         notes: lines for the page, e.g. that there are other GPUs.
     """
 
@@ -71,6 +76,7 @@ class Device:
     free: int
     capability: tuple[int, int] | None = None
     visible: str | None = None
+    no_flash_attention: str | None = None
     notes: tuple[str, ...] = ()
 
 
@@ -151,6 +157,7 @@ def choose_gpu(found: Mapping, visible: str | None) -> Device:
         free=gpu["free"],
         capability=tuple(gpu["capability"]),
         visible=entries[index] if index < len(entries) else str(index),
+        no_flash_attention=found.get("no_flash_attention"),
         notes=tuple(notes),
     )
 
@@ -230,7 +237,17 @@ def environment_of(device: Device) -> dict[str, str]:
     return {**kept, **shared, "CUDA_VISIBLE_DEVICES": device.visible}
 
 
-def left_out_of_the_shell(device: Device) -> list[str]:
-    """Lines that name the variables of the shell which ``environment_of`` leaves out."""
-    names = [name for name in _OF_THE_SHELL if name in os.environ] if device.kind == "cuda" else []
-    return [f"{name}={os.environ[name]} of the shell was left out" for name in names]
+def notes_of(device: Device) -> list[str]:
+    """Lines that say what was left out, replaced or not found."""
+    if device.kind == "cpu":
+        return list(device.notes)
+    notes = [*device.notes]
+    notes += [f"{name}={os.environ[name]} of the shell was left out" for name in _OF_THE_SHELL if name in os.environ]
+    if device.no_flash_attention:
+        notes.append(
+            f"flash-attn cannot be used ({device.no_flash_attention}): the trainer's attention is sdpa and rows are "
+            f"padded; verl's default, and the costs of it, were not checked"
+        )
+    if not any(map(shutil.which, ("cc", "gcc", "clang"))):
+        notes.append("no C compiler was found, which Triton needs for torch.compile, in the trainer and in vLLM")
+    return notes

@@ -10,7 +10,6 @@ a probability of about 1e-5, and no difference between trainer and rollout engin
 from __future__ import annotations
 
 import argparse
-import itertools
 import math
 import string
 import sys
@@ -83,9 +82,9 @@ def words(count: int) -> list[str]:
     most = len(letters) ** 4
     if count > most:
         raise ValueError(f"count: {count} words asked for, there are {most}")
-    spellings = list(map("".join, itertools.product(letters, repeat=4)))
     # 7919 has no factor in common with 26, so no number is met twice.
-    return [spellings[index * 7919 % most] for index in range(count)]
+    numbers = (index * 7919 % most for index in range(count))
+    return ["".join(letters[number // 26**place % 26] for place in (3, 2, 1, 0)) for number in numbers]
 
 
 def build_tokenizer(vocabulary: int):

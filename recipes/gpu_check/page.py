@@ -18,13 +18,13 @@ from recipes.gpu_check.evidence import CORRELATION, PROBS_DIFF_MAX, PROBS_DIFF_M
 from recipes.gpu_check.runs import RUNS
 from recipes.gpu_check.versions import Version
 
-#: column -> (verl's metric, its unit there to the column's), a median over the steps behind the first
+#: column -> verl's metric, of which a median over the steps behind the first is shown
 _COSTS = {
     "step, s": "timing_s/step",
     "generation, s": "timing_s/gen",
     "actor update, s": "timing_s/update_actor",
     "reference, s": "timing_s/ref",
-    "weight sync, s": "hybrid_lora/sync_seconds",
+    "weight sync, s": "timing_s/update_weights",
 }
 _PEAKS = {"allocated": "perf/max_memory_allocated_gb", "reserved": "perf/max_memory_reserved_gb"}
 #: lines of a failed stage's error on the page

