@@ -156,6 +156,7 @@ class GpuCheck:
     def export(self, limit: float) -> None:
         import json
 
+        from hybrid_lora_plugin.allocation import load_allocation
         from recipes.gpu_check.evidence import check_answers, check_kept
 
         step, result = RUNS["merge"].steps_of(self.options.steps), self.files.folder / "export.json"
@@ -168,8 +169,9 @@ class GpuCheck:
         )
         self.command("export", "recipes.gpu_check.export", *map(str, places), limit=limit)
         found = json.loads(result.read_text())
+        trained, allocation = self.findings.steps["merge"], load_allocation(self.files.allocation)
         self.findings.checks += [
-            check_kept(found["kept"], found["dtype"]),
+            check_kept(found["kept"], found["dtype"], trained, allocation),
             check_answers(found["same"], found["prompts"]),
         ]
 

@@ -11,7 +11,7 @@ from hybrid_lora_plugin.allocation import Allocation
 from hybrid_lora_plugin.training.arrival import SAMPLED
 from recipes.demo.evidence import Check, check_proven, check_reference
 from recipes.demo.verl_run import Step
-from recipes.gpu_check.runs import Run
+from recipes.gpu_check.runs import RUNS, Run
 
 PROBS_DIFF_MEAN, PROBS_DIFF_MAX = "training/rollout_probs_diff_mean", "training/rollout_probs_diff_max"
 CORRELATION = "training/rollout_actor_probs_pearson_corr"
@@ -33,16 +33,24 @@ def kinds_of(allocation: Allocation) -> dict[str, tuple[str, ...]]:
 def elements_seen(allocation: Allocation, run: Run) -> dict[str, int]:
     """By kind, at least so many elements the arrived update of one sync was computed from.
 
-    ``training/arrival.py`` looks at up to ``SAMPLED`` of every tensor; ``receiver_merge`` has one merged weight of a
-    LoRA module in each sync, and the trainer of ``adapter`` rounds factors, of which one has ``rank × width``.
+    ``training/arrival.py`` looks at up to ``SAMPLED`` of every tensor, and in ``receiver_merge`` at one LoRA module in
+    each sync.
     """
     sizes = {module.name: module.parameters for module in allocation.modules}
     seen = {}
     for kind, names in kinds_of(allocation).items():
         # Whole rows: half of SAMPLED is less than any block of a wider tensor.
         each = [min(sizes[name], SAMPLED // 2) for name in names]
-        seen[kind] = min(each) if kind == "lora" and run.sync in ("receiver_merge", "adapter") else sum(each)
+        seen[kind] = min(each) if kind == "lora" and run.sync == "receiver_merge" else sum(each)
     return seen
+
+
+def is_whole(share: float, noise: float, elements: int) -> bool:
+    """Whether a share of an update is 1, but for what rounding without a bias does by chance.
+
+    ``elements`` with that noise have a mean with a standard error of ``noise / √elements``. False for no number.
+    """
+    return abs(share - 1) <= ARRIVED_WITHIN + 4 * noise / math.sqrt(elements)
 
 
 def check_steps(run: Run, steps: Sequence[Step], asked: int) -> Check:
@@ -65,10 +73,7 @@ def check_updates(run: Run, steps: Sequence[Step]) -> Check:
 
 
 def check_arrived(run: Run, steps: Sequence[Step], allocation: Allocation) -> Check:
-    """At every step the whole update was in the rollout engine's weights, as far as chance lets it be told.
-
-    ``n`` elements with a noise of that size have a mean with a standard error of ``noise / √n``.
-    """
+    """At every step the whole update was in the rollout engine's weights."""
     values, failures = [], []
     seen = elements_seen(allocation, run)
     for step in steps:
@@ -76,7 +81,7 @@ def check_arrived(run: Run, steps: Sequence[Step], allocation: Allocation) -> Ch
             arrived = step.metrics.get(f"hybrid_lora/update_arrived_{kind}", math.nan)
             noise = step.metrics.get(f"hybrid_lora/update_noise_{kind}", math.nan)
             values.append((kind, arrived))
-            if not abs(arrived - 1) <= ARRIVED_WITHIN + 4 * noise / math.sqrt(elements):
+            if not is_whole(arrived, noise, elements):
                 failures.append(f"step {step.number} {kind} {arrived:.3f}")
     ranges = []
     for kind in seen:
@@ -112,16 +117,27 @@ def check_rollouts(run: Run, steps: Sequence[Step]) -> Check:
     )
 
 
-def check_kept(kept: dict[str, float], dtype: str) -> Check:
-    """An export in the rollout engine's type holds the whole update.
+def check_kept(kept: dict[str, float], dtype: str, steps: Sequence[Step], allocation: Allocation) -> Check:
+    """An export in the rollout engine's type holds the whole update, as far as chance lets it be told.
 
     Args:
         kept: by kind, the share of the update that is in the exported weights.
         dtype: of the exported weights.
+        steps: of the run that was exported; the noise of its last sync is that of the export.
+        allocation: that it trained under.
     """
-    holds = bool(kept) and all(abs(share - 1) <= ARRIVED_WITHIN for share in kept.values())
+    last = steps[-1].metrics if steps else {}
+    failures = [
+        kind
+        for kind, elements in elements_seen(allocation, RUNS["merge"]).items()
+        if not is_whole(kept.get(kind, math.nan), last.get(f"hybrid_lora/update_noise_{kind}", math.nan), elements)
+    ]
     seen = ", ".join(f"{kind} {share:.3f}" for kind, share in kept.items()) or "no update"
-    return Check("export: the whole update is in the exported weights", holds, f"{seen}, in {dtype}")
+    return Check(
+        f"export: the whole update is in the exported weights, 1 ± {ARRIVED_WITHIN:g} beyond chance",
+        bool(kept) and not failures,
+        f"{seen}, in {dtype}",
+    )
 
 
 def check_answers(same: int, number: int) -> Check:

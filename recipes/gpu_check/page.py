@@ -26,7 +26,7 @@ _COSTS = {
     "reference, s": "timing_s/ref",
     "weight sync, s": "timing_s/update_weights",
 }
-_PEAKS = {"allocated": "perf/max_memory_allocated_gb", "reserved": "perf/max_memory_reserved_gb"}
+_PEAKS = {"allocated": "actor/perf/max_memory_allocated_gb", "reserved": "actor/perf/max_memory_reserved_gb"}
 #: lines of a failed stage's error on the page
 _LINES = 40
 
@@ -310,7 +310,7 @@ def page(findings: Findings, picture: str | None) -> str:
             "## What training costs, beside verl's LoRA",
             "",
             "Medians over the steps behind the first, and the peak of the trainer's process since it started, all as "
-            "verl measures them (`timing_s/…`, `perf/max_memory_…_gb`).",
+            "verl measures them (`timing_s/…`, `actor/perf/max_memory_…_gb`).",
             "",
             *_cost_lines(findings),
         ]
