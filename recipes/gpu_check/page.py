@@ -234,6 +234,7 @@ def draw(steps: dict[str, list[Step]], file: Path) -> bool:
     Returns:
         Whether there was anything to draw.
     """
+    from matplotlib import colormaps
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -246,20 +247,22 @@ def draw(steps: dict[str, list[Step]], file: Path) -> bool:
         return False
     figure = Figure(figsize=(7.0, 6.0), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
+    # One colour for a run in all panels, also where another run has no points.
+    colours = dict(zip(RUNS, colormaps["tab10"].colors, strict=False))
+    drawn = {}
     for axes, (label, metric) in zip(figure.subplots(len(panels), 1, sharex=True), panels.items(), strict=True):
         for name, run in steps.items():
             points = [(step.number, step.metrics[metric]) for step in run if metric in step.metrics]
             if points:
-                axes.plot(*zip(*points, strict=True), "o-", markersize=3, label=RUNS[name].title.replace("`", ""))
+                (drawn[name],) = axes.plot(*zip(*points, strict=True), "o-", markersize=3, color=colours[name])
         if "arrived" in label:
             axes.axhline(1.0, color="black", linewidth=0.6, linestyle="--")
         axes.set_ylabel(label, fontsize=8)
         axes.grid(alpha=0.3)
     axes.set_xlabel("training step")
     axes.xaxis.get_major_locator().set_params(integer=True)
-    handles, labels = axes.get_legend_handles_labels()
-    if handles:
-        axes.legend(handles, labels, fontsize=7)
+    titles = [RUNS[name].title.replace("`", "") for name in drawn]
+    figure.legend(drawn.values(), titles, loc="outside upper center", ncols=3, fontsize=8)
     figure.savefig(file, metadata={"Software": None})
     return True
 
