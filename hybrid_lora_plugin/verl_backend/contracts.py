@@ -611,6 +611,14 @@ _RECEIVER = [
     ),
     *_of(
         "receiver",
+        # The second model runner: vLLM takes it by default for Llama and Qwen3.
+        "vllm.v1.worker.gpu.model_runner",
+        "GPUModelRunner",
+        ("model", _MODEL, "the live model"),
+        ("lora_manager", _MODEL, "its adapters"),
+    ),
+    *_of(
+        "receiver",
         "vllm.model_executor.layers.linear",
         "",
         ("", _LAYOUT, "vLLM's linear layers"),
@@ -649,6 +657,12 @@ _RECEIVER = [
         "receiver",
         "vllm.model_executor.models.qwen2",
         "Qwen2ForCausalLM",
+        ("packed_modules_mapping", _LAYOUT, "which modules are packed into one"),
+    ),
+    *_of(
+        "receiver",
+        "vllm.model_executor.models.qwen3",
+        "Qwen3ForCausalLM",
         ("packed_modules_mapping", _LAYOUT, "which modules are packed into one"),
     ),
     *_of(
