@@ -586,6 +586,7 @@ _RECEIVER = [
         "WorkerBase",
         ("device", (_WORKER, _MODEL), "where buckets arrive"),
         ("local_rank", _WORKER, "device of a worker that names none"),
+        ("rank", _MODEL, "which of the workers this is"),
         ("model_runner", _MODEL, "leads to the live model"),
         ("model_config vllm_config", _MODEL, "checkpoint, graphs, adapters"),
         ("add_lora", _MODEL, "takes the adapter", "lora_request"),
@@ -601,6 +602,12 @@ _RECEIVER = [
         ("ModelConfig.enforce_eager", _MODEL, "whether graphs hold addresses of weights"),
         ("VllmConfig.lora_config", _MODEL, "whether the engine runs adapters"),
         ("VllmConfig.kv_transfer_config", _SERVER, "whether there is a connector to reset"),
+        ("VllmConfig.parallel_config", _MODEL, "how many workers read one checkpoint"),
+        (
+            "ParallelConfig.nnodes ParallelConfig.distributed_executor_backend ParallelConfig.world_size",
+            _MODEL,
+            "whether all workers are on one machine, and how many they are",
+        ),
     ),
     *_of(
         "receiver",
