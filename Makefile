@@ -26,7 +26,7 @@ FIND_LINKS = $(or $(PIP_FIND_LINKS),$(shell $(BIN)/pip config get global.find-li
 TORCH_SOURCE = $(if $(strip $(FIND_LINKS)),$(addprefix --find-links ,$(FIND_LINKS)),--torch-backend cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast demo gpu-check probe-smollm2 bench bench-probe bench-sync bench-training docs lint lock clean
+.PHONY: help install test test-fast demo gpu-check probe-smollm2 bench bench-probe bench-sync bench-training docs contracts-gpu lint lock clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r name text; do printf '  make %-15s %s\n' "$$name" "$$text"; done
@@ -82,6 +82,9 @@ bench-training: install ## memory, time and start of training, beside verl's own
 
 docs: install ## write docs/configuration.md and docs/contracts.md from the code
 	$(BIN)/python -m hybrid_lora_plugin.cli.reference docs/configuration.md docs/contracts.md
+
+contracts-gpu: install ## read the contracts in the wheels that the extra gpu pins: downloads about 820 MB
+	$(BIN)/python -m tests.support.source_contracts --wheels .cache/wheels
 
 lint: install
 	$(BIN)/ruff check .

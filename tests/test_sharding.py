@@ -15,6 +15,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from hybrid_lora_plugin import apply_allocation, load_allocation  # noqa: E402
 from hybrid_lora_plugin.errors import ConfigurationError  # noqa: E402
 from hybrid_lora_plugin.names import plain_name  # noqa: E402
+from hybrid_lora_plugin.sync.base_weights import value_digest  # noqa: E402
 from hybrid_lora_plugin.training.apply import parts_of, trainable_groups  # noqa: E402
 from hybrid_lora_plugin.training.export import export_checkpoint  # noqa: E402
 from hybrid_lora_plugin.training.memory import least_bytes  # noqa: E402
@@ -317,6 +318,17 @@ def test_rollout_gets_what_was_trained(run, setting):
             assert torch.equal(tensor, trained) and torch.equal(partial[name], trained), name
         else:
             assert torch.equal(tensor, base[name].float()) and name not in partial, name
+
+
+def test_ranks_share_the_digests_of_the_base_and_each_has_all_of_them(run, setting):
+    """Between the ranks that hold one copy, each weight is hashed once."""
+    _, model, allocation = setting
+    trained = {f"{name}.{kind}" for name in load_allocation(allocation).full_names for kind in ("weight", "bias")}
+    weights = dict(AutoModelForCausalLM.from_pretrained(model).named_parameters())
+    wanted = {name: value_digest(weight) for name, weight in weights.items() if name not in trained}
+    digests, counts = zip(*run["base"], strict=True)
+    assert all(digest == wanted for digest in digests)
+    assert sum(counts) == len(counts) // run["shares"] * len(wanted) and min(counts) > 0
 
 
 def test_thresholds_do_not_depend_on_the_sharding(run, setting):

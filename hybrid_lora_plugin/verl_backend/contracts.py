@@ -586,6 +586,7 @@ _RECEIVER = [
         "WorkerBase",
         ("device", (_WORKER, _MODEL), "where buckets arrive"),
         ("local_rank", _WORKER, "device of a worker that names none"),
+        ("rank", _MODEL, "which of the workers this is"),
         ("model_runner", _MODEL, "leads to the live model"),
         ("model_config vllm_config", _MODEL, "checkpoint, graphs, adapters"),
         ("add_lora", _MODEL, "takes the adapter", "lora_request"),
@@ -601,10 +602,24 @@ _RECEIVER = [
         ("ModelConfig.enforce_eager", _MODEL, "whether graphs hold addresses of weights"),
         ("VllmConfig.lora_config", _MODEL, "whether the engine runs adapters"),
         ("VllmConfig.kv_transfer_config", _SERVER, "whether there is a connector to reset"),
+        ("VllmConfig.parallel_config", _MODEL, "how many workers read one checkpoint"),
+        (
+            "ParallelConfig.nnodes ParallelConfig.distributed_executor_backend ParallelConfig.world_size",
+            _MODEL,
+            "whether all workers are on one machine, and how many they are",
+        ),
     ),
     *_of(
         "receiver",
         "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        ("model", _MODEL, "the live model"),
+        ("lora_manager", _MODEL, "its adapters"),
+    ),
+    *_of(
+        "receiver",
+        # The second model runner: vLLM takes it by default for Llama and Qwen3.
+        "vllm.v1.worker.gpu.model_runner",
         "GPUModelRunner",
         ("model", _MODEL, "the live model"),
         ("lora_manager", _MODEL, "its adapters"),
@@ -649,6 +664,12 @@ _RECEIVER = [
         "receiver",
         "vllm.model_executor.models.qwen2",
         "Qwen2ForCausalLM",
+        ("packed_modules_mapping", _LAYOUT, "which modules are packed into one"),
+    ),
+    *_of(
+        "receiver",
+        "vllm.model_executor.models.qwen3",
+        "Qwen3ForCausalLM",
         ("packed_modules_mapping", _LAYOUT, "which modules are packed into one"),
     ),
     *_of(

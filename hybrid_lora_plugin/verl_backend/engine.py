@@ -239,7 +239,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             trained = parts_of(self.module).trained
             state = plain_state(self.module).items()
             return {plain: "" for plain, (name, tensor) in state if name not in trained and tensor.is_floating_point()}
-        return base_digests(self._while_resident(original_weights(self.module, get_device_id())))
+        return base_digests(self._while_resident(original_weights(self.module, get_device_id())), self._shard_group())
 
     def _merged_digest(self, mode: SyncMode, module: str, arrival: Arrival) -> dict[str, str]:
         source = self._weight_source

@@ -10,10 +10,12 @@ import gc
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
 
+from hybrid_lora_plugin.sync import base_weights
 from tests.support.engine_worker import (
     build_engine,
     gather_log_probs,
@@ -142,8 +144,11 @@ def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[
     end, synced = weights_of(engine), {}
     for mode in ("merge", "receiver_merge"):
         engine.hybrid.sync = mode
-        stream, _ = engine.get_per_tensor_param()
+        with mock.patch.object(base_weights, "value_digest", wraps=base_weights.value_digest) as hashed:
+            stream, _ = engine.get_per_tensor_param()
         synced[f"synced-{mode}"] = tensors_in(stream)
+    result["base"] = [None] * ranks
+    torch.distributed.all_gather_object(result["base"], (stream.header.base, hashed.call_count))
     synced["synced-bf16"], result["arrival"] = synced_in_bf16(engine, ranks)
     engine.hybrid.sync_check = "logprobs"
     engine.engine_config.use_remove_padding = options.get("use_remove_padding", False)  # as verl's worker does
