@@ -364,7 +364,7 @@ class HybridLoraConfig(SelectionConfig):
     )
     sync_seed: int = documented(
         0,
-        "Seed of the random thresholds; a run that resumes has to keep it.",
+        "Seed of the random thresholds; a run that resumes with another one says so and gets other rollouts.",
         source="own choice",
     )
     sync_check: str = documented(
