@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -69,6 +70,29 @@ def test_real_models_stay_within_two_percent_of_the_formula_and_fifteen_of_verls
     assert size.sent <= 0.15 * paper.verl_merge_bytes()
     # 10 % is the limit, and the greedy rule stops less than one module below it.
     assert 0.09 < paper.counts.full / paper.allocation.model.candidate_parameters <= 0.1
+
+
+@pytest.mark.parametrize("dtype", sync_sizes.CHANGED)
+@pytest.mark.parametrize("model", sorted(sync_sizes.SHAPES))
+def test_changed_elements_of_real_models_stay_within_the_wanted_bytes(model, dtype):
+    paper = PaperModel(model, sync_sizes.Qwen2Config(**sync_sizes.SHAPES[model]))
+    for steps, share in sync_sizes.CHANGED[dtype].items():
+        sent, formula = paper.changed_elements_bytes(share, dtype)
+        assert formula <= sent <= 1.002 * formula
+        assert sent <= sync_sizes.WANTED[dtype][steps] * paper.verl_merge_bytes()
+
+
+def test_shares_of_changed_elements_are_the_largest_that_were_measured():
+    """In the fidelity page's tables of SmolLM2."""
+    page = (PAGE.parent / "sync-fidelity.md").read_text(encoding="utf-8")
+    _, found, rest = page.partition("**SmolLM2-135M, supervised gradients**")
+    assert found
+    rows = re.findall(r"^\| \d+ \| (\d+) \| ([\d.]+)% \| ([\d.]+)% \|$", rest, re.M)
+    assert len(rows) >= 6
+    for place, dtype in enumerate(sync_sizes.CHANGED, start=1):
+        for steps, share in sync_sizes.CHANGED[dtype].items():
+            largest = max(float(row[place]) / 100 for row in rows if int(row[0]) == steps)
+            assert share == pytest.approx(largest, rel=0.05)
 
 
 def test_verls_merge_sends_a_tied_head_twice():
