@@ -1051,6 +1051,12 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         "tests/test_sync_verl.py::test_verls_buckets_without_gaps_carry_a_sync",
     ),
     Behaviour(
+        "sync",
+        _SOURCE,
+        "no trainer adds a replica to a checkpoint engine manager while it runs",
+        "tests/test_sync_verl.py::test_no_trainer_of_verl_lets_an_engine_join_a_run",
+    ),
+    Behaviour(
         "metrics",
         _PATCHES,
         "`fit` logs what `_consume_sync_metrics` returns, right after the sync of a step",
