@@ -150,7 +150,13 @@ def test_bytes_of_one_rank_are_counted_from_its_parameters(hybrid):
     assert said.reference == snapshot.bytes == 4 * counted.full
     floor = least_bytes(counted, 2)
     assert floor.total == pytest.approx((2 * counted.frozen + 16 * trains + 2 * counted.full) / 2)
-    assert str(said).startswith(f"{said.total / 1e6:,.1f} MB on each rank: frozen")
+    assert str(said).startswith(f"{said.total / 1e6:,.1f} MB on each rank: frozen") and "host" not in str(said)
+    kept = sync_mode("sparse_merge").sent_weights().bytes_for(parts_of(hybrid).merged_shapes)
+    with_lora = sum(p.numel() for n, p in hybrid.named_parameters() if n.endswith(".base_layer.weight"))
+    assert kept == 2 * (counted.full + with_lora)
+    remembering = rank_bytes(hybrid, snapshot, kept)
+    # In the host's memory, wherever the model is.
+    assert remembering.total == said.total and f"{kept / 1e6:,.1f} MB of the host" in str(remembering)
 
 
 def test_every_parameter_is_counted_once(hybrid, tiny_qwen2, allocation):

@@ -37,7 +37,7 @@ from hybrid_lora_plugin.training.checkpoint import (
     save_trained,
 )
 from hybrid_lora_plugin.training.dtensor import local_tensor, sum_of_squares, whole
-from hybrid_lora_plugin.training.memory import rank_bytes
+from hybrid_lora_plugin.training.memory import TrainingBytes, rank_bytes
 from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot, adapters_off
 from hybrid_lora_plugin.training.rounding import Rounding
@@ -78,6 +78,15 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             # Before the actor is built: the probe has the memory to itself.
             self.allocation, self._allocation_json = probed_allocation(self.hybrid, self.model_config)
         super().initialize()
+        if self.rank == 0 and self._base_snapshot is not None:
+            print(f"hybrid_lora: {self.training_bytes()}")
+
+    def training_bytes(self) -> TrainingBytes:
+        """What this rank holds for training, in bytes."""
+        # Which the ranks share out between them: known once there is an optimizer.
+        sent = sync_mode(self.hybrid.sync).sent_weights(self._shard_group())
+        kept = 0 if sent is None else sent.bytes_for(parts_of(self.module).merged_shapes)
+        return rank_bytes(self.module, self._base_snapshot, kept)
 
     @property
     def scaling(self) -> float:
@@ -122,7 +131,6 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         self._base_snapshot = BaseSnapshot(trainable_groups(module)["full"])
         if self.rank == 0:
             print(f"hybrid_lora: {parts_of(module).counts}; {len(self.allocation.full_names)} modules fully tuned")
-            print(f"hybrid_lora: {rank_bytes(module, self._base_snapshot)}")
         return module
 
     def _build_optimizer(self, module):
