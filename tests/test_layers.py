@@ -21,10 +21,12 @@ PURE = {
     "report": ({"numpy", "torch"}, {"matplotlib"}),
 }
 #: What stands below every folder of the package.
-GROUND = {"__version__", "errors", "names", "files", "seeding", "parameter_counts", "config_field", "config"}
+CONFIG_PARTS = {"config_field", "config_selection", "config_probe", "config_sync"}
+GROUND = {"__version__", "errors", "names", "files", "seeding", "parameter_counts", "config"} | CONFIG_PARTS
 # What a layer may use of this package: data flow one way, from the first row to the last.
 INTERNAL = {
-    "config.py": {"config_field", "errors"},
+    **{f"config_{part}.py": {"config_field", "errors"} for part in ("selection", "probe", "sync")},
+    "config.py": CONFIG_PARTS | {"errors"},
     "config_validation.py": {"config", "errors"},
     "candidates.py": {"errors"},
     "scoring": GROUND | {"candidates"},

@@ -362,6 +362,8 @@ def test_a_rank_keeps_its_share_of_what_was_sent(run):
     # Rows are shared out whole.
     assert 2 * run["sparse"]["trains"] / run["shares"] <= run["sparse"]["kept"]
     assert run["sparse"]["kept"] <= 1.1 * 2 * run["sparse"]["trains"] / run["shares"]
+    # What it prints at the start; in the other modes it keeps nothing.
+    assert run["sparse"]["said"] == run["sparse"]["kept"] and run["bytes"]["sent"] == 0
 
 
 def test_update_that_arrived_is_measured(run, setting):

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -46,6 +48,20 @@ def test_verl_still_reads_the_model_before_it_looks_for_the_rollout_side():
     assert "omega_conf_to_dataclass(self.config.actor_rollout_ref.model)" in inspect.getsource(
         trainer_base.PPOTrainer._init_tokenizer
     )
+
+
+def test_no_trainer_of_verl_lets_an_engine_join_a_run():
+    """One that did would need a whole sync in mode ``sparse_merge``, and the trainer's ranks would have to know."""
+    assert callable(CheckpointEngineManager.add_replicas)
+    package = Path(inspect.getfile(trainer_base)).parents[3]
+    assert package.name == "verl"
+    found = {
+        str(file.relative_to(package)): calls
+        for file in package.rglob("*.py")
+        if (calls := re.findall(r"manager\w*\.add_replicas\(", file.read_text(encoding="utf-8")))
+    }
+    # The experimental one adds engines that are there since the start to its load balancer, and to nothing else.
+    assert found == {"experimental/fully_async_policy/fully_async_rollouter.py": ["manager.add_replicas("]}
 
 
 def test_metrics_of_a_sync_are_logged_with_its_step():

@@ -76,7 +76,8 @@ def criteria_table() -> list[str]:
 
 def configuration_page() -> str:
     """The whole page as Markdown."""
-    lines = ["# Configuration", "", "Generated from `hybrid_lora_plugin/config.py` by `make docs`; do not edit.", ""]
+    origin = "Generated from `hybrid_lora_plugin/config.py` and its parts by `make docs`; do not edit."
+    lines = ["# Configuration", "", origin, ""]
     for title, introduction, prefix, kind in SECTIONS:
         lines += [f"## {title}", "", introduction, "", *table(kind, prefix), ""]
     lines += ["## Criteria", "", "What each one means is told in [the probe](probe.md).", "", *criteria_table(), ""]

@@ -1075,6 +1075,12 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         "tests/test_sync_verl.py::test_verls_buckets_without_gaps_carry_a_sync",
     ),
     Behaviour(
+        "sync",
+        _SOURCE,
+        "no trainer adds a replica to a checkpoint engine manager while it runs",
+        "tests/test_sync_verl.py::test_no_trainer_of_verl_lets_an_engine_join_a_run",
+    ),
+    Behaviour(
         "metrics",
         _PATCHES,
         "`fit` logs what `_consume_sync_metrics` returns, right after the sync of a step",
@@ -1143,8 +1149,8 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     Behaviour(
         "server",
         _SERVER,
-        "verl puts engines to sleep before a checkpoint is loaded, and wakes their weights before a sync and their cache "
-        "after it",
+        "verl puts engines to sleep before a checkpoint is loaded, and wakes their weights before a sync and their "
+        "cache after it",
         "tests/test_sync_verl.py::test_verl_still_wakes_weights_then_syncs_then_wakes_the_cache",
     ),
     Behaviour(

@@ -85,6 +85,7 @@ def synced_sparsely(engine, ranks: int) -> tuple[dict[str, dict], dict]:
             if parameter.requires_grad:
                 parameter.data.mul_(1 + 1e-4)
     changes, second = sync("sparse_merge")
+    said = engine.training_bytes().sent
     for name, tensor in changes.items():
         if tensor.dtype == torch.int16:
             indices, values = decode(tensor)
@@ -99,7 +100,7 @@ def synced_sparsely(engine, ranks: int) -> tuple[dict[str, dict], dict]:
     lists = [tensor for tensor in changes.values() if tensor.dtype == torch.int16]
     seen = {"lists": len(lists), "elements": sum(map(len, lists)), "base_number": second.header.base_number}
     seen |= {"first": first.header.number, "share": second.changes.share, "kept": source._sent.bytes}
-    seen |= {"trains": second.changes.elements, "part": second.changes.part}
+    seen |= {"trains": second.changes.elements, "part": second.changes.part, "said": said}
     return {"synced-sparse": held, "synced-moved": merged}, seen
 
 
@@ -109,7 +110,6 @@ def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[
 
     from hybrid_lora_plugin.training.dtensor import local_tensor
     from hybrid_lora_plugin.training.lora_linear import SharedInput
-    from hybrid_lora_plugin.training.memory import rank_bytes
 
     engine = build_engine(arguments | setting)
     shares = engine.get_data_parallel_size()
@@ -129,7 +129,7 @@ def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[
     result |= {"steps": train(engine, batch, policy_loss("hybrid_gspo"), STEPS, ranks)}
     result["shared_products"] = len(shared)
     result["reference"] = gather_log_probs(engine, batch, ranks, reference=True)
-    said = rank_bytes(engine.module, engine._base_snapshot)
+    said = engine.training_bytes()
     states = [value for state in engine.optimizer.state.values() for value in state.values()]
     result["bytes"] = vars(said) | {"total": said.total}
     result["gradients"] = sorted(set(gradients))
