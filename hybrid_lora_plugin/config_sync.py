@@ -48,7 +48,7 @@ class SyncConfig:
     sync_logprob_limit: float | None = documented(
         None,
         "Largest difference of a log-probability that `sync_check=logprobs` accepts; null is 1e-4 for float32, 1 "
-        "for bfloat16 and 0.2 for float16 rollouts.",
+        "for bfloat16 and 0.2 for float16, of trainer and rollout the larger one.",
         source="own choice; float32 and bfloat16 measured",
         unit="nats",
         bound=above(0, "a difference above 0, e.g. 1e-4, or null"),

@@ -161,7 +161,7 @@ class HybridModelEngine(CheckpointEngine):
         present = [self.log_probs(tokens) for tokens in self._prompts]
         with self._base_snapshot.swapped_in(trainable_groups(self.model)["full"]), adapters_off(self.model):
             base = [self.log_probs(tokens) for tokens in self._prompts]
-        return header_entry(self._prompts, base, present, False, self._hybrid, self._source.dtype)
+        return header_entry(self._prompts, base, present, torch.float32, self._hybrid, self._source.dtype)
 
     # -- verl's interface -------------------------------------------------------------------------------------
 
