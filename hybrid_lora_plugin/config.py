@@ -370,18 +370,32 @@ class HybridLoraConfig(SelectionConfig):
     sync_check: str = documented(
         "digest",
         "Proof of every sync: `digest` compares a digest of each tensor at both ends and reads the engine's model "
-        "back; `logprobs` also compares log-probabilities of a fixed prompt; `off` looks at names, shapes, dtypes and "
-        "step, that nothing is missing and that the engine has not lost what is not sent, and at no other value.",
+        "back; `logprobs` also compares log-probabilities of fixed prompts, and how far trainer and engine have moved "
+        "from the base model; `off` looks at names, shapes, dtypes and step, that nothing is missing and that the "
+        "engine has not lost what is not sent, and at no other value.",
         source="own choice",
         choices=("digest", "logprobs", "off"),
     )
     sync_logprob_limit: float | None = documented(
         None,
-        "Largest difference of a log-probability that `sync_check=logprobs` accepts; null is 1e-4 for float32, 0.25 "
-        "for bfloat16 and 0.05 for float16 rollouts.",
+        "Largest difference of a log-probability that `sync_check=logprobs` accepts; null is 1e-4 for float32, 1 "
+        "for bfloat16 and 0.2 for float16 rollouts.",
         source="own choice; float32 and bfloat16 measured",
         unit="nats",
         bound=above(0, "a difference above 0, e.g. 1e-4, or null"),
+    )
+    sync_policy_limit: float = documented(
+        0.25,
+        "Largest part of the trainer's way from the base model by which `sync_check=logprobs` lets the engine's "
+        "policy stand apart, as a slope other than 1 or as a KL ratio, beyond four standard errors.",
+        source="own measurement: docs/weight-sync.md",
+        bound=Bound(lambda value: 0 < value < 1, "a fraction between 0 and 1, e.g. 0.25"),
+    )
+    sync_texts: list[str] = documented(
+        [],
+        "Texts of your task for `sync_check=logprobs`, in place of its own eight; at most 256 tokens of each are read. "
+        "What is trained moves most, so the policy can be judged earlier.",
+        source="own choice",
     )
     sync_base: str = documented(
         "memory_map",

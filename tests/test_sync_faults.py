@@ -12,7 +12,7 @@ pytest.importorskip("verl", reason="verl is not installed")
 from tests.support import rollout_harness as processes  # noqa: E402
 from tests.support import sleeping_engine  # noqa: E402
 from tests.support.faults import KINDS, MODES, combinations, draw_fault, draw_faults  # noqa: E402
-from tests.support.rollout_harness import RolloutHarness, SyncRefused, start_side_by_side, stop_ray  # noqa: E402
+from tests.support.rollout_harness import RolloutHarness, SyncHangs, SyncRefused, start_side_by_side, stop_ray  # noqa: E402
 from tests.support.sync_faults import (  # noqa: E402
     ENGINES,
     PROMPT,
@@ -75,12 +75,17 @@ class Engines:
 def engines(tmp_path_factory):
     model, allocation = make_inputs(tmp_path_factory.mktemp("inputs"))
     plain = RolloutHarness(model, allocation, "receiver_merge", number=0, timeout=30)
-    adapter = RolloutHarness(model, allocation, "adapter", number=1, tensor_parallel=2, timeout=30)
-    sixteen = RolloutHarness(
-        model, allocation, "sparse_merge", number=2, tensor_parallel=2, timeout=30, **ENGINES["sparse_merge"]
+    # Started for logprobs, they look at the base model before anything else.
+    adapter = RolloutHarness(
+        model, allocation, "adapter", number=1, tensor_parallel=2, timeout=30, sync_check="logprobs"
     )
+    sixteen = RolloutHarness(
+        model, allocation, "sparse_merge", number=2, tensor_parallel=2, timeout=30, sync_check="logprobs",
+        **ENGINES["sparse_merge"],
+    )  # fmt: skip
     try:
         start_side_by_side(plain, adapter, sixteen)
+        adapter.begin_run("digest"), sixteen.begin_run("digest")
         yield Engines(plain, adapter, sixteen, digests(model, allocation))
         plain.close(), adapter.close(), sixteen.close()
     finally:
@@ -333,6 +338,49 @@ def test_an_engine_that_a_sleep_has_emptied_before_the_first_sync_is_refused(eng
         replica.in_engine(processes.restore_weight)
         replica.begin_run("digest")
     replica.sync("receiver_merge")
+
+
+# -- the policy; the engines hold the base model no more, and remember it --------------------------------------------
+
+
+@pytest.fixture
+def logprobs(engines):
+    """Lets engines check the policy, whose trainers begin at the base model again."""
+
+    def begin(replica: RolloutHarness, rounding: str = "stochastic", steps: int = 2) -> RolloutHarness:
+        replica.begin_run("logprobs", rounding)
+        replica.on_trainers("train", steps)
+        return replica
+
+    yield begin
+    for replica in (engines.adapter, engines.sixteen):
+        replica.begin_run("digest")
+
+
+@pytest.mark.parametrize("mode", ["merge", "sparse_merge"])
+def test_small_update_lost_in_rounding_is_refused_and_passes_with_thresholds(engines, logprobs, mode):
+    """Two steps at the paper's rates, in bfloat16: digests agree either way."""
+    # The server's last checks are heard by the one rank that asked for them; its error ends a run.
+    said = r"gone 0\.[0-4]\d ± 0\.\d+ of the trainer's way.*sync_rounding=stochastic"
+    with pytest.raises((SyncRefused, SyncHangs), match=said):
+        logprobs(engines.sixteen, "nearest").sync(mode)
+    assert "differ from the trainer's" in engines.sixteen.refusal()
+    measured = logprobs(engines.sixteen).sync(mode)
+    assert measured["sync_policy_judged"] == 1 and measured["sync_policy_slope_error"] < 0.0625
+    assert measured["sync_policy_slope"] == pytest.approx(1, abs=0.15) and measured["sync_policy_kl_ratio"] < 0.1
+    assert engines.sixteen.refusal() == ""
+
+
+def test_policy_that_has_not_moved_has_no_verdict(engines, logprobs):
+    measured = logprobs(engines.sixteen, steps=0).sync("merge")
+    assert measured["sync_policy_judged"] == 0 and "sync_policy_slope" not in measured
+
+
+def test_adapter_in_float32_goes_all_of_the_way_from_the_first_step(engines, logprobs):
+    measured = logprobs(engines.adapter, steps=1).sync("adapter")
+    assert measured["sync_policy_judged"] == 1
+    assert measured["sync_policy_slope"] == pytest.approx(1, abs=0.01)
+    assert abs(measured["sync_policy_kl_ratio"]) < 0.01
 
 
 # -- kills; after them the engines are gone ----------------------------------------------------------------------------

@@ -83,6 +83,28 @@ def test_a_lost_update_is_told_once_with_its_cure(monkeypatch, capsys):
     assert "hybrid_lora.sync_rounding=stochastic" in said and "docs/weight-sync.md#rollouts-in-16-bits" in said
 
 
+def test_policy_of_a_sync_is_that_of_the_engine_that_stands_furthest():
+    def record(slope, error):
+        sync_metrics.last_sync()
+        compared = {"sync_logprob_difference": slope / 10, "sync_policy_judged": 1.0}
+        sync_metrics.add(1.0, compared | {"sync_policy_slope": slope, "sync_policy_slope_error": error})
+        return sync_metrics.last_sync()
+
+    not_judged = {"sync_seconds": 2.0, sync_metrics.POLICY: {"sync_policy_judged": 0.0}}
+    metrics = sync_metrics.combined([record(1.02, 0.03), not_judged, record(0.9, 0.01), {"sync_seconds": 1.0}])
+    assert metrics["sync_policy_slope"] == 0.9 and metrics["sync_policy_slope_error"] == 0.01
+    assert metrics["sync_logprob_difference"] == pytest.approx(0.102) and metrics["sync_seconds"] == 2.0
+    sync_metrics.add(1.0, {})
+    assert sync_metrics.combined([sync_metrics.last_sync()]) == {"sync_seconds": 1.0}
+
+
+def test_an_engine_that_loads_no_checkpoint_says_that_it_cannot_judge(capsys):
+    dummy = server(config=SimpleNamespace(load_format="dummy"))
+    asyncio.run(dummy._look_at_base())
+    said = capsys.readouterr().out
+    assert dummy._base is None and "load_format=dummy" in said and "give safetensors" in said
+
+
 def test_last_sync_is_empty_before_the_first():
     sync_metrics._last.clear()
     assert sync_metrics.last_sync() == {}
@@ -165,6 +187,15 @@ def test_server_still_has_what_ours_overrides():
     assert "self._admitting += 1" in inspect.getsource(SERVER._park_until_admitted)
 
 
+def test_verl_still_launches_engines_before_it_puts_them_to_sleep():
+    """Between the two they hold the base model, and can generate."""
+    setup = inspect.getsource(trainer_base.PPOTrainer._setup)
+    assert setup.index("LLMServerManager.create(") < setup.index("sleep_replicas()")
+    launch = inspect.getsource(SERVER.launch_server)
+    assert launch.rindex("await self.run_server(") > launch.index("server_args")
+    assert "self.engine = engine_client" in inspect.getsource(SERVER.run_server)
+
+
 def test_verl_still_wakes_weights_then_syncs_then_wakes_the_cache():
     """The order in which ``tests/test_sync_faults.py`` puts engines to sleep and wakes them."""
     beside = inspect.getsource(ActorRolloutRefWorker.update_weights)
@@ -214,7 +245,8 @@ def server(**attributes) -> HybridLoraHttpServer:
     """The server's own logic without the process around it."""
     made = object.__new__(HybridLoraHttpServer)
     defaults = dict(
-        node_rank=0, engine=Engine(), _unproven="", _fixed_prompt={}, _logprob_difference=None,
+        node_rank=0, engine=Engine(), _unproven="", _fixed_prompt={}, _base=None, _compared={},
+        model_config=SimpleNamespace(lora={"merge": True}, lora_rank=4),
         _kv_cache_released=False,
         _submission_paused=False, _rejecting=False, _admitting=0, global_steps=None,
     )  # fmt: skip
@@ -295,11 +327,10 @@ def test_request_that_comes_behind_verls_closed_gate_waits_for_the_sync_instead_
 
 def test_fixed_prompt_that_differs_locks_the_server_and_names_the_token():
     async def scenario():
-        probed = server(_limit=5.0)
-        probed.config = type("Config", (), {"dtype": "float32"})
-        probed._fixed_prompt = {"tokens": [1, 2, 3], "log_probs": [-1.0, -2.0], "limit": 1e-4}
+        probed = server(_limit=5.0, config=SimpleNamespace(dtype="float32"))
+        probed._fixed_prompt = {"tokens": [[1, 2, 3]], "log_probs": [[-1.0, -2.0]], "limit": 1e-4}
 
-        async def ours(tokens):
+        async def ours(tokens, adapter):
             return [-1.0, -2.5]
 
         probed._prompt_log_probs = ours
@@ -318,10 +349,10 @@ def test_fixed_prompt_that_differs_locks_the_server_and_names_the_token():
 def test_fixed_prompt_waits_until_the_engine_can_generate(attributes, compares):
     async def scenario():
         asked = []
-        waiting = server(_limit=5.0, **attributes)
-        waiting._fixed_prompt = {"tokens": [1, 2], "log_probs": [-1.0], "limit": 1e-4}
+        waiting = server(_limit=5.0, config=SimpleNamespace(dtype="float32"), **attributes)
+        waiting._fixed_prompt = {"tokens": [[1, 2]], "log_probs": [[-1.0]], "limit": 1e-4}
 
-        async def ours(tokens):
+        async def ours(tokens, adapter):
             asked.append(tokens)
             return [-1.0]
 

@@ -278,7 +278,7 @@ _TRAINING_ENGINE = [
         ),
         ("lora_rank lora_alpha", (_ENGINE, _REQUIREMENTS, _SOURCE), "rank and alpha of the adapters"),
         ("lora_adapter_path target_modules", _REQUIREMENTS, "refused where they say something else"),
-        ("tokenizer", _PROMPT, "encodes the fixed prompt"),
+        ("tokenizer", (_PROMPT, _SERVER), "encodes the fixed prompts"),
     ),
     *_of(
         "engine",
@@ -288,8 +288,8 @@ _TRAINING_ENGINE = [
         ("fsdp_size", _ENGINE, "FSDP1 in groups of one is refused"),
         ("forward_only", _ENGINE, "a reference policy of its own keeps no snapshot"),
         ("model_dtype", (_ENGINE, _REQUIREMENTS), "set to the type of frozen weights"),
-        ("mixed_precision", _REQUIREMENTS, "its param_dtype is checked"),
-        ("use_remove_padding use_fused_kernels", _PROMPT, "how the fixed prompt is passed"),
+        ("mixed_precision", (_REQUIREMENTS, _PROMPT), "its param_dtype is checked; whether the trainer rounds"),
+        ("use_remove_padding use_fused_kernels", _PROMPT, "how the fixed prompts are passed"),
     ),
     *_of(
         "engine",
@@ -322,7 +322,7 @@ _TRAINING_ENGINE = [
         ("_build_optimizer", _BOTH_ENGINES, "hook for two parameter groups", "module"),
         ("_build_lr_scheduler", _POLICY, "hook for a constant rate", "optimizer"),
         ("train_batch", _BOTH_ENGINES, "one mini-batch; its metrics are added to", "data loss_function"),
-        ("infer_batch", _PROMPT, "log-probabilities of the fixed prompt", "data loss_function"),
+        ("infer_batch", _PROMPT, "log-probabilities of the fixed prompts", "data loss_function"),
         ("eval_mode", _PROMPT, "around that pass"),
         (
             "forward_backward_batch",
@@ -512,8 +512,8 @@ _SENDER = [
         "sync",
         "verl.utils.torch_dtypes",
         "PrecisionType",
-        ("", _SOURCE, "names of types"),
-        ("to_dtype", _SOURCE, "type of the rollout engine"),
+        ("", (_SOURCE, _PROMPT), "names of types"),
+        ("to_dtype", (_SOURCE, _PROMPT), "type of the rollout engine, and of the trainer's passes"),
     ),
     *_of(
         "sync",
@@ -713,6 +713,7 @@ _SERVER_SIDE = [
         "vLLMHttpServer",
         ("", _SERVER, "base class of the server"),
         ("__init__", _SERVER, "sets config and model_config", "config model_config"),
+        ("launch_server", _SERVER, "starts the engine; the base model is looked at then"),
         ("_get_worker_extension_cls", _SERVER, "names our worker extension"),
         ("_resolve_sleep_level", _SERVER, "how deep a sleep is"),
         ("collective_rpc", _SERVER, "calls a method of all workers", "method timeout args kwargs"),
@@ -746,6 +747,8 @@ _SERVER_SIDE = [
         "RolloutConfig",
         ("free_cache_engine enable_sleep_mode", _SERVER, "whether a sleep frees memory"),
         ("dtype", _SERVER, "named in a refusal"),
+        ("load_format", _SERVER, "whether the engine starts from the base model"),
+        ("max_model_len", _SERVER, "longest fixed prompt"),
     ),
     *_of(
         "server",
@@ -1137,6 +1140,12 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         "verl puts engines to sleep before a checkpoint is loaded, and wakes their weights before a sync and their "
         "cache after it",
         "tests/test_sync_verl.py::test_verl_still_wakes_weights_then_syncs_then_wakes_the_cache",
+    ),
+    Behaviour(
+        "server",
+        _SERVER,
+        "`launch_server` returns when the engine can generate, before verl puts it to sleep",
+        "tests/test_sync_verl.py::test_verl_still_launches_engines_before_it_puts_them_to_sleep",
     ),
     Behaviour(
         "server",

@@ -38,7 +38,7 @@ from hybrid_lora_plugin.verl_backend import requirements
 from hybrid_lora_plugin.verl_backend.checkpoint_files import require_shards, require_writable
 from hybrid_lora_plugin.verl_backend.patches import only_parameters_cast
 from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
-from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import fixed_prompt
+from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import TrainerLogProbs
 from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource, rollout_dtype
 
 
@@ -47,6 +47,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
 
     hybrid: HybridLoraConfig
     _weight_source: WeightSource | None = None
+    _log_probs: TrainerLogProbs | None = None
     _base_snapshot: BaseSnapshot | None = None
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
@@ -222,12 +223,15 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             merged=(lambda module: self._merged_digest(mode, module, arrival)) if mode.receiver_merges else None,
             arrival=arrival,
             changes=changes,
-            fixed_prompt=fixed_prompt(self, self.hybrid, source.dtype)
-            if self.hybrid.sync_check == "logprobs"
-            else None,
+            fixed_prompt=self._fixed_prompt(source.dtype) if self.hybrid.sync_check == "logprobs" else None,
         )
         # verl asks only whether there is one; what the engine needs of it travels in the stream.
         return stream, {"r": self.model_config.lora_rank} if mode.engine_adapter else None
+
+    def _fixed_prompt(self, dtype: torch.dtype) -> dict:
+        if self._log_probs is None:
+            self._log_probs = TrainerLogProbs(self)
+        return self._log_probs.for_header(self.hybrid, dtype)
 
     def _base_digests(self) -> dict[str, str]:
         """Digest of every weight that training leaves alone; without digests in the sync "" for each: it is counted."""

@@ -20,7 +20,7 @@ from recipes.demo import base_model, evidence, task
 from recipes.demo.environment import cpu_environment
 from recipes.demo.memory import PeakMemory
 from recipes.demo.report import Findings, print_summary, write_report
-from recipes.demo.verl_run import ROOT, RunFailed, Step, probe_metrics_of, read_metrics, run_verl
+from recipes.demo.verl_run import ROOT, RunFailed, Step, new_run_folder, probe_metrics_of, read_metrics, run_verl
 
 #: a full demo must gain this much; a run of a few steps only has to work
 LEAST_GAIN, FULL_DEMO_STEPS = 0.10, 20
@@ -79,14 +79,6 @@ def on_the_fly(objective: str, rows: Path) -> list[str]:
     """Overrides of a run that is given no allocation and probes first."""
     settings = [f"hybrid_lora.probe.{name}={value}" for name, value in PROBE_SETTINGS[objective].items()]
     return settings + ([f"hybrid_lora.probe.files=[{rows}]"] if objective == "sft" else [])
-
-
-def new_run_folder(output: Path) -> Path:
-    """``output/run-N`` with the next free number."""
-    taken = [int(p.name[4:]) for p in output.glob("run-*") if p.name[4:].isdigit()]
-    folder = output / f"run-{max(taken, default=0) + 1}"
-    folder.mkdir(parents=True)
-    return folder
 
 
 def describe(step: Step) -> str:

@@ -186,9 +186,9 @@ class RolloutHarness:
 
     # -- what a run does --------------------------------------------------------------------------------------
 
-    def begin_run(self, sync_check: str) -> None:
-        """Another training run with that ``hybrid_lora.sync_check``, on an engine that knows of none."""
-        self.on_trainers("begin_run", sync_check)
+    def begin_run(self, sync_check: str, rounding: str = "stochastic") -> None:
+        """Another training run with that ``sync_check`` and ``sync_rounding``, on an engine that knows of none."""
+        self.on_trainers("begin_run", sync_check, rounding)
         self.in_engine(forget_run)
 
     def update(self, seed: int) -> None:
@@ -212,7 +212,7 @@ class RolloutHarness:
         """
         import ray
 
-        from hybrid_lora_plugin.verl_backend.sender.sync_metrics import last_sync
+        from hybrid_lora_plugin.verl_backend.sender.sync_metrics import combined, last_sync
 
         self._step += 1
         for rank, worker in enumerate(self.workers):
@@ -230,7 +230,7 @@ class RolloutHarness:
                 raise SyncHangs(f"trainer rank {texts.index('')} goes on after a sync that failed: {max(texts)}")
             # A process that died has nothing to say; the others have.
             raise SyncRefused(next((text for text in texts if "weight sync" in text), texts[0]))
-        return self._get(self.workers[0].__ray_call__.remote(last_sync))
+        return combined([self._get(self.workers[0].__ray_call__.remote(last_sync))])
 
     # -- sleep ------------------------------------------------------------------------------------------------
 
