@@ -35,10 +35,10 @@ from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.probing.loading import parameter_count
 from hybrid_lora_plugin.probing.provenance import model_identity
 from hybrid_lora_plugin.sync import hybrid_weights
-from hybrid_lora_plugin.sync import merge as sync_merge
 from hybrid_lora_plugin.sync.element_list import ELEMENT_BYTES
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader, bucket_mebibytes, packed
 from hybrid_lora_plugin.training import merge as training_merge
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of
@@ -103,8 +103,7 @@ class LiveBytes(TorchDispatchMode):
 def _without_memory() -> Iterator[None]:
     """Let sender and receiver run on meta tensors, and take a copy of every tensor as gathering its shards does."""
     with ExitStack() as stack:
-        for module in (hybrid_weights, sync_merge):
-            stack.enter_context(mock.patch.object(module, "whole", lambda tensor, device: tensor.detach().clone()))
+        stack.enter_context(mock.patch.object(hybrid_weights, "whole", lambda tensor, device: tensor.detach().clone()))
         # It asks for a precision, which the meta device has no idea of.
         stack.enter_context(mock.patch.object(training_merge, "_exact_fp32", nullcontext))
         yield
@@ -242,7 +241,7 @@ class PaperModel:
             )  # fmt: skip
 
             def tensors():
-                return mode.outgoing(model, header.scaling, ROLLOUT_DTYPE, "meta")
+                return mode.outgoing(model, SyncPlan(header.scaling, ROLLOUT_DTYPE, "meta"))
 
             # Without digests, which need values; their texts are put in afterwards.
             stream = OutgoingWeights(replace(header, digests=False), tensors())

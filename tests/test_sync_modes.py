@@ -17,6 +17,7 @@ from hybrid_lora_plugin.names import plain_name, split_factor
 from hybrid_lora_plugin.sync.base_weights import STORAGE
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.sync.wire import HEADER, MANIFEST, OutgoingWeights
 from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
 from hybrid_lora_plugin.training.merge import merge_weight
@@ -330,7 +331,8 @@ def test_receivers_copy_what_they_keep(hybrid, tiny_qwen2, mode):
 @each_dtype
 def test_every_sync_proves_another_modules_merge_to_be_the_trainers(hybrid, tiny_qwen2, dtype):
     modules = parts_of(hybrid).lora_modules
-    mine = [sync_mode("receiver_merge").merged_digest(hybrid, module, SCALING, dtype, "cpu") for module in modules]
+    plan = SyncPlan(SCALING, dtype, "cpu")
+    mine = [sync_mode("receiver_merge").merged_digest(hybrid, module, plan) for module in modules]
     assert [list(digest) for digest in mine] == [[f"{module}.weight"] for module in modules]
     pairs = list(tensors_of(hybrid, "receiver_merge", dtype).items())
     for merged in mine:
@@ -342,9 +344,8 @@ def test_every_sync_proves_another_modules_merge_to_be_the_trainers(hybrid, tiny
 def test_a_receiver_that_merges_to_other_bits_is_caught(hybrid, tiny_qwen2, monkeypatch):
     """As an engine would whose matrix product is not the trainer's."""
     pairs = list(tensors_of(hybrid, "receiver_merge").items())
-    merged = sync_mode("receiver_merge").merged_digest(
-        hybrid, parts_of(hybrid).lora_modules[3], SCALING, torch.float32, "cpu"
-    )
+    plan = SyncPlan(SCALING, torch.float32, "cpu")
+    merged = sync_mode("receiver_merge").merged_digest(hybrid, parts_of(hybrid).lora_modules[3], plan)
 
     def rounded(base, lora_a, lora_b, scaling, dtype, *rest):
         return merge_weight(base, lora_a.bfloat16(), lora_b.bfloat16(), scaling, dtype, *rest)

@@ -17,6 +17,7 @@ from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.sync.base_weights import stored_dtypes
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
 from hybrid_lora_plugin.training.checkpoint import CheckpointDescription, load_trained, save_trained
 from hybrid_lora_plugin.training.export import export_checkpoint
@@ -300,7 +301,7 @@ def test_export_has_the_rollout_engine_s_own_weights(bf16_run, tmp_path, dtype):
     weights, kept, said = exported_weights(tmp_path, dtype)
     wanted = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     assert said == str(wanted).removeprefix("torch.")
-    synced = dict(sync_mode("merge").outgoing(bf16_run, 2.0, wanted, "cpu", Rounding("stochastic", 5)))
+    synced = dict(sync_mode("merge").outgoing(bf16_run, SyncPlan(2.0, wanted, "cpu", Rounding("stochastic", 5))))
     assert weights.keys() == synced.keys()
     assert all(torch.equal(tensor, synced[name]) for name, tensor in weights.items())
     shares = [float(share) for share in re.findall(r"([\d.]+)% of the update", kept)]
@@ -330,7 +331,7 @@ def test_a_checkpoint_from_before_rounding_is_exported_as_it_was(bf16_run, tmp_p
     file.write_text(json.dumps(old))
     weights, _, said = exported_weights(tmp_path, "auto")
     assert said == "bfloat16"
-    synced = dict(sync_mode("merge").outgoing(bf16_run, 2.0, torch.bfloat16, "cpu"))
+    synced = dict(sync_mode("merge").outgoing(bf16_run, SyncPlan(2.0, torch.bfloat16, "cpu")))
     assert all(torch.equal(tensor, synced[name]) for name, tensor in weights.items())
 
 

@@ -15,12 +15,11 @@ from hybrid_lora_plugin.names import BASE_WEIGHT, PEFT_PREFIX
 from hybrid_lora_plugin.parameter_counts import ParameterCounts
 from hybrid_lora_plugin.sync.adapter import FactorReceiver
 from hybrid_lora_plugin.sync.digest import digest_of
-from hybrid_lora_plugin.sync.hybrid_weights import factors_of, layer_state, trained_weights
+from hybrid_lora_plugin.sync.hybrid_weights import layer_state, merged, trained_weights
 from hybrid_lora_plugin.sync.mode_base import RolloutModel, SyncMode
+from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.sync.wire import SyncHeader
-from hybrid_lora_plugin.training.dtensor import whole
 from hybrid_lora_plugin.training.merge import merge_weight
-from hybrid_lora_plugin.training.rounding import NEAREST
 
 #: bytes of merged weights that are loaded at once: one call of the engine's loader costs more than a small matrix
 BATCH = 32 << 20
@@ -47,15 +46,15 @@ class ReceiverMergeReceiver(FactorReceiver):
         # tightly.
         lora_a, lora_b = lora_a.to(device, copy=True), lora_b.to(device, copy=True)
         header = self.header
-        merged = merge_weight(base, lora_a, lora_b, header.scaling, header.torch_dtype, header.rounding, name)
-        if name in self.header.merged and digest_of(merged) != self.header.merged[name]:
+        weight = merge_weight(base, lora_a, lora_b, header.scaling, header.torch_dtype, header.rounding, name)
+        if name in self.header.merged and digest_of(weight) != self.header.merged[name]:
             raise WeightSyncError(
                 f"{name}: merged here to other bits than in the trainer, though from the same factors: the two compute "
                 f"their products differently; give hybrid_lora.sync=merge",
                 see="merged-to-other-bits",
             )
-        self._merged.append((name, merged))
-        self._bytes += merged.nbytes
+        self._merged.append((name, weight))
+        self._bytes += weight.nbytes
         if self._bytes >= BATCH:
             self._load()
 
@@ -79,31 +78,10 @@ class ReceiverMergeSync(SyncMode):
         return counts.full * dtype.itemsize + counts.lora * torch.float32.itemsize
 
     @torch.no_grad()
-    def outgoing(
-        self,
-        model: torch.nn.Module,
-        scaling: float,
-        dtype: torch.dtype,
-        device,
-        rounding=NEAREST,
-        arrival=None,
-        changes=None,
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        return trained_weights(model, scaling, dtype, torch.float32, device, rounding, arrival)
+    def outgoing(self, model: torch.nn.Module, plan: SyncPlan) -> Iterator[tuple[str, torch.Tensor]]:
+        return trained_weights(model, plan, factor_dtype=torch.float32)
 
     @torch.no_grad()
-    def merged_digest(
-        self,
-        model: torch.nn.Module,
-        module: str,
-        scaling: float,
-        dtype: torch.dtype,
-        device,
-        rounding=NEAREST,
-        arrival=None,
-    ) -> dict[str, str]:
-        layer = PEFT_PREFIX + module
-        name = layer + BASE_WEIGHT
-        state = layer_state(model, layer)
-        base, factors, plain = whole(state[name], device), factors_of(state, name, device), f"{module}.weight"
-        return {plain: digest_of(merge_weight(base, *factors, scaling, dtype, rounding, plain, arrival))}
+    def merged_digest(self, model: torch.nn.Module, module: str, plan: SyncPlan) -> dict[str, str]:
+        layer, plain = PEFT_PREFIX + module, f"{module}.weight"
+        return {plain: digest_of(merged(layer_state(model, layer), plain, layer + BASE_WEIGHT, plan))}

@@ -27,8 +27,8 @@ from hybrid_lora_plugin.sync.base_weights import base_digests, stored_dtypes
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights, plain_state
 from hybrid_lora_plugin.sync.mode_base import SyncMode
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, trainable_groups
-from hybrid_lora_plugin.training.arrival import Arrival
 from hybrid_lora_plugin.training.checkpoint import FOLDER, CheckpointDescription, require_same_setting, save_trained
 from hybrid_lora_plugin.training.dtensor import local_tensor, sum_of_squares, whole
 from hybrid_lora_plugin.training.memory import rank_bytes
@@ -212,14 +212,14 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         # verl syncs engines beside the trainer in this way, and those apart from it without arguments; one step may do
         # both, and they need not hold the same weights before.
         changes = source.next_changes(mode, self._shard_group(), "beside" if base_sync_done else "apart")
-        tensors = mode.outgoing(self.module, self.scaling, source.dtype, device, source.rounding, arrival, changes)
+        plan = SyncPlan(self.scaling, source.dtype, device, source.rounding, arrival, changes)
         stream = source.stream(
             mode.name,
-            self._while_resident(tensors),
+            self._while_resident(mode.outgoing(self.module, plan)),
             payload_bytes=mode.payload_bytes(parts.counts, source.dtype),
             lora_modules=list(parts.lora_modules),
             base=self._base_digests if mode.partial else None,
-            merged=(lambda module: self._merged_digest(mode, module, arrival)) if mode.receiver_merges else None,
+            merged=(lambda module: self._merged_digest(mode, module, plan)) if mode.receiver_merges else None,
             arrival=arrival,
             changes=changes,
             fixed_prompt=fixed_prompt(self, self.hybrid, source.dtype)
@@ -237,12 +237,9 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             return {plain: "" for plain, (name, tensor) in state if name not in trained and tensor.is_floating_point()}
         return base_digests(self._while_resident(original_weights(self.module, get_device_id())))
 
-    def _merged_digest(self, mode: SyncMode, module: str, arrival: Arrival) -> dict[str, str]:
-        source = self._weight_source
+    def _merged_digest(self, mode: SyncMode, module: str, plan: SyncPlan) -> dict[str, str]:
         with self._resident():
-            return mode.merged_digest(
-                self.module, module, self.scaling, source.dtype, get_device_id(), source.rounding, arrival
-            )
+            return mode.merged_digest(self.module, module, plan)
 
     @contextmanager
     def _resident(self):
