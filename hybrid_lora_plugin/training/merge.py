@@ -91,4 +91,4 @@ def _added(base, update, dtype: torch.dtype, rounding: Rounding, name: str) -> t
     if dtype == torch.float32:
         # In place on the product: one matrix instead of two, and the same bits, since addition commutes.
         return update.add_(base)
-    return round_weight(name, update, dtype, rounding, base)
+    return round_weight(name, update, dtype, rounding, base, spent=True)

@@ -20,9 +20,9 @@ import xxhash
 
 from hybrid_lora_plugin.errors import WeightSyncError
 
-#: elements that are rounded at once: on a processor what is needed besides the result stays in a core's cache, on an
-#: accelerator starting a kernel costs little beside running it
-CHUNK, ACCELERATOR_CHUNK = 1 << 17, 1 << 22
+#: elements that are rounded at once, so that what is needed besides the result is a few megabytes: on a processor that
+#: stays in its caches and starting the ten operations of a piece is little beside them; on an accelerator it takes more
+CHUNK, ACCELERATOR_CHUNK = 1 << 19, 1 << 22
 #: types of 16 bits, and how many bits of a float32 each lacks
 _SIXTEEN = {torch.bfloat16: 16, torch.float16: 13}
 
@@ -62,16 +62,23 @@ NEAREST = Rounding()
 
 @torch.no_grad()
 def round_weight(
-    name: str, values: torch.Tensor, dtype: torch.dtype, rounding: Rounding, base: torch.Tensor | None = None
+    name: str,
+    values: torch.Tensor,
+    dtype: torch.dtype,
+    rounding: Rounding,
+    base: torch.Tensor | None = None,
+    *,
+    spent: bool = False,
 ) -> torch.Tensor:
     """A weight in the rollout engine's type: ``values``, or ``base + values`` in float32, rounded once.
 
     Args:
         name: plain name, for the thresholds and for messages.
-        values: [d_out, d_in] or [d_out] float32, a whole tensor; not changed.
+        values: [d_out, d_in] or [d_out] float32, a whole tensor; not changed, unless ``spent``.
         dtype: to round to.
         rounding: how.
         base: of the same shape, any floating type; rounded stochastically, it is brought to ``dtype`` first.
+        spent: nobody needs ``values`` any more, so the work is done in them.
 
     Raises:
         WeightSyncError: an element is too large for ``dtype``, or, where thresholds are added to bits, no number.
@@ -84,12 +91,12 @@ def round_weight(
     matrix, result = values.reshape(-1, columns), out.view(-1, columns)
     base = None if base is None else base.reshape(-1, columns)
     rows = max(1, (CHUNK if values.device.type == "cpu" else ACCELERATOR_CHUNK) // columns)
-    scratch = torch.empty((min(rows, len(matrix)), columns), dtype=torch.float32, device=values.device)
+    scratch = matrix if spent else torch.empty((min(rows, len(matrix)), columns), device=values.device)
     of_tensor = rounding.for_tensor(name, dtype, values.shape, values.device)
     largest = []
     for first in range(0, len(matrix), rows):
-        exact = scratch[: len(matrix) - first]
-        part = slice(first, first + len(exact))
+        part = slice(first, min(first + rows, len(matrix)))
+        exact = scratch[part] if spent else scratch[: part.stop - first]
         if base is None:
             exact.copy_(matrix[part])
         else:
