@@ -20,7 +20,9 @@ from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.sync.wire import HEADER, MANIFEST, OutgoingWeights
 from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
+from hybrid_lora_plugin.training.arrival import Arrival, arrival_of
 from hybrid_lora_plugin.training.merge import merge_weight
+from hybrid_lora_plugin.training.reference import BaseSnapshot
 from hybrid_lora_plugin.training.rounding import NEAREST, Rounding
 from tests.support.allocations import make_allocation
 from tests.support.sync_models import (
@@ -387,6 +389,59 @@ def test_full_modules_are_rounded_alike_in_every_mode(hybrid, tiny_qwen2, dtype)
     streams = [tensors_of(hybrid, mode, dtype, STOCHASTIC) for mode in MODES]
     for name in full_names(hybrid):
         assert all(torch.equal(stream[name], streams[0][name]) for stream in streams), name
+
+
+# With a checkpoint that the rollout engine's type does not hold, most of W0 lies between two of its values.
+
+
+def moved_a_little(case, size=1e-6):
+    """A hybrid model, its full modules' original values, and which of their elements have moved: every second."""
+    hybrid, generator = case.hybrid(), torch.Generator().manual_seed(2)
+    plain = AutoModelForCausalLM.from_pretrained(case.folder, dtype=torch.float32).state_dict()
+    full = trainable_groups(hybrid)["full"]
+    moved = {name: torch.rand(parameter.shape, generator=generator) < 0.5 for name, parameter in full}
+    with torch.no_grad():
+        for name, parameter in full:
+            parameter.copy_(plain[plain_name(name)])
+            parameter += size * moved[name] * torch.randn(parameter.shape, generator=generator)
+    return hybrid, BaseSnapshot((name, plain[plain_name(name)]) for name, _ in full).values, moved
+
+
+@each_mode
+@SIXTEEN
+def test_where_training_left_a_full_module_alone_it_is_what_the_engine_loaded(cases, mode, dtype):
+    hybrid, originals, moved = moved_a_little(cases["tied"])
+    sent = dict(sync_mode(mode).outgoing(hybrid, SyncPlan(SCALING, dtype, "cpu", STOCHASTIC, originals=originals)))
+    for name, original in originals.items():
+        assert not torch.equal(original, original.to(dtype).float()), "or this shows nothing"
+        still = ~moved[name]
+        assert torch.equal(sent[plain_name(name)][still], original.to(dtype)[still]), name
+
+
+def test_the_update_of_a_full_module_arrives_with_no_noise_of_its_original(cases):
+    """A step of 1e-6 beside steps of bfloat16 of 1e-4: the rounding of the original would be fifty times the update."""
+    hybrid, originals, _ = moved_a_little(cases["tied"])
+    arrival = Arrival(sampled=None)
+    for seed in range(24):
+        plan = SyncPlan(SCALING, torch.bfloat16, "cpu", Rounding("stochastic", seed), arrival, originals)
+        for _ in sync_mode("merge").outgoing(hybrid, plan):
+            pass
+    sums = arrival.sums()["full"]
+    arrived, noise = arrival_of(sums)
+    assert noise < 20
+    # The larger an update, the larger its error: so the mean's is twice what it were if the two had nothing in common.
+    assert arrived == pytest.approx(1, abs=4 * 2 * noise / sums[3] ** 0.5)
+    assert 8 * noise / sums[3] ** 0.5 < 0.25
+
+
+@SIXTEEN
+def test_originals_change_nothing_where_the_engine_s_type_holds_them(cases, dtype):
+    hybrid, originals, _ = moved_a_little(cases["bf16"])
+    held = {name: value for name, value in originals.items() if torch.equal(value.to(dtype).float(), value.float())}
+    assert len(held) == len(originals) or dtype == torch.float16
+    plans = [SyncPlan(SCALING, dtype, "cpu", STOCHASTIC, originals=given) for given in ({}, held)]
+    without, with_them = (dict(sync_mode("merge").outgoing(hybrid, plan)) for plan in plans)
+    assert all(torch.equal(tensor, with_them[name]) for name, tensor in without.items())
 
 
 @each_mode

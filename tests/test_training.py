@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 
 import pytest
@@ -307,6 +308,24 @@ def test_export_has_the_rollout_engine_s_own_weights(bf16_run, tmp_path, dtype):
     shares = [float(share) for share in re.findall(r"([\d.]+)% of the update", kept)]
     assert len(shares) == 2 and all(90 < share < 110 for share in shares), kept
     assert ("by the run's thresholds" in kept) == (dtype != "float32")
+
+
+@pytest.mark.parametrize("said", ["float32", "bfloat16"])
+def test_export_of_a_float32_checkpoint_has_the_rollout_engine_s_own_weights(hybrid, tiny_qwen2, tmp_path, said):
+    """Also where its config names another type than its tensors have."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_qwen2, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"dtype": said}))
+    originals = BaseSnapshot(trainable_groups(hybrid)["full"]).values
+    train_a_little(hybrid, lr=1e-5)
+    rounding = {"rollout_dtype": "bfloat16", "rounding_mode": "stochastic", "rounding_seed": 5}
+    save_checkpoint(hybrid, base, tmp_path / "allocation", tmp_path / "actor", base_dtype="float32", **rounding)
+    weights, _, _ = exported_weights(tmp_path, "auto")
+    plan = SyncPlan(2.0, torch.bfloat16, "cpu", Rounding("stochastic", 5), originals=originals)
+    synced = dict(sync_mode("merge").outgoing(hybrid, plan))
+    assert weights.keys() == synced.keys()
+    assert all(torch.equal(tensor, synced[name]) for name, tensor in weights.items())
 
 
 def test_what_is_kept_of_a_float32_checkpoint_is_measured_against_its_own_values(hybrid, tiny_qwen2, tmp_path):

@@ -10,9 +10,9 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from hybrid_lora_plugin.names import is_adapter, is_wrapped, peft_factor, plain_name, wire_factor
 from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import parts_of
-from hybrid_lora_plugin.training.dtensor import whole
+from hybrid_lora_plugin.training.dtensor import local_tensor, whole, with_local
 from hybrid_lora_plugin.training.merge import merge_weight
-from hybrid_lora_plugin.training.rounding import NEAREST, round_weight
+from hybrid_lora_plugin.training.rounding import NEAREST, on_grid, round_weight
 
 
 def plain_state(
@@ -71,14 +71,18 @@ def unmerged(model: torch.nn.Module, plain: str, name: str, tensor: torch.Tensor
 
     What trains is rounded as the plan says. What does not train is what the engine loaded: rounded to nearest.
     """
-    value = whole(tensor, plan.device)
-    if not value.is_floating_point():
-        return value
     if name not in parts_of(model).trained:
-        return round_weight(plain, value, plan.dtype, NEAREST)
-    sent = round_weight(plain, value, plan.dtype, plan.rounding)
-    if plan.arrival is not None:
-        plan.arrival.add_full(name, tensor, value, sent)
+        value = whole(tensor, plan.device)
+        return round_weight(plain, value, plan.dtype, NEAREST) if value.is_floating_point() else value
+    original, exact = plan.originals.get(name), tensor
+    moves = original is not None and original.dtype != plan.dtype and plan.rounding.is_stochastic(plan.dtype)
+    if moves:
+        # Before it is gathered: no rank has another whole tensor.
+        exact = tensor.detach().to(plan.device)
+        exact = with_local(exact, on_grid(local_tensor(exact), original.to(plan.device), plan.dtype))
+    sent = round_weight(plain, whole(exact, plan.device), plan.dtype, plan.rounding, spent=moves)
+    if plan.arrival is not None and original is not None:
+        plan.arrival.add_full(tensor, original, sent)
     return sent
 
 
@@ -96,7 +100,7 @@ def trained_weights(
         (plain name, tensor of ``plan.dtype``) for a full module, (``MODULE.lora_A.weight``, ``[r, d_in]``) and
         (``MODULE.lora_B.weight``, ``[d_out, r]``) for the others, which come first.
     """
-    state = model.state_dict()
+    state = plan.state_of(model)
     trained = parts_of(model).trained
     plain_weights = plain_state(model, state)
     if missing := trained - state.keys():

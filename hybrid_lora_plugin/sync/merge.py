@@ -25,7 +25,7 @@ def merged_weights(
         plan: of this sync.
         trained_only: leave out what training leaves alone.
     """
-    state, trained = model.state_dict(), parts_of(model).trained
+    state, trained = plan.state_of(model), parts_of(model).trained
     for plain, (name, tensor) in plain_state(model, state).items():
         if is_wrapped(name):
             yield plain, merged(state, plain, name, plan)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
 
 import torch
 
@@ -25,5 +26,11 @@ class SyncPlan:
     rounding: Rounding = NEAREST
     #: counts how much of the update is in what is sent
     arrival: Arrival | None = None
+    #: this rank's rows of the full modules' original weights, by their name in ``state_dict()``: only what training
+    #: added to them is rounded by thresholds, and what arrived of it is counted. A full module without one is rounded
+    #: as a whole, which is the same where the checkpoint is of ``dtype``
+    originals: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    #: makes the model's ``state_dict()``
+    state_of: Callable[[torch.nn.Module], dict[str, torch.Tensor]] = torch.nn.Module.state_dict
     #: what this sync builds on, for a mode that does; without it everything is sent
     changes: Changes | None = None

@@ -61,6 +61,24 @@ NEAREST = Rounding()
 
 
 @torch.no_grad()
+def on_grid(values: torch.Tensor, original: torch.Tensor, dtype: torch.dtype, out=None) -> torch.Tensor:
+    """``W − (W0 − nearest(W0))`` in float32: a trained weight as it were, had it begun as a rollout engine loads it.
+
+    Rounded by thresholds as it is, a weight from a float32 checkpoint would be moved by up to a step of ``dtype`` where
+    training left it alone. From here it is rounded as a merged one is: W0 to nearest, the update by thresholds. Where
+    W0 is of ``dtype`` the bracket is zero and the result W, bit for bit; where W is W0 it is what nearest makes of W0.
+
+    Args:
+        values: float32, any part of a weight.
+        original: of the same shape and place, any floating type.
+        dtype: of the rollout engine.
+        out: takes the result; may be ``values``.
+    """
+    rest = original.float() - original.to(dtype)
+    return torch.sub(values, rest, out=rest if out is None else out)
+
+
+@torch.no_grad()
 def round_weight(
     name: str,
     values: torch.Tensor,
