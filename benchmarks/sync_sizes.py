@@ -41,6 +41,7 @@ from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader, bucket_mebibytes, packed
 from hybrid_lora_plugin.training import merge as training_merge
+from hybrid_lora_plugin.training import rounding as training_rounding
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of
 
 #: Hugging Face's config.json of Qwen/Qwen2.5-*-Instruct, what decides shapes
@@ -104,6 +105,8 @@ def _without_memory() -> Iterator[None]:
     """Let sender and receiver run on meta tensors, and take a copy of every tensor as gathering its shards does."""
     with ExitStack() as stack:
         stack.enter_context(mock.patch.object(hybrid_weights, "whole", lambda tensor, device: tensor.detach().clone()))
+        for module in (training_merge, training_rounding):
+            stack.enter_context(mock.patch.object(module, "require_numbers", lambda *_: None))
         # It asks for a precision, which the meta device has no idea of.
         stack.enter_context(mock.patch.object(training_merge, "_exact_fp32", nullcontext))
         yield

@@ -454,6 +454,19 @@ def test_a_weight_that_float16_cannot_hold_is_refused_by_name(hybrid, mode):
         tensors_of(hybrid, mode, torch.float16, STOCHASTIC)
 
 
+@pytest.mark.parametrize("rounding", [NEAREST, STOCHASTIC], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@each_mode
+def test_a_weight_that_is_no_number_is_refused_by_name_in_bfloat16(hybrid, tiny_qwen2, mode, kind, value, rounding):
+    name, parameter = trainable_groups(hybrid)[kind][1]
+    with torch.no_grad():
+        parameter.view(-1)[3] = value
+    module = plain_name(name).split(".lora_")[0]
+    with pytest.raises(WeightSyncError, match=f"^{module}.*(no number|does not fit)"):
+        loaded_by(hybrid, tiny_qwen2, mode, torch.bfloat16, rounding)
+
+
 def test_a_frozen_weight_that_float16_cannot_hold_is_refused_by_name(hybrid):
     with torch.no_grad():
         hybrid.get_input_embeddings().weight[3, 3] = -70000

@@ -13,7 +13,7 @@ from contextlib import contextmanager
 import torch
 
 from hybrid_lora_plugin.training.arrival import Arrival
-from hybrid_lora_plugin.training.rounding import NEAREST, Rounding, round_weight
+from hybrid_lora_plugin.training.rounding import NEAREST, Rounding, require_numbers, round_weight
 
 
 @contextmanager
@@ -76,6 +76,9 @@ def merge_weight(
     Raises:
         WeightSyncError: a weight is too large for float16, or no number.
     """
+    if dtype == torch.bfloat16 and not rounding.is_stochastic(dtype):
+        # Otherwise the rounding looks at every element; here the factors tell, and are few.
+        require_numbers(name, lora_a, lora_b)
     with _exact_fp32(base.device):
         update = (lora_b.float() @ lora_a.float()).mul_(scaling)
     if arrival is None:

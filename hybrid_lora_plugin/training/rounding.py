@@ -12,6 +12,7 @@ its first life; and from one sync to the next only those elements change whose v
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -99,10 +100,13 @@ def round_weight(
         spent: nobody needs ``values`` any more, so the work is done in them.
 
     Raises:
-        WeightSyncError: an element is too large for ``dtype``, or, where thresholds are added to bits, no number.
+        WeightSyncError: an element is too large for ``dtype``, or no number. To nearest in bfloat16 only ``values``
+            without a base are looked at: of a merged weight, its factors tell at less cost (``require_numbers``).
     """
     checked = dtype == torch.float16 or rounding.is_stochastic(dtype)
     if not checked and base is None:
+        if dtype == torch.bfloat16 != values.dtype:
+            require_numbers(name, values)
         return values.to(dtype)
     out = torch.empty(values.shape, dtype=dtype, device=values.device)
     columns = values.shape[1] if values.dim() > 1 else 1
@@ -128,6 +132,20 @@ def round_weight(
     return out
 
 
+def require_numbers(name: str, *tensors: torch.Tensor) -> None:
+    """Raise WeightSyncError, calling it ``name``, where one of the tensors holds an infinity or no number."""
+    # A sum of weights stays far from float32's end, and one such element carries over to it; extremes take longer.
+    if not math.isfinite(sum(tensor.sum(dtype=torch.float32) for tensor in tensors)):
+        raise _no_number(name)
+
+
+def _no_number(name: str) -> WeightSyncError:
+    return WeightSyncError(
+        f"{name}: holds a value that is no number; the training run has diverged, continue from an earlier checkpoint",
+        see="weight-is-no-number",
+    )
+
+
 def _check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
     largest = values.abs().max().item()
     limit = torch.finfo(dtype).max
@@ -139,10 +157,7 @@ def _check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
             "actor_rollout_ref.rollout.dtype=bfloat16".replace("torch.", ""),
             see="weight-too-large-for-the-rollout-type",
         )
-    raise WeightSyncError(
-        f"{name}: holds a value that is no number; the training run has diverged, continue from an earlier checkpoint",
-        see="weight-is-no-number",
-    )
+    raise _no_number(name)
 
 
 class ChunkRounding:
