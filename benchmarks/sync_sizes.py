@@ -37,6 +37,7 @@ from hybrid_lora_plugin.probing.provenance import model_identity
 from hybrid_lora_plugin.sync import hybrid_weights
 from hybrid_lora_plugin.sync.element_list import ELEMENT_BYTES
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
+from hybrid_lora_plugin.sync.live_weight import LiveWeight
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader, bucket_mebibytes, packed
@@ -130,6 +131,10 @@ class _Engine:
         base = torch.empty(self._shapes[name], dtype=self._dtype, device="meta")
         self.merged_into[name] = base.nbytes
         return base
+
+    def live(self, name: str) -> LiveWeight:
+        # One worker holds all of it.
+        return LiveWeight(torch.empty(self._shapes[name], device="meta"), self._shapes[name], None, 0)
 
     def load(self, weights) -> None:
         pass

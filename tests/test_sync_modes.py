@@ -16,6 +16,7 @@ from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.names import plain_name, split_factor
 from hybrid_lora_plugin.sync.base_weights import STORAGE
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
+from hybrid_lora_plugin.sync.live_weight import LiveWeight
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.sync.wire import HEADER, MANIFEST, OutgoingWeights
@@ -55,6 +56,8 @@ from tests.support.sync_models import (
     update,
 )
 from tests.support.tiny_models import make_tiny_qwen2
+
+STOCHASTIC = Rounding("stochastic", 11)
 
 # -- equal models ---------------------------------------------------------------------------------------------------
 
@@ -349,17 +352,75 @@ def test_a_receiver_that_merges_to_other_bits_is_caught(hybrid, tiny_qwen2, monk
     plan = SyncPlan(SCALING, torch.float32, "cpu")
     merged = sync_mode("receiver_merge").merged_digest(hybrid, parts_of(hybrid).lora_modules[3], plan)
 
-    def rounded(base, lora_a, lora_b, scaling, dtype, *rest):
-        return merge_weight(base, lora_a.bfloat16(), lora_b.bfloat16(), scaling, dtype, *rest)
+    def rounded(base, lora_a, lora_b, scaling, dtype, *rest, **place):
+        return merge_weight(base, lora_a.bfloat16(), lora_b.bfloat16(), scaling, dtype, *rest, **place)
 
     monkeypatch.setattr("hybrid_lora_plugin.sync.receiver_merge.merge_weight", rounded)
     with pytest.raises(WeightSyncError, match=f"{parts_of(hybrid).lora_modules[3]}.weight: merged here to other bits"):
         take_all(receiver_for(hybrid, HuggingFaceRollout(tiny_qwen2), "receiver_merge", merged=merged), pairs)
 
 
+class ShardedRollout(HuggingFaceRollout):
+    """One of several tensor-parallel workers: of projections whose input is sharded it holds columns, else rows."""
+
+    def __init__(self, folder, dtype, worker, workers):
+        super().__init__(folder, dtype)
+        self.worker, self.workers, self.parts = worker, workers, []
+
+    def live(self, name):
+        whole = self.parameters[name].detach()
+        dimension = int(name.endswith(("o_proj.weight", "down_proj.weight")))
+        if ".layers." not in name or whole.dim() == 1:
+            return super().live(name)
+        length = whole.shape[dimension] // self.workers
+        view = whole.narrow(dimension, self.worker * length, length)
+        return LiveWeight(view, tuple(whole.shape), dimension, self.worker * length)
+
+    def load_part(self, name, part):
+        live = self.live(name)
+        assert (part.shape, part.dtype) == (live.view.shape, live.view.dtype), name
+        live.view.copy_(part)
+        self.parts.append(name)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("block", [(256, 1024), (24, 20)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_tensor_parallel_worker_merges_its_part_to_the_bits_of_the_whole(cases, monkeypatch, dtype, block, workers):
+    monkeypatch.setattr("hybrid_lora_plugin.training.merge.BLOCK", block)
+    case = cases["tied"]
+    hybrid = case.hybrid()
+    modules = parts_of(hybrid).lora_modules
+    wanted, pairs = (tensors_of(hybrid, mode, dtype, STOCHASTIC) for mode in ("merge", "receiver_merge"))
+    plan = SyncPlan(SCALING, dtype, "cpu", STOCHASTIC)
+    merged = sync_mode("receiver_merge").merged_digest(hybrid, modules[workers], plan)
+    given = {"rounding_mode": STOCHASTIC.mode, "rounding_seed": STOCHASTIC.seed, "merged": merged}
+    for worker in range(workers):
+        rollout = ShardedRollout(case.folder, dtype, worker, workers)
+        take_all(receiver_for(hybrid, rollout, "receiver_merge", dtype, **given), pairs.items())
+        assert sorted(rollout.parts) == sorted(f"{module}.weight" for module in modules)
+        for name in rollout.parts:
+            live = rollout.live(name)
+            assert torch.equal(live.view, live.part_of(wanted[name])), name
+
+
+def test_a_part_that_is_merged_to_other_bits_than_the_whole_is_caught(hybrid, tiny_qwen2, monkeypatch):
+    module = parts_of(hybrid).lora_modules[3]
+    plan = SyncPlan(SCALING, torch.float32, "cpu")
+    merged = sync_mode("receiver_merge").merged_digest(hybrid, module, plan)
+
+    def other(*arguments, corner=(0, 0)):
+        weight = merge_weight(*arguments, corner=corner)
+        return weight if corner == (0, 0) else weight * (1 + 2.0**-20)
+
+    monkeypatch.setattr("hybrid_lora_plugin.sync.receiver_merge.merge_weight", other)
+    rollout, pairs = ShardedRollout(tiny_qwen2, torch.float32, 1, 2), tensors_of(hybrid, "receiver_merge").items()
+    with pytest.raises(WeightSyncError, match=f"{module}.weight: merged here to other bits"):
+        take_all(receiver_for(hybrid, rollout, "receiver_merge", merged=merged), pairs)
+
+
 # -- 16 bits --------------------------------------------------------------------------------------------------------
 
-STOCHASTIC = Rounding("stochastic", 11)
 SIXTEEN = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 

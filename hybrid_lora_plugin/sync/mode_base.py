@@ -28,16 +28,19 @@ class RolloutModel(Protocol):
     def load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         """Put whole tensors under plain names into the live model, and remember what must then be there."""
 
+    def load_part(self, name: str, part: torch.Tensor) -> None:
+        """Put this worker's part of a weight where ``live`` has it, and remember what must then be there."""
+
     def replace_adapter(self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], header: SyncHeader) -> None:
         """Make A [r, d_in] and B [d_out, r] by module the engine's only adapter, and remember them."""
+
+    def live(self, name: str) -> LiveWeight:
+        """Where a plain weight lies, to be read and written in place; WeightSyncError in a layout unknown here."""
 
     # -- for modes that build on an earlier sync
 
     #: weights that train, from the last whole sync
     trained: frozenset[str]
-
-    def live(self, name: str) -> LiveWeight:
-        """Where a plain weight lies, to be read and written in place."""
 
     def begin_building(self, run: str, trained: frozenset[str], unsent: list[str]) -> None:
         """A whole sync of ``run`` is proven: later ones bring changes of ``trained`` and leave ``unsent`` as it is."""

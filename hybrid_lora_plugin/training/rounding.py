@@ -44,17 +44,20 @@ class Rounding:
         """Whether values become ``dtype`` by thresholds."""
         return self.mode == "stochastic" and dtype in _SIXTEEN
 
-    def for_tensor(self, name: str, dtype: torch.dtype, shape: torch.Size, device) -> ChunkRounding:
-        """The rounding of one whole tensor.
+    def for_tensor(
+        self, name: str, dtype: torch.dtype, shape: torch.Size, device, first_column: int = 0
+    ) -> ChunkRounding:
+        """The rounding of one tensor.
 
         Args:
             name: plain name of the weight or bias, a part of its thresholds' hash.
             dtype: of the result.
-            shape: (d_out, d_in) or (d_out,) of the whole tensor.
+            shape: (d_out, d_in) or (d_out,) of the whole tensor, or of what of it ends where a part does.
             device: of the values.
+            first_column: which column of the whole tensor the values begin with.
         """
         if self.is_stochastic(dtype):
-            return _Dithered(self.seed, name, dtype, shape, device)
+            return _Dithered(self.seed, name, dtype, shape, device, first_column)
         return ChunkRounding()
 
 
@@ -88,16 +91,18 @@ def round_weight(
     base: torch.Tensor | None = None,
     *,
     spent: bool = False,
+    corner: tuple[int, int] = (0, 0),
 ) -> torch.Tensor:
     """A weight in the rollout engine's type: ``values``, or ``base + values`` in float32, rounded once.
 
     Args:
         name: plain name, for the thresholds and for messages.
-        values: [d_out, d_in] or [d_out] float32, a whole tensor; not changed, unless ``spent``.
+        values: [d_out, d_in] or [d_out] float32; not changed, unless ``spent``.
         dtype: to round to.
         rounding: how.
         base: of the same shape, any floating type; rounded stochastically, it is brought to ``dtype`` first.
         spent: nobody needs ``values`` any more, so the work is done in them.
+        corner: row and column of the whole tensor with which ``values`` begin.
 
     Raises:
         WeightSyncError: an element is too large for ``dtype``, or no number. To nearest in bfloat16 only ``values``
@@ -114,7 +119,8 @@ def round_weight(
     base = None if base is None else base.reshape(-1, columns)
     rows = max(1, (CHUNK if values.device.type == "cpu" else ACCELERATOR_CHUNK) // columns)
     scratch = matrix if spent else torch.empty((min(rows, len(matrix)), columns), device=values.device)
-    of_tensor = rounding.for_tensor(name, dtype, values.shape, values.device)
+    end = torch.Size((corner[0] + len(matrix), corner[1] + columns))
+    of_tensor = rounding.for_tensor(name, dtype, end, values.device, corner[1])
     largest = []
     for first in range(0, len(matrix), rows):
         part = slice(first, min(first + rows, len(matrix)))
@@ -126,7 +132,7 @@ def round_weight(
             torch.add(matrix[part], start, out=exact)
         if checked:
             largest.extend(exact.aminmax())
-        of_tensor.round(exact, first, result[part])
+        of_tensor.round(exact, corner[0] + first, result[part])
     if checked:
         _check_fits(name, torch.stack(largest), dtype)
     return out
@@ -185,12 +191,12 @@ class _Dithered(ChunkRounding):
     elements pairwise nearly independent, and it costs one product.
     """
 
-    def __init__(self, seed: int, name: str, dtype: torch.dtype, shape: torch.Size, device):
+    def __init__(self, seed: int, name: str, dtype: torch.dtype, shape: torch.Size, device, first_column: int = 0):
         #: bits of a float32 that the type lacks
         self._bits = _SIXTEEN[dtype]
         columns = shape[1] if len(shape) > 1 else 1
         self._row = _odd_factors(f"{seed}/{name}/row", shape[0]).to(device)
-        self._column = _odd_factors(f"{seed}/{name}/column", columns).to(device)
+        self._column = _odd_factors(f"{seed}/{name}/column", columns)[first_column:].to(device)
         self._scratch: torch.Tensor | None = None
 
     def round(self, values: torch.Tensor, first_row: int, out: torch.Tensor) -> None:
