@@ -16,13 +16,13 @@ from hybrid_lora_plugin.sync.element_sum import sum_at, sum_of, wrapped
 from hybrid_lora_plugin.sync.live_weight import LiveWeight
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.plan import SyncPlan
+from hybrid_lora_plugin.sync.received import ReceivedWeights
 from hybrid_lora_plugin.sync.sent_weights import PARTS, SentWeights
 from hybrid_lora_plugin.sync.sparse_merge import require_base
 from hybrid_lora_plugin.sync.wire import (
     HEADER,
     MANIFEST,
     OutgoingWeights,
-    ReceivedWeights,
     SyncHeader,
     read_header,
     read_manifest,

@@ -21,7 +21,8 @@ from hybrid_lora_plugin.sync.base_weights import CheckpointWeights
 from hybrid_lora_plugin.sync.live_weight import LiveWeight
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.plan import SyncPlan
-from hybrid_lora_plugin.sync.wire import OutgoingWeights, ReceivedWeights, SyncHeader, read_header
+from hybrid_lora_plugin.sync.received import ReceivedWeights
+from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader, read_header
 from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
 from hybrid_lora_plugin.training.rounding import NEAREST
 from tests.support.allocations import make_allocation
