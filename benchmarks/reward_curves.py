@@ -24,7 +24,7 @@ from transformers import AutoConfig
 from benchmarks.fidelity.gradients import demo
 from benchmarks.pages import save_figures, write_page
 from benchmarks.sync_sizes import draw_allocation
-from hybrid_lora_plugin.allocation import save_allocation
+from hybrid_lora_plugin.report.artifact import save_allocation
 from recipes.demo import evidence, task
 from recipes.demo.verl_run import run_verl
 

@@ -61,9 +61,11 @@ SHAPES = {
     ),
 }  # fmt: skip
 MODES = ("merge", "adapter", "receiver_merge")
-#: by optimizer steps between two syncs, the share of what trains that changes in ``sparse_merge``: measured for one on
-#: SmolLM2-135M at the paper's rates in bfloat16, and that times four
-CHANGED = {1: 0.008, 4: 0.032}
+#: by type of the rollout and optimizer steps between two syncs, the share of what trains that changes in
+#: ``sparse_merge``: the largest measured on SmolLM2-135M at the paper's rates (docs/sync-fidelity.md)
+CHANGED = {"bfloat16": {1: 0.010, 4: 0.032}, "float16": {1: 0.054, 4: 0.154}}
+#: the same for the bytes that were wanted of such a sync, against verl's merge
+WANTED = {"bfloat16": {1: 0.05, 4: 0.15}, "float16": {1: 0.1, 4: 0.3}}
 ROLLOUT_DTYPE = torch.bfloat16
 BEGIN, END = "<!-- computed by benchmarks/sync_sizes.py -->", "<!-- end of the computed part -->"
 
@@ -199,11 +201,14 @@ class PaperModel:
         lora = sum(candidate.lora_parameters(self.rank) for candidate in self.allocation.modules)
         return lora * torch.float32.itemsize
 
-    def changed_elements_bytes(self, share: float, digest: str = "keyed:" + "0" * 16) -> tuple[int, int]:
+    def changed_elements_bytes(
+        self, share: float, dtype: str = "bfloat16", digest: str = "keyed:" + "0" * 16
+    ) -> tuple[int, int]:
         """A later sync of ``sparse_merge`` in which that share of every weight that trains changed.
 
         Args:
             share: of the elements, spread evenly.
+            dtype: of the rollout, of 16 bits.
             digest: as in ``sync``.
 
         Returns:
@@ -220,7 +225,7 @@ class PaperModel:
             "account": {"part": 10, "parts": 16, "tensors": dict.fromkeys(elements, row)},
         }  # fmt: skip
         header = SyncHeader(
-            run="0" * 12, number=100, mode="sparse_merge", dtype="bfloat16", digests=True, base_number=99,
+            run="0" * 12, number=100, mode="sparse_merge", dtype=dtype, digests=True, base_number=99,
             lora_rank=self.rank, lora_alpha=2.0 * self.rank, lora_modules=list(parts.lora_modules),
             payload_bytes=self.counts.frozen * 2,
         )  # fmt: skip
@@ -339,12 +344,14 @@ def table(ratio: float = 0.1, rank: int = 16, seed: int = 0) -> str:
                 f"{_size(size.largest)} | {_size(size.buffer)} | {_size(size.trainer)} | {_size(size.receiver)} | "
                 f"{pinned} |"
             )
-        for steps, share in CHANGED.items():
-            sent, formula = model.changed_elements_bytes(share)
-            lines.append(
-                f"| | `sparse_merge`, {share:.1%} changed in {steps} optimizer step{'s' * (steps > 1)} | "
-                f"{_size(sent)} | {sent / formula:.5f} | {sent / verl:.3f} | | | | | |"
-            )
+        for dtype, shares in CHANGED.items():
+            for steps, share in shares.items():
+                sent, formula = model.changed_elements_bytes(share, dtype)
+                lines.append(
+                    f"| | `sparse_merge`, {dtype}, {share:.1%} changed in {steps} optimizer step{'s' * (steps > 1)} | "
+                    f"{_size(sent)} | {sent / formula:.5f} | {sent / verl:.3f}, wanted ≤ {WANTED[dtype][steps]} | | | "
+                    "| | |"
+                )
     return "\n".join(lines)
 
 

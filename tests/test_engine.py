@@ -176,15 +176,18 @@ def test_headers_number_the_syncs_of_one_run_and_prove_the_base(result, setting)
         assert header["payload_bytes"] == sum(tensor.nbytes for tensor in result[sent].values())
 
 
-def test_fixed_prompt_has_the_log_probabilities_of_the_trained_model(result, tmp_path):
+def test_fixed_prompts_have_the_log_probabilities_of_the_trained_model_and_of_the_base(result, setting, tmp_path):
     prompt = result["headers"][-1]["fixed_prompt"]
     exported = export_checkpoint(result["folder"] / "checkpoint", tmp_path / "out").folder
-    model = AutoModelForCausalLM.from_pretrained(exported)
-    tokens = torch.tensor([prompt["tokens"]])
-    with torch.no_grad():
-        log_probs = model(tokens).logits.log_softmax(-1)[0, :-1].gather(1, tokens[0, 1:, None])[:, 0]
-    assert prompt["limit"] == 1e-4
-    assert_rows_close([prompt["log_probs"]], [log_probs.tolist()], atol=1e-5)
+    assert prompt["limit"] == 1e-4 and prompt["policy_limit"] == 0.25 and prompt["trainer_rounds"] is False
+    assert sum(len(tokens) - 1 for tokens in prompt["tokens"]) > 400
+    for folder, name in ((exported, "log_probs"), (setting[1], "base_log_probs")):
+        model, wanted = AutoModelForCausalLM.from_pretrained(folder), []
+        for tokens in map(torch.tensor, prompt["tokens"]):
+            with torch.no_grad():
+                log_probs = model(tokens[None]).logits.log_softmax(-1)[0, :-1]
+            wanted.append(log_probs.gather(1, tokens[1:, None])[:, 0].tolist())
+        assert_rows_close(prompt[name], wanted, atol=1e-5)
 
 
 def test_exported_checkpoint_is_bit_equal_to_what_was_synced(result, tmp_path):
@@ -234,3 +237,21 @@ def test_resumed_run_continues_bit_for_bit(result):
 )
 def test_resume_is_refused_where_it_would_make_another_model(result, case, words):
     assert all(word in result["refused"][case] for word in words), result["refused"][case]
+
+
+@pytest.mark.parametrize(
+    "case, words",
+    [
+        ("float32", []),
+        ("float32, another seed", ["sync_seed is 7 and was 0 in", "float32 rollouts stay", "hybrid_lora.sync_seed=0"]),
+        ("bfloat16 after float32", ["dtype is bfloat16 and was float32 in", "rollouts differ", "dtype=float32"]),
+        ("bfloat16", []),
+        ("bfloat16, another seed", ["sync_seed is 7 and was 0 in", "rollouts differ", "hybrid_lora.sync_seed=0"]),
+        ("bfloat16, another rounding", ["sync_rounding is nearest and was stochastic", "rollouts differ"]),
+    ],
+)
+def test_resume_says_where_rollouts_will_be_rounded_otherwise(result, case, words):
+    """It changes no weight that trains, so it is not refused."""
+    lines = result["said"][case]
+    assert len(lines) == bool(words), lines
+    assert all(word in line for line in lines for word in ["hybrid_lora: WARNING", "checkpoint", *words]), lines

@@ -10,8 +10,9 @@ import pytest
 pytest.importorskip("verl", reason="verl is not installed")
 
 from tests.support import rollout_harness as processes  # noqa: E402
+from tests.support import sleeping_engine  # noqa: E402
 from tests.support.faults import KINDS, MODES, combinations, draw_fault, draw_faults  # noqa: E402
-from tests.support.rollout_harness import RolloutHarness, SyncRefused, start_side_by_side, stop_ray  # noqa: E402
+from tests.support.rollout_harness import RolloutHarness, SyncHangs, SyncRefused, start_side_by_side, stop_ray  # noqa: E402
 from tests.support.sync_faults import (  # noqa: E402
     ENGINES,
     PROMPT,
@@ -74,12 +75,17 @@ class Engines:
 def engines(tmp_path_factory):
     model, allocation = make_inputs(tmp_path_factory.mktemp("inputs"))
     plain = RolloutHarness(model, allocation, "receiver_merge", number=0, timeout=30)
-    adapter = RolloutHarness(model, allocation, "adapter", number=1, tensor_parallel=2, timeout=30)
-    sixteen = RolloutHarness(
-        model, allocation, "sparse_merge", number=2, tensor_parallel=2, timeout=30, **ENGINES["sparse_merge"]
+    # Started for logprobs, they look at the base model before anything else.
+    adapter = RolloutHarness(
+        model, allocation, "adapter", number=1, tensor_parallel=2, timeout=30, sync_check="logprobs"
     )
+    sixteen = RolloutHarness(
+        model, allocation, "sparse_merge", number=2, tensor_parallel=2, timeout=30, sync_check="logprobs",
+        **ENGINES["sparse_merge"],
+    )  # fmt: skip
     try:
         start_side_by_side(plain, adapter, sixteen)
+        adapter.begin_run("digest"), sixteen.begin_run("digest")
         yield Engines(plain, adapter, sixteen, digests(model, allocation))
         plain.close(), adapter.close(), sixteen.close()
     finally:
@@ -178,6 +184,96 @@ def test_weights_that_no_sync_sends_stay(engines, mode):
     assert replica.in_engine(processes.weight_digests, unsent) == before
 
 
+# -- sleep; by verl's own calls in its order --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def beside(engines, request):
+    """The engine of a mode as one that shares its device with the trainer, and begins another run."""
+    mode = request.getfixturevalue("mode")
+    replica = engines.of(mode)
+    replica.begin_run("digest")
+    replica.place(colocated=True, mode=mode)
+    yield replica
+    replica.set_sleep_level(None)
+    replica.place(colocated=False)
+
+
+def agreed(replica, mode: str) -> float:
+    return 1e-4 if mode != "sparse_merge" else replica.agrees
+
+
+@pytest.mark.parametrize("level", [None, 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_after_every_sleep_a_sync_leaves_the_right_weights(beside, mode, level):
+    """``None``: the plugin's own level. Nothing but that sync brings back what a level discards."""
+    beside.set_sleep_level(level)
+    beside.sleep()  # verl does while it loads a checkpoint
+    for step in range(3):
+        beside.update(step)
+        measured = beside.sync_asleep(mode)
+        assert measured["sync_digest_ok"] == 1 and beside.difference(PROMPT) < agreed(beside, mode)
+        held = beside.in_engine(processes.parameter_digests)
+        beside.sleep()
+        assert beside.in_engine(processes.parameter_digests) != held, "the memory is gone meanwhile"
+    discards = mode == "merge" and level is None
+    assert set(beside.in_engine(sleeping_engine.offloaded)) == {() if discards else ("weights",)}
+    if not discards:
+        beside.wake_up("kv_cache", "weights")
+        assert beside.in_engine(processes.parameter_digests) == held and not beside.refusal()
+    else:
+        beside.wake_up("kv_cache", "weights")
+        assert "its weights were discarded by a sleep" in beside.refusal()
+        beside.sync(mode)
+    if mode in ("sparse_merge", "receiver_merge"):
+        beside.sync("merge")
+        assert beside.in_engine(processes.parameter_digests) == held
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_engine_apart_that_frees_its_cache_for_a_sync_has_the_right_weights(engines, mode):
+    replica = engines.of(mode)
+    replica.begin_run("digest")
+    replica.place(colocated=False, mode=mode)
+    for step in range(2):
+        replica.update(step)
+        assert replica.sync_apart(mode)["sync_digest_ok"] == 1
+        assert replica.difference(PROMPT) < agreed(replica, mode)
+    replica.place(colocated=False)
+    assert set(replica.in_engine(sleeping_engine.offloaded)) == {() if mode == "merge" else ("weights",)}
+
+
+@pytest.mark.parametrize("sync_check", ["digest", "off"])
+@pytest.mark.parametrize("mode", ["sparse_merge", "adapter", "receiver_merge"])
+def test_a_sleep_that_discards_weights_is_noticed_where_no_sync_brings_them_back(beside, mode, sync_check):
+    """A level that the plugin would not take, as by a call of the user's own."""
+    beside.begin_run(sync_check)
+    beside.sync(mode)
+    unsent = beside.on_trainers("unsent", mode)[0]
+    beside.set_sleep_level(2)
+    beside.sleep()
+    beside.update(0)
+    with pytest.raises(
+        SyncRefused, match="changed in the rollout engine without being sent; a sleep that d"
+    ) as refused:
+        beside.sync_asleep(mode)
+    assert any(f"{name}: " in str(refused.value) for name in unsent)
+    beside.wake_up("kv_cache")
+    assert "has not been completed" in beside.refusal()
+    if mode == "sparse_merge":
+        # As the first sync of the run that goes on from a checkpoint: all of it.
+        beside.on_trainers("send_all")
+        assert beside.sync(mode)["sync_elements_changed"] == 1
+    else:
+        beside.begin_run(sync_check)
+        with pytest.raises(SyncRefused, match="the rollout engine holds other values than its checkpoint"):
+            beside.sync(mode)
+        beside.in_engine(sleeping_engine.bring_back)
+        beside.sync(mode)
+    assert beside.difference(PROMPT) < agreed(beside, mode)
+    beside.begin_run("digest")
+
+
 # -- faults -----------------------------------------------------------------------------------------------------------
 
 
@@ -244,6 +340,49 @@ def test_an_engine_that_a_sleep_has_emptied_before_the_first_sync_is_refused(eng
         replica.in_engine(processes.restore_weight)
         replica.begin_run("digest")
     replica.sync("receiver_merge")
+
+
+# -- the policy; the engines hold the base model no more, and remember it --------------------------------------------
+
+
+@pytest.fixture
+def logprobs(engines):
+    """Lets engines check the policy, whose trainers begin at the base model again."""
+
+    def begin(replica: RolloutHarness, rounding: str = "stochastic", steps: int = 2) -> RolloutHarness:
+        replica.begin_run("logprobs", rounding)
+        replica.on_trainers("train", steps)
+        return replica
+
+    yield begin
+    for replica in (engines.adapter, engines.sixteen):
+        replica.begin_run("digest")
+
+
+@pytest.mark.parametrize("mode", ["merge", "sparse_merge"])
+def test_small_update_lost_in_rounding_is_refused_and_passes_with_thresholds(engines, logprobs, mode):
+    """Two steps at the paper's rates, in bfloat16: digests agree either way."""
+    # The server's last checks are heard by the one rank that asked for them; its error ends a run.
+    said = r"gone 0\.[0-4]\d ± 0\.\d+ of the trainer's way.*sync_rounding=stochastic"
+    with pytest.raises((SyncRefused, SyncHangs), match=said):
+        logprobs(engines.sixteen, "nearest").sync(mode)
+    assert "differ from the trainer's" in engines.sixteen.refusal()
+    measured = logprobs(engines.sixteen).sync(mode)
+    assert measured["sync_policy_judged"] == 1 and measured["sync_policy_slope_error"] < 0.0625
+    assert measured["sync_policy_slope"] == pytest.approx(1, abs=0.15) and measured["sync_policy_kl_ratio"] < 0.1
+    assert engines.sixteen.refusal() == ""
+
+
+def test_policy_that_has_not_moved_has_no_verdict(engines, logprobs):
+    measured = logprobs(engines.sixteen, steps=0).sync("merge")
+    assert measured["sync_policy_judged"] == 0 and "sync_policy_slope" not in measured
+
+
+def test_adapter_in_float32_goes_all_of_the_way_from_the_first_step(engines, logprobs):
+    measured = logprobs(engines.adapter, steps=1).sync("adapter")
+    assert measured["sync_policy_judged"] == 1
+    assert measured["sync_policy_slope"] == pytest.approx(1, abs=0.01)
+    assert abs(measured["sync_policy_kl_ratio"]) < 0.01
 
 
 # -- kills; after them the engines are gone ----------------------------------------------------------------------------

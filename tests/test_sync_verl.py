@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,9 +13,11 @@ import torch
 
 pytest.importorskip("verl", reason="verl is not installed")
 
+from verl.checkpoint_engine.base import CheckpointEngineManager  # noqa: E402
 from verl.trainer.ppo.v1 import trainer_base  # noqa: E402
+from verl.workers.engine_workers import ActorRolloutRefWorker  # noqa: E402
 from verl.workers.rollout import base as rollout_base  # noqa: E402
-from verl.workers.rollout.replica import RolloutReplicaRegistry  # noqa: E402
+from verl.workers.rollout.replica import RolloutMode, RolloutReplicaRegistry  # noqa: E402
 from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer, vllm_async_server  # noqa: E402
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension  # noqa: E402
 
@@ -23,6 +27,7 @@ from hybrid_lora_plugin.sync.received import ReceivedWeights  # noqa: E402
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader, read_header  # noqa: E402
 from hybrid_lora_plugin.verl_backend import engine_registration, patches  # noqa: E402
 from hybrid_lora_plugin.verl_backend.receiver.server import HybridLoraHttpServer, HybridLoraReplica  # noqa: E402
+from hybrid_lora_plugin.verl_backend.receiver.vllm_model import VllmRolloutModel  # noqa: E402
 from hybrid_lora_plugin.verl_backend.receiver.worker import HybridLoraWorkerExtension  # noqa: E402
 from hybrid_lora_plugin.verl_backend.sender import sync_metrics  # noqa: E402
 from hybrid_lora_plugin.verl_backend.sender.server_adapter import HybridLoraServerAdapter  # noqa: E402
@@ -44,6 +49,20 @@ def test_verl_still_reads_the_model_before_it_looks_for_the_rollout_side():
     assert "omega_conf_to_dataclass(self.config.actor_rollout_ref.model)" in inspect.getsource(
         trainer_base.PPOTrainer._init_tokenizer
     )
+
+
+def test_no_trainer_of_verl_lets_an_engine_join_a_run():
+    """One that did would need a whole sync in mode ``sparse_merge``, and the trainer's ranks would have to know."""
+    assert callable(CheckpointEngineManager.add_replicas)
+    package = Path(inspect.getfile(trainer_base)).parents[3]
+    assert package.name == "verl"
+    found = {
+        str(file.relative_to(package)): calls
+        for file in package.rglob("*.py")
+        if (calls := re.findall(r"manager\w*\.add_replicas\(", file.read_text(encoding="utf-8")))
+    }
+    # The experimental one adds engines that are there since the start to its load balancer, and to nothing else.
+    assert found == {"experimental/fully_async_policy/fully_async_rollouter.py": ["manager.add_replicas("]}
 
 
 def test_metrics_of_a_sync_are_logged_with_its_step():
@@ -79,6 +98,28 @@ def test_a_lost_update_is_told_once_with_its_cure(monkeypatch, capsys):
     said = capsys.readouterr().out
     assert said.count("WARNING") == 1 and "update_arrived_lora is 0.04" in said
     assert "hybrid_lora.sync_rounding=stochastic" in said and "docs/weight-sync.md#rollouts-in-16-bits" in said
+
+
+def test_policy_of_a_sync_is_that_of_the_engine_that_stands_furthest():
+    def record(slope, error):
+        sync_metrics.last_sync()
+        compared = {"sync_logprob_difference": slope / 10, "sync_policy_judged": 1.0}
+        sync_metrics.add(1.0, compared | {"sync_policy_slope": slope, "sync_policy_slope_error": error})
+        return sync_metrics.last_sync()
+
+    not_judged = {"sync_seconds": 2.0, sync_metrics.POLICY: {"sync_policy_judged": 0.0}}
+    metrics = sync_metrics.combined([record(1.02, 0.03), not_judged, record(0.9, 0.01), {"sync_seconds": 1.0}])
+    assert metrics["sync_policy_slope"] == 0.9 and metrics["sync_policy_slope_error"] == 0.01
+    assert metrics["sync_logprob_difference"] == pytest.approx(0.102) and metrics["sync_seconds"] == 2.0
+    sync_metrics.add(1.0, {})
+    assert sync_metrics.combined([sync_metrics.last_sync()]) == {"sync_seconds": 1.0}
+
+
+def test_an_engine_that_loads_no_checkpoint_says_that_it_cannot_judge(capsys):
+    dummy = server(config=SimpleNamespace(load_format="dummy"))
+    asyncio.run(dummy._look_at_base())
+    said = capsys.readouterr().out
+    assert dummy._base is None and "load_format=dummy" in said and "give safetensors" in said
 
 
 def test_last_sync_is_empty_before_the_first():
@@ -163,6 +204,30 @@ def test_server_still_has_what_ours_overrides():
     assert "self._admitting += 1" in inspect.getsource(SERVER._park_until_admitted)
 
 
+def test_verl_still_launches_engines_before_it_puts_them_to_sleep():
+    """Between the two they hold the base model, and can generate."""
+    setup = inspect.getsource(trainer_base.PPOTrainer._setup)
+    assert setup.index("LLMServerManager.create(") < setup.index("sleep_replicas()")
+    launch = inspect.getsource(SERVER.launch_server)
+    assert launch.rindex("await self.run_server(") > launch.index("server_args")
+    assert "self.engine = engine_client" in inspect.getsource(SERVER.run_server)
+
+
+def test_verl_still_wakes_weights_then_syncs_then_wakes_the_cache():
+    """The order in which ``tests/test_sync_faults.py`` puts engines to sleep and wakes them."""
+    beside = inspect.getsource(ActorRolloutRefWorker.update_weights)
+    order = ['resume(tags=["weights"])', "self.rollout.update_weights(", 'resume(tags=["kv_cache"])']
+    assert [beside.count(call) for call in order] == [1, 2, 1] and sorted(order, key=beside.index) == order
+    apart = inspect.getsource(CheckpointEngineManager.update_weights)
+    order = ["release_kv_cache_replicas()", "rollout.update_weights(", "resume_kv_cache_replicas()"]
+    assert sorted(order, key=apart.index) == order
+    released = inspect.getsource(SERVER.release_kv_cache)
+    assert released.index("self.engine.sleep(") < released.index('self.engine.wake_up(tags=["weights"])')
+    # Before the checkpoint is loaded, and after the rollouts of a step.
+    setup = inspect.getsource(trainer_base.PPOTrainer._setup)
+    assert setup.index("sleep_replicas()") < setup.index("self._load_checkpoint()")
+
+
 def test_extension_adds_no_name_that_vllm_or_verl_use():
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.gpu_worker import Worker
@@ -197,7 +262,8 @@ def server(**attributes) -> HybridLoraHttpServer:
     """The server's own logic without the process around it."""
     made = object.__new__(HybridLoraHttpServer)
     defaults = dict(
-        node_rank=0, engine=Engine(), _unproven="", _fixed_prompt={}, _logprob_difference=None,
+        node_rank=0, engine=Engine(), _unproven="", _fixed_prompt={}, _base=None, _compared={},
+        model_config=SimpleNamespace(lora={"merge": True}, lora_rank=4),
         _kv_cache_released=False,
         _submission_paused=False, _rejecting=False, _admitting=0, global_steps=None,
     )  # fmt: skip
@@ -209,6 +275,20 @@ def server(**attributes) -> HybridLoraHttpServer:
 @pytest.mark.parametrize("mode", ["sparse_merge", "adapter", "receiver_merge"])
 def test_an_engine_keeps_its_weights_asleep_where_no_sync_brings_all_of_them(mode):
     assert server(_mode=sync_mode(mode))._resolve_sleep_level() == 1
+
+
+@pytest.mark.parametrize(
+    ("parallel", "shares"),
+    [
+        ({"nnodes": 1, "distributed_executor_backend": "mp"}, [["a", "d"], ["b", "e"], ["c"]]),
+        ({"nnodes": 2, "distributed_executor_backend": "mp"}, [["a", "b", "c", "d", "e"]] * 3),
+        ({"nnodes": 1, "distributed_executor_backend": "ray"}, [["a", "b", "c", "d", "e"]] * 3),
+    ],
+)
+def test_workers_share_what_one_look_at_a_checkpoint_settles_only_on_one_machine(parallel, shares):
+    config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=3, **parallel))
+    workers = [SimpleNamespace(rank=rank, vllm_config=config) for rank in range(3)]
+    assert [list("abcde")[VllmRolloutModel(worker).share] for worker in workers] == shares
 
 
 def test_prefix_cache_that_cannot_be_reset_is_an_error():
@@ -227,6 +307,27 @@ def test_nothing_is_admitted_while_weights_are_unproven_and_the_count_stays_righ
     assert asyncio.run(locked._park_until_admitted("request")) is None and locked._admitting == 1
 
 
+def test_nothing_is_admitted_from_the_moment_a_sleep_begins_to_discard_weights():
+    class Falling(Engine):
+        async def sleep(self, level):
+            self.seen = level, made._unproven, made._kv_cache_released
+
+        async def wake_up(self, tags):
+            pass
+
+        async def reset_encoder_cache(self):
+            pass
+
+    for call in ("sleep", "release_kv_cache"):
+        made = server(engine=Falling(), _mode=sync_mode("merge"), rollout_mode=RolloutMode.HYBRID)
+        made.model_config = SimpleNamespace(lora_rank=4, lora={"merge": True})
+        made.config = SimpleNamespace(free_cache_engine=True, enable_sleep_mode=True, mtp=None)
+        asyncio.run(getattr(made, call)())
+        assert made.engine.seen == (2, "its weights were discarded by a sleep, and no sync has brought them back", True)
+        with pytest.raises(WeightSyncError, match="discarded by a sleep"):
+            asyncio.run(made._park_until_admitted("request"))
+
+
 def test_request_that_comes_behind_verls_closed_gate_waits_for_the_sync_instead_of_failing():
     async def scenario():
         gate = server(_submission_paused=True, _resume_event=asyncio.Event())
@@ -243,11 +344,10 @@ def test_request_that_comes_behind_verls_closed_gate_waits_for_the_sync_instead_
 
 def test_fixed_prompt_that_differs_locks_the_server_and_names_the_token():
     async def scenario():
-        probed = server(_limit=5.0)
-        probed.config = type("Config", (), {"dtype": "float32"})
-        probed._fixed_prompt = {"tokens": [1, 2, 3], "log_probs": [-1.0, -2.0], "limit": 1e-4}
+        probed = server(_limit=5.0, config=SimpleNamespace(dtype="float32"))
+        probed._fixed_prompt = {"tokens": [[1, 2, 3]], "log_probs": [[-1.0, -2.0]], "limit": 1e-4}
 
-        async def ours(tokens):
+        async def ours(tokens, adapter):
             return [-1.0, -2.5]
 
         probed._prompt_log_probs = ours
@@ -266,10 +366,10 @@ def test_fixed_prompt_that_differs_locks_the_server_and_names_the_token():
 def test_fixed_prompt_waits_until_the_engine_can_generate(attributes, compares):
     async def scenario():
         asked = []
-        waiting = server(_limit=5.0, **attributes)
-        waiting._fixed_prompt = {"tokens": [1, 2], "log_probs": [-1.0], "limit": 1e-4}
+        waiting = server(_limit=5.0, config=SimpleNamespace(dtype="float32"), **attributes)
+        waiting._fixed_prompt = {"tokens": [[1, 2]], "log_probs": [[-1.0]], "limit": 1e-4}
 
-        async def ours(tokens):
+        async def ours(tokens, adapter):
             asked.append(tokens)
             return [-1.0]
 

@@ -142,7 +142,7 @@ FULL_HEADER = dict(
     lora_modules=["model.layers.0.mlp.up_proj", "model.layers.1.self_attn.q_proj"],
     base={"model.norm.weight": "xxh3:00ff"}, payload_bytes=2**40 + 1, base_storage="pinned", base_number=11,
     rounding_mode="stochastic", rounding_seed=5,
-    fixed_prompt={"tokens": [1, 2, 3], "log_probs": [-0.1, -1e-300], "limit": 0.1 + 0.2},
+    fixed_prompt={"tokens": [[1, 2, 3]], "log_probs": [[-0.1, -1e-300]], "limit": 0.1 + 0.2},
 )  # fmt: skip
 
 

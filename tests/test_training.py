@@ -20,7 +20,7 @@ from hybrid_lora_plugin.sync.base_weights import stored_dtypes
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
-from hybrid_lora_plugin.training.checkpoint import CheckpointDescription, load_trained, save_trained
+from hybrid_lora_plugin.training.checkpoint import CheckpointDescription, load_trained, other_rounding, save_trained
 from hybrid_lora_plugin.training.export import export_checkpoint
 from hybrid_lora_plugin.training.lora_linear import SharedInput
 from hybrid_lora_plugin.training.memory import least_bytes, rank_bytes
@@ -152,7 +152,13 @@ def test_bytes_of_one_rank_are_counted_from_its_parameters(hybrid):
     assert said.reference == snapshot.bytes == 4 * counted.full
     floor = least_bytes(counted, 2)
     assert floor.total == pytest.approx((2 * counted.frozen + 16 * trains + 2 * counted.full) / 2)
-    assert str(said).startswith(f"{said.total / 1e6:,.1f} MB on each rank: frozen")
+    assert str(said).startswith(f"{said.total / 1e6:,.1f} MB on each rank: frozen") and "host" not in str(said)
+    kept = sync_mode("sparse_merge").sent_weights().bytes_for(parts_of(hybrid).merged_shapes)
+    with_lora = sum(p.numel() for n, p in hybrid.named_parameters() if n.endswith(".base_layer.weight"))
+    assert kept == 2 * (counted.full + with_lora)
+    remembering = rank_bytes(hybrid, snapshot, kept)
+    # In the host's memory, wherever the model is.
+    assert remembering.total == said.total and f"{kept / 1e6:,.1f} MB of the host" in str(remembering)
 
 
 def test_every_parameter_is_counted_once(hybrid, tiny_qwen2, allocation):
@@ -352,6 +358,22 @@ def test_a_checkpoint_from_before_rounding_is_exported_as_it_was(bf16_run, tmp_p
     assert said == "bfloat16"
     synced = dict(sync_mode("merge").outgoing(bf16_run, SyncPlan(2.0, torch.bfloat16, "cpu")))
     assert all(torch.equal(tensor, synced[name]) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize(
+    "rounding, said",
+    [(Rounding("nearest", 5), None), (Rounding("stochastic", 0), "sync_rounding is stochastic and was nearest")],
+)
+def test_a_resume_of_a_checkpoint_from_before_rounding_knows_that_it_was_to_nearest(
+    hybrid, tiny_qwen2, tmp_path, rounding, said
+):
+    """Its rollout type is not known, and to nearest a seed means nothing."""
+    folder = save_checkpoint(hybrid, tiny_qwen2, tmp_path / "allocation", tmp_path / "actor")
+    raw = json.loads((folder / "trainables.json").read_text())
+    old = {name: raw[name] for name in ("base_model", "rank", "alpha", "global_step")} | {"schema_version": 1}
+    (folder / "trainables.json").write_text(json.dumps(old))
+    warning = other_rounding(folder, "bfloat16", rounding)
+    assert warning is None if said is None else said in warning and "rollout.dtype" not in warning
 
 
 def test_export_refuses_a_type_that_does_not_hold_the_weights(bf16_run, tiny_qwen2, allocation, tmp_path):

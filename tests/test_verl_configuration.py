@@ -155,6 +155,7 @@ REFUSED = {
     "sync check": (["hybrid_lora.sync_check=maybe"], ["hybrid_lora.sync_check", "'maybe'", "digest"]),
     "sync timeout": (["hybrid_lora.sync_timeout=0"], ["hybrid_lora.sync_timeout", "above 0"]),
     "sync probe limit": (["hybrid_lora.sync_logprob_limit=0"], ["hybrid_lora.sync_logprob_limit", "above 0"]),
+    "sync policy limit": (["hybrid_lora.sync_policy_limit=1"], ["hybrid_lora.sync_policy_limit", "between 0 and 1"]),
     "checkpoint engine that casts": (
         ["actor_rollout_ref.rollout.checkpoint_engine.backend=mooncake"],
         ["checkpoint_engine.backend", "'mooncake'", "nccl"],

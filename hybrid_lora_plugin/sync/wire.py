@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from hybrid_lora_plugin.sync.sent_weights import Changes
 
 HEADER, MANIFEST = "hybrid_lora.sync.header", "hybrid_lora.sync.manifest"
-VERSION = 4
+VERSION = 5
 #: bytes of the digest in front of header and manifest, and what both together are a multiple of
 _SEAL, _ALIGNMENT = 32, 64
 #: room in a transfer buffer for header, manifest and alignment
@@ -67,7 +67,7 @@ class SyncHeader:
     merged: dict[str, str] = field(default_factory=dict)
     #: where the receiver keeps the original weights it merges into: memory_map or pinned
     base_storage: str = "memory_map"
-    #: a fixed prompt: {"tokens": [...], "log_probs": [...], "limit": ...}; empty unless the check is asked for
+    #: fixed prompts with the trainer's log-probabilities and the limits; empty unless the check is asked for
     fixed_prompt: dict[str, Any] = field(default_factory=dict)
     version: int = VERSION
 

@@ -134,6 +134,44 @@ def require_same_setting(folder: Path, allocation: Allocation, rank: int, alpha:
         )
 
 
+def other_rounding(folder: Path, rollout_dtype: str, rounding: Rounding) -> str | None:
+    """What a resumed run has to be told where its rollout weights are rounded otherwise than those of the run before.
+
+    No weight that trains depends on it, so it is no reason to refuse.
+
+    Args:
+        folder: the checkpoint's ``hybrid_lora`` folder.
+        rollout_dtype, rounding: of the run that resumes.
+
+    Returns:
+        One line that names each setting with both values and what follows; None where both round alike.
+
+    Raises:
+        ConfigurationError: the description is missing or not understood.
+    """
+    before = load_description(folder)
+    settings = {
+        # One from before types were recorded cannot be compared.
+        "actor_rollout_ref.rollout.dtype": (before.rollout_dtype or rollout_dtype, rollout_dtype),
+        "hybrid_lora.sync_rounding": (before.rounding_mode, rounding.mode),
+    }
+    if before.rounding_mode == rounding.mode == "stochastic":
+        settings["hybrid_lora.sync_seed"] = (before.rounding_seed, rounding.seed)
+    changed = {name: values for name, values in settings.items() if values[0] != values[1]}
+    if not changed:
+        return None
+    found = " and ".join(f"{name} is {now} and was {then}" for name, (then, now) in changed.items())
+    if "actor_rollout_ref.rollout.dtype" in changed or rollout_dtype != "float32":
+        follows = "from here on rollouts differ from those that the run before would have made, and a model exported"
+    else:
+        follows = "float32 rollouts stay as they would have been, but a model exported in 16 bits"
+    way_back = " ".join(f"{name}={then}" for name, (then, _) in changed.items())
+    return (
+        f"{found} in the run that saved the checkpoint {str(folder)!r}: {follows} from a later checkpoint is rounded "
+        f"by this run's settings; to go on as before give {way_back}"
+    )
+
+
 def load_trained(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], CheckpointDescription, Path]:
     """Read what ``save_trained`` wrote.
 

@@ -278,7 +278,7 @@ _TRAINING_ENGINE = [
         ),
         ("lora_rank lora_alpha", (_ENGINE, _REQUIREMENTS, _SOURCE), "rank and alpha of the adapters"),
         ("lora_adapter_path target_modules", _REQUIREMENTS, "refused where they say something else"),
-        ("tokenizer", _PROMPT, "encodes the fixed prompt"),
+        ("tokenizer", (_PROMPT, _SERVER), "encodes the fixed prompts"),
     ),
     *_of(
         "engine",
@@ -288,8 +288,8 @@ _TRAINING_ENGINE = [
         ("fsdp_size", _ENGINE, "FSDP1 in groups of one is refused"),
         ("forward_only", _ENGINE, "a reference policy of its own keeps no snapshot"),
         ("model_dtype", (_ENGINE, _REQUIREMENTS), "set to the type of frozen weights"),
-        ("mixed_precision", _REQUIREMENTS, "its param_dtype is checked"),
-        ("use_remove_padding use_fused_kernels", _PROMPT, "how the fixed prompt is passed"),
+        ("mixed_precision", (_REQUIREMENTS, _PROMPT), "its param_dtype is checked; whether the trainer rounds"),
+        ("use_remove_padding use_fused_kernels", _PROMPT, "how the fixed prompts are passed"),
     ),
     *_of(
         "engine",
@@ -322,7 +322,7 @@ _TRAINING_ENGINE = [
         ("_build_optimizer", _BOTH_ENGINES, "hook for two parameter groups", "module"),
         ("_build_lr_scheduler", _POLICY, "hook for a constant rate", "optimizer"),
         ("train_batch", _BOTH_ENGINES, "one mini-batch; its metrics are added to", "data loss_function"),
-        ("infer_batch", _PROMPT, "log-probabilities of the fixed prompt", "data loss_function"),
+        ("infer_batch", _PROMPT, "log-probabilities of the fixed prompts", "data loss_function"),
         ("eval_mode", _PROMPT, "around that pass"),
         (
             "forward_backward_batch",
@@ -512,8 +512,8 @@ _SENDER = [
         "sync",
         "verl.utils.torch_dtypes",
         "PrecisionType",
-        ("", _SOURCE, "names of types"),
-        ("to_dtype", _SOURCE, "type of the rollout engine"),
+        ("", (_SOURCE, _PROMPT), "names of types"),
+        ("to_dtype", (_SOURCE, _PROMPT), "type of the rollout engine, and of the trainer's passes"),
     ),
     *_of(
         "sync",
@@ -586,6 +586,7 @@ _RECEIVER = [
         "WorkerBase",
         ("device", (_WORKER, _MODEL), "where buckets arrive"),
         ("local_rank", _WORKER, "device of a worker that names none"),
+        ("rank", _MODEL, "which of the workers this is"),
         ("model_runner", _MODEL, "leads to the live model"),
         ("model_config vllm_config", _MODEL, "checkpoint, graphs, adapters"),
         ("add_lora", _MODEL, "takes the adapter", "lora_request"),
@@ -601,10 +602,24 @@ _RECEIVER = [
         ("ModelConfig.enforce_eager", _MODEL, "whether graphs hold addresses of weights"),
         ("VllmConfig.lora_config", _MODEL, "whether the engine runs adapters"),
         ("VllmConfig.kv_transfer_config", _SERVER, "whether there is a connector to reset"),
+        ("VllmConfig.parallel_config", _MODEL, "how many workers read one checkpoint"),
+        (
+            "ParallelConfig.nnodes ParallelConfig.distributed_executor_backend ParallelConfig.world_size",
+            _MODEL,
+            "whether all workers are on one machine, and how many they are",
+        ),
     ),
     *_of(
         "receiver",
         "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        ("model", _MODEL, "the live model"),
+        ("lora_manager", _MODEL, "its adapters"),
+    ),
+    *_of(
+        "receiver",
+        # The second model runner: vLLM takes it by default for Llama and Qwen3.
+        "vllm.v1.worker.gpu.model_runner",
         "GPUModelRunner",
         ("model", _MODEL, "the live model"),
         ("lora_manager", _MODEL, "its adapters"),
@@ -653,6 +668,12 @@ _RECEIVER = [
     ),
     *_of(
         "receiver",
+        "vllm.model_executor.models.qwen3",
+        "Qwen3ForCausalLM",
+        ("packed_modules_mapping", _LAYOUT, "which modules are packed into one"),
+    ),
+    *_of(
+        "receiver",
         "vllm.model_executor.models.llama",
         "LlamaForCausalLM",
         ("packed_modules_mapping", _LAYOUT, "which modules are packed into one"),
@@ -692,6 +713,7 @@ _SERVER_SIDE = [
         "vLLMHttpServer",
         ("", _SERVER, "base class of the server"),
         ("__init__", _SERVER, "sets config and model_config", "config model_config"),
+        ("launch_server", _SERVER, "starts the engine; the base model is looked at then"),
         ("_get_worker_extension_cls", _SERVER, "names our worker extension"),
         ("_resolve_sleep_level", _SERVER, "how deep a sleep is"),
         ("collective_rpc", _SERVER, "calls a method of all workers", "method timeout args kwargs"),
@@ -725,6 +747,8 @@ _SERVER_SIDE = [
         "RolloutConfig",
         ("free_cache_engine enable_sleep_mode", _SERVER, "whether a sleep frees memory"),
         ("dtype", _SERVER, "named in a refusal"),
+        ("load_format", _SERVER, "whether the engine starts from the base model"),
+        ("max_model_len", _SERVER, "longest fixed prompt"),
     ),
     *_of(
         "server",
@@ -1051,6 +1075,12 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         "tests/test_sync_verl.py::test_verls_buckets_without_gaps_carry_a_sync",
     ),
     Behaviour(
+        "sync",
+        _SOURCE,
+        "no trainer adds a replica to a checkpoint engine manager while it runs",
+        "tests/test_sync_verl.py::test_no_trainer_of_verl_lets_an_engine_join_a_run",
+    ),
+    Behaviour(
         "metrics",
         _PATCHES,
         "`fit` logs what `_consume_sync_metrics` returns, right after the sync of a step",
@@ -1103,6 +1133,25 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         _SERVER,
         "`clear_kv_cache` resets the prefix cache and does not look at the answer",
         "tests/test_sync_verl.py::test_server_still_has_what_ours_overrides",
+    ),
+    Behaviour(
+        "server",
+        _SERVER,
+        "`launch_server` returns when the engine can generate, before verl puts it to sleep",
+        "tests/test_sync_verl.py::test_verl_still_launches_engines_before_it_puts_them_to_sleep",
+    ),
+    Behaviour(
+        "server",
+        _SERVER,
+        "a sleep at level 1 brings back all that was allocated while the model was loaded, at level 2 its buffers only",
+        "tests/test_sync_faults.py::test_after_every_sleep_a_sync_leaves_the_right_weights",
+    ),
+    Behaviour(
+        "server",
+        _SERVER,
+        "verl puts engines to sleep before a checkpoint is loaded, and wakes their weights before a sync and their "
+        "cache after it",
+        "tests/test_sync_verl.py::test_verl_still_wakes_weights_then_syncs_then_wakes_the_cache",
     ),
     Behaviour(
         "server",

@@ -30,16 +30,23 @@ from hybrid_lora_plugin.sync.mode_base import SyncMode
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, trainable_groups
-from hybrid_lora_plugin.training.checkpoint import FOLDER, CheckpointDescription, require_same_setting, save_trained
+from hybrid_lora_plugin.training.checkpoint import (
+    FOLDER,
+    CheckpointDescription,
+    other_rounding,
+    require_same_setting,
+    save_trained,
+)
 from hybrid_lora_plugin.training.dtensor import local_tensor, sum_of_squares, whole
-from hybrid_lora_plugin.training.memory import rank_bytes
+from hybrid_lora_plugin.training.memory import TrainingBytes, rank_bytes
 from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot, adapters_off
+from hybrid_lora_plugin.training.rounding import Rounding
 from hybrid_lora_plugin.verl_backend import requirements
 from hybrid_lora_plugin.verl_backend.checkpoint_files import require_shards, require_writable
 from hybrid_lora_plugin.verl_backend.patches import only_parameters_cast
 from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
-from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import fixed_prompt
+from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import TrainerLogProbs
 from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource, rollout_dtype
 
 
@@ -48,6 +55,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
 
     hybrid: HybridLoraConfig
     _weight_source: WeightSource | None = None
+    _log_probs: TrainerLogProbs | None = None
     _base_snapshot: BaseSnapshot | None = None
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
@@ -72,6 +80,15 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             # Before the actor is built: the probe has the memory to itself.
             self.allocation, self._allocation_json = probed_allocation(self.hybrid, self.model_config)
         super().initialize()
+        if self.rank == 0 and self._base_snapshot is not None:
+            print(f"hybrid_lora: {self.training_bytes()}")
+
+    def training_bytes(self) -> TrainingBytes:
+        """What this rank holds for training, in bytes."""
+        # Which the ranks share out between them: known once there is an optimizer.
+        sent = sync_mode(self.hybrid.sync).sent_weights(self._shard_group())
+        kept = 0 if sent is None else sent.bytes_for(parts_of(self.module).merged_shapes)
+        return rank_bytes(self.module, self._base_snapshot, kept)
 
     @property
     def scaling(self) -> float:
@@ -117,7 +134,6 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         self._base_snapshot = BaseSnapshot(trainable_groups(module)["full"])
         if self.rank == 0:
             print(f"hybrid_lora: {parts_of(module).counts}; {len(self.allocation.full_names)} modules fully tuned")
-            print(f"hybrid_lora: {rank_bytes(module, self._base_snapshot)}")
         return module
 
     def _build_optimizer(self, module):
@@ -227,9 +243,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             merged=(lambda module: self._merged_digest(mode, module, plan)) if mode.receiver_merges else None,
             arrival=arrival,
             changes=changes,
-            fixed_prompt=fixed_prompt(self, self.hybrid, source.dtype)
-            if self.hybrid.sync_check == "logprobs"
-            else None,
+            fixed_prompt=self._fixed_prompt(source.dtype) if self.hybrid.sync_check == "logprobs" else None,
         )
         # verl asks only whether there is one; what the engine needs of it travels in the stream.
         return stream, {"r": self.model_config.lora_rank} if mode.engine_adapter else None
@@ -240,13 +254,18 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         with self._base_snapshot.on_grid(trainable_groups(model)["full"], dtype):
             return model.state_dict()
 
+    def _fixed_prompt(self, dtype: torch.dtype) -> dict:
+        if self._log_probs is None:
+            self._log_probs = TrainerLogProbs(self)
+        return self._log_probs.for_header(self.hybrid, dtype)
+
     def _base_digests(self) -> dict[str, str]:
         """Digest of every weight that training leaves alone; without digests in the sync "" for each: it is counted."""
         if self.hybrid.sync_check == "off":
             trained = parts_of(self.module).trained
             state = plain_state(self.module).items()
             return {plain: "" for plain, (name, tensor) in state if name not in trained and tensor.is_floating_point()}
-        return base_digests(self._while_resident(original_weights(self.module, get_device_id())))
+        return base_digests(self._while_resident(original_weights(self.module, get_device_id())), self._shard_group())
 
     def _merged_digest(self, mode: SyncMode, module: str, plan: SyncPlan) -> dict[str, str]:
         with self._resident():
@@ -301,16 +320,22 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
 
     def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=True, **kwargs):
         if local_path is not None:
-            self._ranks.from_first(lambda: self._require_same_setting(Path(local_path) / FOLDER))
+            self._ranks.from_first(lambda: self._compare_setting(Path(local_path) / FOLDER))
             self._ranks.on_each(lambda: self._require_shards(local_path))
         base = self._frozen_sums()
         super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
         # On each rank: a difference may lie in one rank's shard alone.
         self._ranks.on_each(lambda: self._require_same_base(base, local_path))
 
-    def _require_same_setting(self, kept: Path) -> None:
-        if kept.is_dir():
-            require_same_setting(kept, self.allocation, self.model_config.lora_rank, self.model_config.lora_alpha)
+    def _compare_setting(self, kept: Path) -> None:
+        """Refuse a checkpoint of another model, and say on rank 0 where rollouts will be rounded otherwise."""
+        if not kept.is_dir():
+            return
+        require_same_setting(kept, self.allocation, self.model_config.lora_rank, self.model_config.lora_alpha)
+        rounding = Rounding(self.hybrid.sync_rounding, self.hybrid.sync_seed)
+        difference = other_rounding(kept, str(rollout_dtype(self.model_config)).removeprefix("torch."), rounding)
+        if difference:
+            print(f"hybrid_lora: WARNING: {difference} [docs/weight-sync.md#rollouts-in-16-bits]", flush=True)
 
     def _require_shards(self, folder: str) -> None:
         manager = self.checkpoint_manager

@@ -32,7 +32,9 @@ ORDERS = {
     "reference": ("reference",),
     "reference, then actor": ("reference", "actor"),
     "failed reference": ("failed reference",),
+    "fixed prompts": ("sync",),
     "resumed": ("resume",),
+    "resumed, then fixed prompts": ("resume", "sync"),
     "resumed, then actor": ("resume", "actor"),
     "resumed, then reference": ("resume", "reference"),
 }
@@ -42,6 +44,13 @@ def run_pass(engine, batch, ranks: int, kind: str, checkpoint: str) -> list[list
     """One pass before the first update; returns its log-probabilities [B][S] where it has any."""
     if kind == "resume":
         engine.load_checkpoint(checkpoint, del_local_after_load=False)
+    elif kind == "sync":
+        # Looks at the base model first.
+        engine.hybrid.sync_check = "logprobs"
+        stream, _ = engine.get_per_tensor_param()
+        for _ in stream:
+            pass
+        return stream.header.fixed_prompt["base_log_probs"]
     elif kind == "failed reference":
         try:
             with engine.eval_mode(), engine.disable_adapter():

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from types import SimpleNamespace
 
 import torch
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, AutoTokenizer
 from verl.checkpoint_engine import CheckpointEngineRegistry
 from verl.checkpoint_engine.base import CheckpointEngine
 
@@ -22,8 +22,11 @@ from hybrid_lora_plugin.sync.base_weights import base_digests
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.plan import SyncPlan
-from hybrid_lora_plugin.training.apply import apply_allocation, parts_of
+from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, trainable_groups
+from hybrid_lora_plugin.training.reference import BaseSnapshot, adapters_off
+from hybrid_lora_plugin.verl_backend.fixed_prompts import fixed_prompts
 from hybrid_lora_plugin.verl_backend.sender import server_adapter
+from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import header_entry
 from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource
 from hybrid_lora_plugin.verl_backend.transport import LimitedSender
 from tests.support.faults import Fault, Pair
@@ -75,6 +78,8 @@ class HybridModelEngine(CheckpointEngine):
         plain = AutoModelForCausalLM.from_pretrained(model, dtype=torch.float32)
         self.model = apply_allocation(plain, load_allocation(allocation), rank=rank, alpha=alpha)
         self.scaling = alpha / rank
+        self._base_snapshot = BaseSnapshot(trainable_groups(self.model)["full"])
+        self._prompts = fixed_prompts(AutoTokenizer.from_pretrained(model))
         self._settings = SimpleNamespace(lora={"rollout_dtype": dtype}, lora_rank=rank, lora_alpha=alpha)
         self._sync_base = sync_base
         self.begin_run(sync_check)
@@ -85,10 +90,10 @@ class HybridModelEngine(CheckpointEngine):
 
     # -- driven by the harness --------------------------------------------------------------------------------
 
-    def begin_run(self, sync_check: str) -> None:
-        """Send as another training run from here on, with that ``hybrid_lora.sync_check``."""
-        hybrid = HybridLoraConfig(sync_check=sync_check, sync_base=self._sync_base)
-        self._source = WeightSource(hybrid, self._settings, "cpu")
+    def begin_run(self, sync_check: str, rounding: str = "stochastic") -> None:
+        """Send as another training run from here on, with that ``sync_check`` and ``sync_rounding``."""
+        self._hybrid = HybridLoraConfig(sync_check=sync_check, sync_base=self._sync_base, sync_rounding=rounding)
+        self._source = WeightSource(self._hybrid, self._settings, "cpu")
 
     @torch.no_grad()
     def update(self, seed: int, scale: float = 1.0) -> None:
@@ -98,6 +103,24 @@ class HybridModelEngine(CheckpointEngine):
             if parameter.requires_grad:
                 size = 0.02 if is_adapter(name) else 0.002
                 parameter += scale * size * torch.randn(parameter.shape, generator=generator)
+
+    def train(self, steps: int, lora_rate: float = 2.5e-5, full_rate: float = 1e-6) -> None:
+        """From the base model, so many steps of AdamW on the fixed prompts, by default at the paper's rates."""
+        groups = trainable_groups(self.model)
+        with torch.no_grad():
+            for name, parameter in groups["full"]:
+                parameter.copy_(self._base_snapshot.values[name])
+            for name, parameter in groups["lora"]:
+                if ".lora_B." in name:
+                    parameter.zero_()
+        rates = {"lora": lora_rate, "full": full_rate}
+        optimizer = torch.optim.AdamW(
+            [{"params": [p for _, p in groups[kind]], "lr": rate} for kind, rate in rates.items()], weight_decay=0.0
+        )
+        for _ in range(steps):
+            optimizer.zero_grad()
+            torch.cat([self._scored(tokens) for tokens in self._prompts]).mean().neg().backward()
+            optimizer.step()
 
     def configure(self, mode: str, fault: Fault | None, keep: bool) -> None:
         """What the next sync is: its mode, its fault, and whether it is kept to be the stale one of a later fault."""
@@ -128,9 +151,18 @@ class HybridModelEngine(CheckpointEngine):
     @torch.no_grad()
     def log_probs(self, tokens: list[int]) -> list[float]:
         """The trainer's log-probability of every token but the first."""
+        return self._scored(tokens).tolist()
+
+    def _scored(self, tokens: list[int]) -> torch.Tensor:
         ids = torch.tensor([tokens])
         logits = self.model(ids).logits.float().log_softmax(-1)
-        return logits[0, :-1].gather(1, ids[0, 1:, None])[:, 0].tolist()
+        return logits[0, :-1].gather(1, ids[0, 1:, None])[:, 0]
+
+    def _fixed_prompt(self) -> dict:
+        present = [self.log_probs(tokens) for tokens in self._prompts]
+        with self._base_snapshot.swapped_in(trainable_groups(self.model)["full"]), adapters_off(self.model):
+            base = [self.log_probs(tokens) for tokens in self._prompts]
+        return header_entry(self._prompts, base, present, False, self._hybrid, self._source.dtype)
 
     # -- verl's interface -------------------------------------------------------------------------------------
 
@@ -159,6 +191,7 @@ class HybridModelEngine(CheckpointEngine):
             base=(lambda: base_digests(original_weights(self.model, "cpu"))) if mode.partial else None,
             merged=(lambda module: mode.merged_digest(self.model, module, plan)) if mode.receiver_merges else None,
             changes=changes,
+            fixed_prompt=self._fixed_prompt() if self._hybrid.sync_check == "logprobs" else None,
         )
         if fault is not None and fault.where == "network":
             return fault.applied([(name, tensor.clone()) for name, tensor in stream], self._before)

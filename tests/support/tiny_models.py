@@ -54,7 +54,14 @@ def tiny_qwen2_config(vocab_size: int, layers: int = 2, hidden: int = 32, heads:
 
 
 def make_tiny_qwen2(
-    folder: str | Path, layers: int = 2, hidden: int = 32, seed: int = 0, heads: int = 4, kv_heads: int = 2, **changes
+    folder: str | Path,
+    layers: int = 2,
+    hidden: int = 32,
+    seed: int = 0,
+    heads: int = 4,
+    kv_heads: int = 2,
+    on_grid: bool = False,
+    **changes,
 ) -> Path:
     """Save a random Qwen2 and its tokenizer to ``folder``; ``vocab_size == len(tokenizer)``.
 
@@ -62,6 +69,7 @@ def make_tiny_qwen2(
         folder: where to.
         layers, hidden, heads, kv_heads: sizes.
         seed: of the weights; biases are random too, so that a forgotten bias shows.
+        on_grid: with weights that bfloat16 holds as they are, stored in float32 all the same.
         changes: more fields of ``Qwen2Config``.
     """
     from transformers import AutoModelForCausalLM
@@ -84,6 +92,8 @@ def make_tiny_qwen2(
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
                 torch.nn.init.normal_(parameter, std=0.02)
+            if on_grid:
+                parameter.data = parameter.data.bfloat16().float()
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -21,6 +21,8 @@ from vllm.lora.request import LoRARequest
 
 from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.verl_backend.fixed_prompts import fixed_prompts
+from hybrid_lora_plugin.verl_backend.receiver.logprob_check import Base, compare
 
 WORKER_EXTENSION = "hybrid_lora_plugin.verl_backend.receiver.worker.HybridLoraWorkerExtension"
 
@@ -30,12 +32,16 @@ class HybridLoraHttpServer(vLLMHttpServer):
 
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
-        self._mode = sync_mode(self.model_config.lora["hybrid"]["sync"])
-        self._limit = float(self.model_config.lora["hybrid"]["sync_timeout"])
+        self._hybrid = self.model_config.lora["hybrid"]
+        self._mode = sync_mode(self._hybrid["sync"])
+        self._limit = float(self._hybrid["sync_timeout"])
         self._unproven = "no weights have been synced yet"
-        #: a fixed prompt that has still to be compared with the trainer
+        #: fixed prompts that have still to be compared with the trainer
         self._fixed_prompt: dict[str, Any] = {}
-        self._logprob_difference: float | None = None
+        #: log-probabilities of the base model, from before the first sync
+        self._base: Base | None = None
+        #: what the last comparison measured
+        self._compared: dict[str, float] = {}
         self._synced = False
         self._kv_cache_released = False
 
@@ -45,6 +51,29 @@ class HybridLoraHttpServer(vLLMHttpServer):
     def _resolve_sleep_level(self) -> int:
         # Level 2 throws weights away, and not every mode's syncs bring them all back.
         return 1 if self._mode.engine_keeps_weights else super()._resolve_sleep_level()
+
+    async def launch_server(self, *args, **kwargs):
+        await super().launch_server(*args, **kwargs)
+        if self.node_rank == 0 and self._hybrid["sync_check"] == "logprobs":
+            await self._look_at_base()
+
+    async def _look_at_base(self) -> None:
+        """Log-probabilities of the fixed prompts under the weights that the engine has loaded itself.
+
+        Now, because verl may put it to sleep before the first sync; and that one already has an update in it where a
+        run resumes.
+        """
+        if self.config.load_format not in (None, "auto", "safetensors"):
+            print(
+                "hybrid_lora: sync_check=logprobs cannot judge the policy, only the present log-probabilities: with "
+                f"actor_rollout_ref.rollout.load_format={self.config.load_format} the rollout engine never holds the "
+                "base model; give safetensors",
+                flush=True,
+            )
+            return
+        tokens = fixed_prompts(self.model_config.tokenizer, self._hybrid["sync_texts"])
+        limit = max(self._limit, float(self._hybrid["first_sync_timeout"]))
+        self._base = Base(tokens, await asyncio.wait_for(self._log_probs(tokens, adapter=False), limit))
 
     async def collective_rpc(self, method, timeout=None, args=(), kwargs=None):
         """As verl's, and returns what the workers returned, one item each."""
@@ -72,15 +101,15 @@ class HybridLoraHttpServer(vLLMHttpServer):
         self._unproven = f"the weight sync of step {step} has not been completed"
         self._fixed_prompt = {}
 
-    async def end_weight_sync(self, step: int | None, prompt: dict[str, Any]) -> float | None:
+    async def end_weight_sync(self, step: int | None, prompt: dict[str, Any]) -> dict[str, float]:
         """The weights of this sync are proven on every worker.
 
         Args:
             step: verl's global step of the weights.
-            prompt: tokens, log-probabilities and limit to compare with before the first request; {} for none.
+            prompt: ``SyncHeader.fixed_prompt``, to compare with before the first request; {} for none.
 
         Returns:
-            The difference found by the last comparison, if there was one.
+            Metrics of the last comparison, {} if there was none.
         """
         await self._forget_old_weights()
         if self.lora_as_adapter and VLLM_LORA_INT_ID not in await self.engine.list_loras():
@@ -92,32 +121,28 @@ class HybridLoraHttpServer(vLLMHttpServer):
         self._fixed_prompt, self._synced = prompt, True
         self._unproven = "the log-probabilities of a fixed prompt have not been compared yet" if prompt else ""
         await self._compare_fixed_prompt()
-        return self._logprob_difference
+        return self._compared
 
     async def _compare_fixed_prompt(self, resumed: bool = False) -> None:
-        """Compare the fixed prompt as soon as the engine can generate; it cannot asleep or paused."""
+        """Compare the fixed prompts as soon as the engine can generate; it cannot asleep or paused."""
         if not self._fixed_prompt or self._kv_cache_released or (self._submission_paused and not resumed):
             return
         prompt, self._fixed_prompt = self._fixed_prompt, {}
-        ours = await asyncio.wait_for(self._prompt_log_probs(prompt["tokens"]), self._limit)
-        differences = [abs(a - b) for a, b in zip(ours, prompt["log_probs"], strict=True)]
-        worst = max(range(len(differences)), key=differences.__getitem__)
-        self._logprob_difference = differences[worst]
-        if not differences[worst] <= prompt["limit"]:
-            self._unproven = "the log-probabilities of a fixed prompt differ from the trainer's"
-            raise WeightSyncError(
-                f"fixed prompt: token {worst + 1} has log-probability {ours[worst]:.6f} in the rollout engine and "
-                f"{prompt['log_probs'][worst]:.6f} in the trainer, a difference of {differences[worst]:.2e}, above "
-                f"{prompt['limit']:g}, the limit for {self.config.dtype} (hybrid_lora.sync_logprob_limit)",
-                see="fixed-prompt-differs",
-            )
+        ours = await asyncio.wait_for(self._log_probs(prompt["tokens"], self.lora_as_adapter), self._limit)
+        self._unproven = "the log-probabilities of a fixed prompt differ from the trainer's"
+        self._compared = compare(prompt, ours, self._base, self.config.dtype)
         # Its blocks stay in the prefix cache: they are of these weights.
         self._unproven = ""
 
-    async def _prompt_log_probs(self, tokens: list[int]) -> list[float]:
-        """Log-probability of every token of a prompt but the first."""
+    async def _log_probs(self, prompts: list[list[int]], adapter: bool) -> list[list[float]]:
+        """Log-probability of every token of each prompt but the first, of as many as fit the engine."""
+        return await asyncio.gather(*(self._prompt_log_probs(tokens, adapter) for tokens in prompts))
+
+    async def _prompt_log_probs(self, tokens: list[int], adapter: bool) -> list[float]:
+        # A token is always generated, too.
+        tokens = tokens[: self.config.max_model_len - 1]
         request = None
-        if self.lora_as_adapter:
+        if adapter:
             request = LoRARequest(lora_name=VLLM_LORA_NAME, lora_int_id=VLLM_LORA_INT_ID, lora_path=VLLM_LORA_PATH)
         stream = self.engine.generate(
             prompt=TokensPrompt(prompt_token_ids=tokens),
@@ -133,14 +158,15 @@ class HybridLoraHttpServer(vLLMHttpServer):
     # -- verl's calls that put the engine to sleep, wake it, and use it -------------------------------------------
 
     async def sleep(self):
+        # Before, so that no request is admitted while weights go.
+        self._falls_asleep()
         await super().sleep()
-        self._fell_asleep()
 
     async def release_kv_cache(self):
+        self._falls_asleep()
         await super().release_kv_cache()
-        self._fell_asleep()
 
-    def _fell_asleep(self) -> None:
+    def _falls_asleep(self) -> None:
         if self.config.free_cache_engine and self.config.enable_sleep_mode:
             self._kv_cache_released = True
             if self._resolve_sleep_level() == 2:

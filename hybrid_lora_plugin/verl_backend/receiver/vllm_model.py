@@ -60,6 +60,15 @@ class VllmRolloutModel:
         config = self._worker.model_config
         return CheckpointWeights(checkpoint_folder(config.model, config.revision), self._storage)
 
+    @property
+    def share(self) -> slice:
+        """Of things that one look at this machine's checkpoint settles for all of the engine's workers, this one's."""
+        parallel = self._worker.vllm_config.parallel_config
+        # Workers of several machines may read a checkpoint each. Ray places them without saying where.
+        if parallel.nnodes > 1 or parallel.distributed_executor_backend not in ("mp", "uni"):
+            return slice(None)
+        return slice(self._worker.rank, None, parallel.world_size)
+
     def checkpoint_names(self) -> list[str]:
         """Names of the checkpoint's weights, the output head left out where it is the embedding.
 

@@ -138,7 +138,8 @@ class Reception:
     def _prove_base(self, header: SyncHeader) -> None:
         checkpoint = self._rollout.checkpoint
         if header.digests:
-            check_base(header.base, checkpoint.read, str(checkpoint.folder))
+            names = list(header.base)[self._rollout.share]
+            check_base({name: header.base[name] for name in names}, checkpoint.read, str(checkpoint.folder))
         sent = set(self._received.entries)
         if sync_mode(header.mode).receiver_merges:
             sent |= {f"{module}.weight" for module in header.lora_modules}

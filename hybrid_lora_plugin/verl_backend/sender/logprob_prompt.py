@@ -1,71 +1,112 @@
-"""``sync_check=logprobs``: the trainer's log-probabilities of a fixed prompt, for the rollout engine to reproduce."""
+"""``sync_check=logprobs``: the trainer's log-probabilities of fixed prompts, for the rollout engine to compare."""
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
 
 import torch
+from verl.utils.torch_dtypes import PrecisionType
 
 from hybrid_lora_plugin.config import HybridLoraConfig
-
-#: Any text would do; it only has to stay the same.
-TEXT = "To add 27 and 58, add the tens and the ones: 20 + 50 = 70 and 7 + 8 = 15, so the sum is 85."
-LENGTH = 32
+from hybrid_lora_plugin.verl_backend.fixed_prompts import fixed_prompts
 
 #: largest difference of a log-probability between two engines with the same weights, by rollout dtype
-LIMITS = {torch.float32: 1e-4, torch.bfloat16: 0.25, torch.float16: 0.05}
+LIMITS = {torch.float32: 1e-4, torch.bfloat16: 1.0, torch.float16: 0.2}
 
 
-def fixed_prompt(engine, hybrid: HybridLoraConfig, dtype: torch.dtype) -> dict[str, Any]:
-    """The fixed prompt under the trainer's present weights.
-
-    With shards the forward pass is a collective: every rank must call this.
+class TrainerLogProbs:
+    """The fixed prompts under a verl engine's weights: those of the base model once, the present ones at every sync.
 
     Args:
-        engine: a verl engine with a language model head.
-        hybrid: gives ``sync_logprob_limit``.
-        dtype: what the rollout engine computes in.
-
-    Returns:
-        ``tokens``, ``log_probs`` of every token but the first, and ``limit``, for ``SyncHeader.fixed_prompt``.
+        engine: a ``HybridLoraEngine``.
     """
-    from verl.utils import tensordict_utils as tu
-    from verl.workers.utils.padding import no_padding_2_padding
 
-    tokens = engine.model_config.tokenizer(TEXT, add_special_tokens=False)["input_ids"][:LENGTH]
-    nested = partial(torch.nested.as_nested_tensor, layout=torch.jagged)
-    prompt, response = torch.tensor(tokens[:1]), torch.tensor(tokens[1:])
-    batch = tu.get_tensordict(
-        {
-            "prompts": nested([prompt]),
-            "responses": nested([response]),
-            "input_ids": nested([torch.tensor(tokens)]),
-            "position_ids": nested([torch.arange(len(tokens))]),
-            "response_mask": nested([torch.ones(len(response), dtype=torch.int64)]),
-            "loss_mask": nested([torch.ones(len(response), dtype=torch.int64)]),
-        },
-        non_tensor_dict=dict(
-            temperature=1.0,
-            use_dynamic_bsz=False,
-            micro_batch_size_per_gpu=1,
-            use_remove_padding=bool(engine.engine_config.use_remove_padding),
-            use_fused_kernels=bool(engine.engine_config.use_fused_kernels),
-            global_batch_size=1,
-            calculate_entropy=False,
-        ),
-    )
-    with engine.eval_mode():
-        output = engine.infer_batch(batch, loss_function=None)
-    answer: list[dict[str, Any]] = [{}]
-    if "model_output" in output:  # with sequence parallelism only one rank of a group has the outputs
-        log_probs = no_padding_2_padding(output["model_output"]["log_probs"], batch)[0, : len(response)]
-        answer[0] = {
-            "tokens": tokens,
-            "log_probs": log_probs.float().tolist(),
-            "limit": LIMITS[dtype] if hybrid.sync_logprob_limit is None else hybrid.sync_logprob_limit,
-        }
-    if torch.distributed.is_initialized():
-        # One text on all ranks: verl's relays derive the layout of a bucket from their own stream.
-        torch.distributed.broadcast_object_list(answer)
-    return answer[0]
+    def __init__(self, engine):
+        self._engine = engine
+        self._tokens = fixed_prompts(engine.model_config.tokenizer, engine.hybrid.sync_texts)
+        self._base: list[list[float]] | None = None
+
+    def for_header(self, hybrid: HybridLoraConfig, dtype: torch.dtype) -> dict[str, Any]:
+        """What the next sync takes along, as ``SyncHeader.fixed_prompt``.
+
+        With shards a forward pass is a collective: every rank must call this.
+
+        Args:
+            hybrid: gives the limits.
+            dtype: what the rollout engine computes in.
+        """
+        if self._base is None:
+            self._base = self._log_probs(base=True)
+        # As verl reads it.
+        mixed = self._engine.engine_config.mixed_precision or {}
+        rounds = PrecisionType.to_dtype(mixed.get("param_dtype", "bf16")) != torch.float32
+        return header_entry(self._tokens, self._base, self._log_probs(base=False), rounds, hybrid, dtype)
+
+    def _log_probs(self, base: bool) -> list[list[float]]:
+        """Of every token but the first of each prompt, the same on all ranks."""
+        from verl.utils import tensordict_utils as tu
+        from verl.workers.utils.padding import no_padding_2_padding
+
+        engine, nested = self._engine, partial(torch.nested.as_nested_tensor, layout=torch.jagged)
+        whole = [torch.tensor(tokens) for tokens in self._tokens]
+        ones = [torch.ones(len(tokens) - 1, dtype=torch.int64) for tokens in whole]
+        batch = tu.get_tensordict(
+            {
+                "prompts": nested([tokens[:1] for tokens in whole]),
+                "responses": nested([tokens[1:] for tokens in whole]),
+                "input_ids": nested(whole),
+                "position_ids": nested([torch.arange(len(tokens)) for tokens in whole]),
+                "response_mask": nested(ones),
+                "loss_mask": nested(ones),
+            },
+            non_tensor_dict=dict(
+                temperature=1.0,
+                use_dynamic_bsz=False,
+                # All at once: with shards every micro-batch gathers the model again.
+                micro_batch_size_per_gpu=len(whole),
+                use_remove_padding=bool(engine.engine_config.use_remove_padding),
+                use_fused_kernels=bool(engine.engine_config.use_fused_kernels),
+                global_batch_size=len(whole),
+                calculate_entropy=False,
+            ),
+        )
+        with engine.eval_mode(), engine.disable_adapter() if base else nullcontext():
+            output = engine.infer_batch(batch, loss_function=None)
+        answer: list[list[list[float]]] = [[]]
+        if "model_output" in output:  # with sequence parallelism only one rank of a group has the outputs
+            padded = no_padding_2_padding(output["model_output"]["log_probs"], batch).float()
+            answer = [[row[: len(mask)].tolist() for row, mask in zip(padded, ones, strict=True)]]
+        if torch.distributed.is_initialized():
+            # One text on all ranks: verl's relays derive the layout of a bucket from their own stream.
+            torch.distributed.broadcast_object_list(answer)
+        return answer[0]
+
+
+def header_entry(
+    tokens: list[list[int]],
+    base: list[list[float]],
+    present: list[list[float]],
+    trainer_rounds: bool,
+    hybrid: HybridLoraConfig,
+    dtype: torch.dtype,
+) -> dict[str, Any]:
+    """``SyncHeader.fixed_prompt`` of one sync.
+
+    Args:
+        tokens: of each prompt.
+        base, present: log-probability of every token but the first of each, nats.
+        trainer_rounds: whether the trainer computes in 16 bits.
+        hybrid: gives the limits.
+        dtype: what the rollout engine computes in.
+    """
+    return {
+        "tokens": tokens,
+        "base_log_probs": base,
+        "log_probs": present,
+        "trainer_rounds": trainer_rounds,
+        "rounding": hybrid.sync_rounding,
+        "limit": LIMITS[dtype] if hybrid.sync_logprob_limit is None else hybrid.sync_logprob_limit,
+        "policy_limit": hybrid.sync_policy_limit,
+    }

@@ -153,17 +153,17 @@ class HybridLoraServerAdapter(ServerAdapter):
                 # Printed at once: should the other ranks not answer any more, this would be lost.
                 print(f"hybrid_lora: weight sync of step {global_steps}: {error}", flush=True)
             await self._agree(error, passing, global_steps, limits)
-        difference = None
+        compared = {}
         if self._ensure_server_handle():
             prompt = passing.header.fixed_prompt
             proving = self.server_handle.end_weight_sync.remote(global_steps, prompt)
             try:
                 patience = waits.for_last_checks(limits.bucket, bool(prompt))
-                difference = await _within(proving, "the rollout engine's last checks", patience)
+                compared = await _within(proving, "the rollout engine's last checks", patience)
             except Exception as failure:
                 raise _ended(passing, global_steps, _text(failure)) from failure
         self._proven = True
-        sync_metrics.add(time.perf_counter() - started, difference)
+        sync_metrics.add(time.perf_counter() - started, compared)
 
     async def _begin(self, passing: PassingWeights, step: int | None, limits: waits.Limits) -> None:
         """Lock the engine and read the header."""

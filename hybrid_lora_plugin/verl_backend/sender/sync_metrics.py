@@ -16,6 +16,8 @@ from hybrid_lora_plugin.training.arrival import arrival_of, is_lost
 
 #: in a record beside the metrics: by kind of module, the sums that the arrived update is computed from
 UPDATE_SUMS = "update_sums"
+#: in a record: how far the policy of this rank's rollout engine stands from the trainer's, which only goes together
+POLICY = "policy"
 
 _last: dict[str, Any] = {}
 #: verl's global step of these, where the stream was told
@@ -47,22 +49,23 @@ def keep(outgoing: OutgoingWeights, update_sums: dict[str, list[float]] | None =
     _last[UPDATE_SUMS] = update_sums or {}
 
 
-def add(seconds: float, logprob_difference: float | None) -> None:
+def add(seconds: float, compared: dict[str, float]) -> None:
     """What the sending end knows besides.
 
     Args:
         seconds: from the first tensor until the engine was proven to hold the last.
-        logprob_difference: largest difference of a log-probability of the fixed prompt, nats.
+        compared: what its server measured on the fixed prompts, {} where they were not compared.
     """
     _last["sync_seconds"] = seconds
-    if logprob_difference is not None:
-        _last["sync_logprob_difference"] = logprob_difference
+    if compared:
+        _last[POLICY] = {name: value for name, value in compared.items() if name.startswith("sync_policy_")}
+        _last["sync_logprob_difference"] = compared["sync_logprob_difference"]
 
 
 def last_sync(_worker=None) -> dict[str, Any]:
     """The measurements by metric name without prefix, of the last sync or of those of one step; each is given once.
 
-    Beside them, as ``UPDATE_SUMS``, what ``combined`` makes the arrived update of.
+    Beside them what ``combined`` makes metrics of, as ``UPDATE_SUMS`` and ``POLICY``.
     """
     taken = dict(_last)
     _last.clear()
@@ -74,12 +77,16 @@ def combined(records: list[dict[str, Any]]) -> dict[str, float]:
 
     Returns:
         Seconds of the slowest rank, the least that every rank proved, the update that arrived in all that the ranks
-        looked at; the rest is the same on all.
+        looked at, the policy of the rollout engine that stands furthest from the trainer's; the rest is the same on
+        all.
     """
     metrics = {}
-    for name in sorted({name for record in records for name in record} - {UPDATE_SUMS}):
+    for name in sorted({name for record in records for name in record} - {UPDATE_SUMS, POLICY}):
         values = [record[name] for record in records if name in record]
         metrics[name] = min(values) if name == "sync_digest_ok" else max(values)
+    policies = [record[POLICY] for record in records if POLICY in record]
+    if policies:
+        metrics |= max(policies, key=lambda policy: abs(policy.get("sync_policy_slope", 1.0) - 1))
     for kind, sums in _update_sums(records).items():
         arrived = arrival_of(sums)
         if arrived is not None:
