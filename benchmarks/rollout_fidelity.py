@@ -29,6 +29,7 @@ from benchmarks.pages import save_figures, write_page
 from benchmarks.sync_sizes import draw_allocation
 from hybrid_lora_plugin.names import split_factor
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, trainable_groups
 from hybrid_lora_plugin.training.rounding import NEAREST, Rounding
 
@@ -103,7 +104,7 @@ class Study:
 
     def sent(self, variant: Variant) -> dict[str, torch.Tensor]:
         rounding = Rounding("stochastic", self.seed) if variant.rounding == "stochastic" else NEAREST
-        stream = sync_mode(variant.mode).outgoing(self.model, ALPHA / RANK, variant.dtype, "cpu", rounding)
+        stream = sync_mode(variant.mode).outgoing(self.model, SyncPlan(ALPHA / RANK, variant.dtype, "cpu", rounding))
         return {name: tensor.clone() for name, tensor in stream}
 
     @torch.no_grad()

@@ -35,12 +35,14 @@ from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.probing.loading import parameter_count
 from hybrid_lora_plugin.probing.provenance import model_identity
 from hybrid_lora_plugin.sync import hybrid_weights
-from hybrid_lora_plugin.sync import merge as sync_merge
 from hybrid_lora_plugin.sync.element_list import ELEMENT_BYTES
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
+from hybrid_lora_plugin.sync.live_weight import LiveWeight
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader, bucket_mebibytes, packed
 from hybrid_lora_plugin.training import merge as training_merge
+from hybrid_lora_plugin.training import rounding as training_rounding
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of
 
 #: Hugging Face's config.json of Qwen/Qwen2.5-*-Instruct, what decides shapes
@@ -105,8 +107,9 @@ class LiveBytes(TorchDispatchMode):
 def _without_memory() -> Iterator[None]:
     """Let sender and receiver run on meta tensors, and take a copy of every tensor as gathering its shards does."""
     with ExitStack() as stack:
-        for module in (hybrid_weights, sync_merge):
-            stack.enter_context(mock.patch.object(module, "whole", lambda tensor, device: tensor.detach().clone()))
+        stack.enter_context(mock.patch.object(hybrid_weights, "whole", lambda tensor, device: tensor.detach().clone()))
+        for module in (training_merge, training_rounding):
+            stack.enter_context(mock.patch.object(module, "require_numbers", lambda *_: None))
         # It asks for a precision, which the meta device has no idea of.
         stack.enter_context(mock.patch.object(training_merge, "_exact_fp32", nullcontext))
         yield
@@ -130,6 +133,10 @@ class _Engine:
         base = torch.empty(self._shapes[name], dtype=self._dtype, device="meta")
         self.merged_into[name] = base.nbytes
         return base
+
+    def live(self, name: str) -> LiveWeight:
+        # One worker holds all of it.
+        return LiveWeight(torch.empty(self._shapes[name], device="meta"), self._shapes[name], None, 0)
 
     def load(self, weights) -> None:
         pass
@@ -247,7 +254,7 @@ class PaperModel:
             )  # fmt: skip
 
             def tensors():
-                return mode.outgoing(model, header.scaling, ROLLOUT_DTYPE, "meta")
+                return mode.outgoing(model, SyncPlan(header.scaling, ROLLOUT_DTYPE, "meta"))
 
             # Without digests, which need values; their texts are put in afterwards.
             stream = OutgoingWeights(replace(header, digests=False), tensors())

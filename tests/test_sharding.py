@@ -20,7 +20,7 @@ from hybrid_lora_plugin.training.apply import parts_of, trainable_groups  # noqa
 from hybrid_lora_plugin.training.export import export_checkpoint  # noqa: E402
 from hybrid_lora_plugin.training.memory import least_bytes  # noqa: E402
 from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
-from hybrid_lora_plugin.training.rounding import Rounding, round_weight  # noqa: E402
+from hybrid_lora_plugin.training.rounding import Rounding, on_grid, round_weight  # noqa: E402
 from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402
 from hybrid_lora_plugin.verl_backend.requirements import check_sharding  # noqa: E402
 from tests.support import host_flash_attention  # noqa: E402
@@ -60,6 +60,8 @@ OTHERS = {
     }
     for strategy in ("fsdp2", "fsdp")
 }
+#: a checkpoint that a rollout engine in bfloat16 does not hold
+FLOAT32 = ("fsdp2-float32", "fsdp-float32")
 PACKED = {"use_remove_padding": True}
 #: verl's other options of a model; those that replace a method of its class for good come last
 OPTIONS = {
@@ -109,6 +111,12 @@ def runs(setting):
             "untied": plain
             | {"model": folder / "untied", "allocation": make_allocation(folder / "untied", folder / "own")},
             "bf16": plain | {"param_dtype": "bf16"},
+        }
+        | {
+            name: plain
+            | {"strategy": name.partition("-")[0], "model": folder / "fp32"}
+            | {"allocation": make_allocation(folder / "fp32", folder / f"{name}-own")}
+            for name in FLOAT32
         }
         | OPTIONS,
         4: OTHERS,
@@ -347,6 +355,24 @@ def test_thresholds_do_not_depend_on_the_sharding(run, setting):
         else:
             wanted = base[name]
         assert torch.equal(tensor, wanted), name
+
+
+@pytest.mark.parametrize("name", FLOAT32)
+def test_thresholds_round_the_update_alone_in_a_float32_checkpoint(runs, setting, name):
+    """Full modules begin at what nearest makes of their original, wherever FSDP1 or FSDP2 cut them."""
+    ours, allocation, how = runs[2], load_allocation(setting[2]), Rounding("stochastic", 0)
+    base = AutoModelForCausalLM.from_pretrained(setting[0] / "fp32", dtype=torch.float32).state_dict()
+    differ = 0
+    for weight, tensor in ours[f"{name}-synced-bf16"].items():
+        module = weight.rpartition(".")[0]
+        if module in allocation.full_names:
+            trained = ours[f"{name}-end"][f"base_model.model.{weight}"]
+            wanted = round_weight(weight, on_grid(trained, base[weight], torch.bfloat16), torch.bfloat16, how)
+            differ += not torch.equal(wanted, round_weight(weight, trained, torch.bfloat16, how))
+            assert torch.equal(tensor, wanted), weight
+    assert differ
+    for weight, tensor in ours[f"{name}-synced-moved"].items():
+        assert torch.equal(ours[f"{name}-synced-sparse"][weight], tensor), weight
 
 
 def test_changed_elements_make_the_bits_of_merge_under_every_sharding(run):

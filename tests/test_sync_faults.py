@@ -62,7 +62,7 @@ class Engines:
     plain: RolloutHarness
     #: one that runs adapters, with two tensor-parallel workers
     adapter: RolloutHarness
-    #: one in 16 bits, with two tensor-parallel workers, for sparse_merge
+    #: one in 16 bits, with two tensor-parallel workers, for sparse_merge and where both ends of a sync merge
     sixteen: RolloutHarness
     #: of model and allocation, from the beginning
     files: dict[str, str]
@@ -125,8 +125,10 @@ def test_metrics_count_what_was_sent_and_what_changed(engines):
     assert second["receiver_merge"]["sync_bytes"] < second["merge"]["sync_bytes"] / 2
 
 
-def test_merge_and_receiver_merge_leave_the_same_bits_in_vllm(engines):
-    replica = engines.plain
+@pytest.mark.parametrize("engine", ["plain", "sixteen"])
+def test_merge_and_receiver_merge_leave_the_same_bits_in_vllm(engines, engine):
+    """Where two workers hold a model between them, each merges its own part."""
+    replica = getattr(engines, engine)
     for step in range(3):
         replica.update(step)
         replica.sync("merge")

@@ -15,6 +15,7 @@ from benchmarks.sync_sizes import BEGIN, END, MODES, LiveBytes, PaperModel, tabl
 from hybrid_lora_plugin.sync.base_weights import base_digests
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of
 from tests.support.tiny_models import tiny_qwen2_config
@@ -37,18 +38,15 @@ def real_stream(paper, name):
     """The same sync with a model that has weights, digests and all."""
     plain = AutoModelForCausalLM.from_config(paper.config, dtype=torch.float32)
     model, mode = apply_allocation(plain, paper.allocation, rank=4, alpha=8), sync_mode(name)
-    merged = (
-        sync_mode("receiver_merge").merged_digest(model, parts_of(model).lora_modules[1], 2.0, torch.bfloat16, "cpu")
-        if name == "receiver_merge"
-        else {}
-    )
+    plan = SyncPlan(2.0, torch.bfloat16, "cpu")
+    merged = mode.merged_digest(model, parts_of(model).lora_modules[1], plan) if mode.receiver_merges else {}
     header = SyncHeader(
         run="0123456789ab", number=1, mode=name, dtype="bfloat16", digests=True, lora_rank=4, lora_alpha=8.0,
         lora_modules=list(parts_of(model).lora_modules),
         base=base_digests(original_weights(model, "cpu")) if mode.partial else {},
         payload_bytes=mode.payload_bytes(parts_of(model).counts, torch.bfloat16), merged=merged,
     )  # fmt: skip
-    stream = OutgoingWeights(header, mode.outgoing(model, 2.0, torch.bfloat16, "cpu"))
+    stream = OutgoingWeights(header, mode.outgoing(model, plan))
     return stream, [(name, tensor.nbytes) for name, tensor in stream]
 
 

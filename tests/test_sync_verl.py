@@ -23,7 +23,8 @@ from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension 
 
 from hybrid_lora_plugin.errors import WeightSyncError  # noqa: E402
 from hybrid_lora_plugin.sync.modes import sync_mode  # noqa: E402
-from hybrid_lora_plugin.sync.wire import OutgoingWeights, ReceivedWeights, SyncHeader, read_header  # noqa: E402
+from hybrid_lora_plugin.sync.received import ReceivedWeights  # noqa: E402
+from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader, read_header  # noqa: E402
 from hybrid_lora_plugin.verl_backend import engine_registration, patches  # noqa: E402
 from hybrid_lora_plugin.verl_backend.receiver.server import HybridLoraHttpServer, HybridLoraReplica  # noqa: E402
 from hybrid_lora_plugin.verl_backend.receiver.vllm_model import VllmRolloutModel  # noqa: E402

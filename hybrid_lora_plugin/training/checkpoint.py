@@ -3,7 +3,7 @@
     hybrid_lora/
       trainables.safetensors   fp32: full weights under their plain names; LoRA factors as
                                `<module>.lora_A.weight` [r, d_in] and `<module>.lora_B.weight` [d_out, r]
-      trainables.json          base model, rank, alpha, global step, and how the rollout engine's weights are rounded
+      trainables.json          base model and its type, rank, alpha, step, how rollout weights are rounded
       allocation.json          the allocation the run trained under
 
 The folder appears under its name only when it is complete.
@@ -28,9 +28,13 @@ from hybrid_lora_plugin.training.rounding import Rounding
 
 FOLDER = "hybrid_lora"
 TENSORS, DESCRIPTION, ALLOCATION = "trainables.safetensors", "trainables.json", "allocation.json"
-SCHEMA_VERSION = 2
-#: before checkpoints said how rollout weights are rounded: to nearest, and their type is not known
-_BEFORE_ROUNDING = {"rollout_dtype": None, "rounding_mode": "nearest", "rounding_seed": 0}
+SCHEMA_VERSION = 3
+#: by version, what its description does not say yet: 1 knew no rounding of rollout weights, so it was to nearest
+_NOT_SAID = {
+    1: {"rollout_dtype": None, "rounding_mode": "nearest", "rounding_seed": 0, "base_dtype": None},
+    2: {"base_dtype": None},
+    SCHEMA_VERSION: {},
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ class CheckpointDescription:
     rollout_dtype: str | None = None
     rounding_mode: str = "nearest"
     rounding_seed: int = 0
+    #: type in which the run held the base model's weights, which loses nothing of the checkpoint's; None where the
+    #: checkpoint does not say
+    base_dtype: str | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -89,9 +96,9 @@ def load_description(folder: Path) -> CheckpointDescription:
     try:
         raw = json.loads((folder / DESCRIPTION).read_text())
         version = raw.pop("schema_version", None)
-        if version not in (1, SCHEMA_VERSION):
+        if version not in _NOT_SAID:
             raise ValueError(f"schema_version is {version!r}, wanted {SCHEMA_VERSION}")
-        raw |= _BEFORE_ROUNDING if version == 1 else {}
+        raw |= _NOT_SAID[version]
         names = [f.name for f in fields(CheckpointDescription) if f.name != "schema_version"]
         return CheckpointDescription(**{name: raw[name] for name in names})
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -126,6 +126,12 @@ class VllmRolloutModel:
                 f"vLLM cannot load one of {names}: {type(error).__name__}: {error}", see="engine-cannot-load-a-weight"
             ) from error
 
+    def load_part(self, name: str, part: torch.Tensor) -> None:
+        live = self.live(name)
+        if self._digests:
+            self._expected[name] = digest_soon(part.to(live.view.dtype))
+        live.view.copy_(part)
+
     def _expect(self, name: str, tensor: torch.Tensor) -> None:
         """Check the shape, which vLLM's loader does not in every case, and begin the digest of what must be there."""
         try:
