@@ -8,6 +8,8 @@
 #   DEMO_ON_THE_FLY=sft  the demo's run probes for itself, with this objective (sft or policy)
 #   DEMO_OVERRIDES=...   more settings of the demo's verl run, e.g. hybrid_lora.sync=adapter
 #   DEMO_DIR=outputs/demo
+#   GPU_PYTHON=python3   interpreter of `make gpu-check`, where the extra gpu is installed: see docs/gpu-check.md
+#   GPU_CHECK=...        options of the check, e.g. "--runs merge,adapter"
 
 PYTHON ?= python3.11
 VENV ?= .venv
@@ -15,6 +17,7 @@ DEMO_STEPS ?= 24
 DEMO_RANKS ?= 1
 DEMO_DIR ?= outputs/demo
 SMOLLM2_DIR ?= outputs/smollm2-135m
+GPU_PYTHON ?= python3
 
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
@@ -23,7 +26,7 @@ FIND_LINKS = $(or $(PIP_FIND_LINKS),$(shell $(BIN)/pip config get global.find-li
 TORCH_SOURCE = $(if $(strip $(FIND_LINKS)),$(addprefix --find-links ,$(FIND_LINKS)),--torch-backend cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast demo probe-smollm2 bench bench-probe bench-sync bench-training docs lint lock clean
+.PHONY: help install test test-fast demo gpu-check probe-smollm2 bench bench-probe bench-sync bench-training docs contracts-gpu lint lock clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r name text; do printf '  make %-15s %s\n' "$$name" "$$text"; done
@@ -56,6 +59,10 @@ test-fast: install ## the tests that start neither verl nor several ranks: a few
 demo: install ## the whole line on two CPU cores: probe, verl GSPO run, proof, export, report
 	$(BIN)/python -m recipes.demo --steps $(DEMO_STEPS) --ranks $(DEMO_RANKS) --output $(DEMO_DIR) $(addprefix --on-the-fly ,$(DEMO_ON_THE_FLY)) $(DEMO_OVERRIDES)
 
+# Without `install`, which puts the CPU set into .venv.
+gpu-check: ## one CUDA GPU in twenty minutes: every sync mode, fidelity, costs, one page (needs the extra gpu)
+	@$(GPU_PYTHON) -m recipes.gpu_check $(GPU_CHECK)
+
 probe-smollm2: install ## the allocation of a real pretrained model (SmolLM2-135M, 210 modules)
 	$(BIN)/python -m recipes.probe_smollm2 --output $(SMOLLM2_DIR)
 
@@ -75,6 +82,9 @@ bench-training: install ## memory, time and start of training, beside verl's own
 
 docs: install ## write docs/configuration.md and docs/contracts.md from the code
 	$(BIN)/python -m hybrid_lora_plugin.cli.reference docs/configuration.md docs/contracts.md
+
+contracts-gpu: install ## read the contracts in the wheels that the extra gpu pins: downloads about 820 MB
+	$(BIN)/python -m tests.support.source_contracts --wheels .cache/wheels
 
 lint: install
 	$(BIN)/ruff check .

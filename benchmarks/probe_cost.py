@@ -25,7 +25,7 @@ import torch
 
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.config import AdapterConfig, ProbeCommandConfig, ProbeConfig
-from hybrid_lora_plugin.probing import ranks as processes
+from hybrid_lora_plugin.probing import distributed as processes
 from hybrid_lora_plugin.probing.controls import ControlPass
 from hybrid_lora_plugin.probing.distributed import place
 from hybrid_lora_plugin.probing.forward import IGNORED, Batch, Passes, negative_log_likelihood

@@ -29,6 +29,7 @@ from benchmarks.pages import save_figures, write_page
 from benchmarks.sync_sizes import draw_allocation
 from hybrid_lora_plugin.names import split_factor
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, trainable_groups
 from hybrid_lora_plugin.training.rounding import NEAREST, Rounding
 
@@ -103,7 +104,7 @@ class Study:
 
     def sent(self, variant: Variant) -> dict[str, torch.Tensor]:
         rounding = Rounding("stochastic", self.seed) if variant.rounding == "stochastic" else NEAREST
-        stream = sync_mode(variant.mode).outgoing(self.model, ALPHA / RANK, variant.dtype, "cpu", rounding)
+        stream = sync_mode(variant.mode).outgoing(self.model, SyncPlan(ALPHA / RANK, variant.dtype, "cpu", rounding))
         return {name: tensor.clone() for name, tensor in stream}
 
     @torch.no_grad()
@@ -179,11 +180,16 @@ def _kl(p: torch.Tensor, q: torch.Tensor) -> float:
     return (p.exp() * (p - q)).sum(-1).mean().item()
 
 
-def run(arguments) -> dict:
+def run(arguments) -> Iterator[dict]:
+    """All that is known after each of the wanted steps, so that what a long run has measured is never lost."""
     setting = SETTINGS[arguments.setting](arguments.cache, arguments.seed)
     rates = tuple(arguments.rates or setting.rates)
     study, started = Study(setting, arguments.gradient, rates, arguments.seed), time.monotonic()
     wanted, rows, changes = set(arguments.steps), [], []
+    result = {
+        "setting": setting.name, "gradient": arguments.gradient, "seed": arguments.seed, "torch": torch.__version__,
+        "rates": rates, "rank": RANK, "alpha": ALPHA, "ratio": RATIO, "rows": rows, "changes": changes,
+    }  # fmt: skip
     for step in range(1, max(wanted) + 1):
         for apart in (1, 4):
             if step - 1 + apart in wanted and step > 1:
@@ -195,12 +201,9 @@ def run(arguments) -> dict:
                 if step - apart in study.earlier:
                     changes.append({"step": step, "apart": apart} | study.changed(step - apart))
             study.earlier.clear()
+            yield result
         if step in wanted or step % 10 == 0:
             print(f"step {step} of {max(wanted)}, {time.monotonic() - started:.0f} s", file=sys.stderr, flush=True)
-    return {
-        "setting": setting.name, "gradient": arguments.gradient, "seed": arguments.seed, "torch": torch.__version__,
-        "rates": rates, "rank": RANK, "alpha": ALPHA, "ratio": RATIO, "rows": rows, "changes": changes,
-    }  # fmt: skip
 
 
 NAMES = {
@@ -259,10 +262,10 @@ def main(argv: list[str] | None = None) -> int:
         write_page(arguments.write, page([json.loads(file.read_text()) for file in files]), BEGIN, END)
         return 0
     arguments.cache.mkdir(parents=True, exist_ok=True)
-    result = run(arguments)
-    lora, full = result["rates"]
-    name = f"{arguments.setting}-{arguments.gradient}-{lora:g}-{full:g}-{arguments.seed}"
-    save_figures(arguments.out, name, result)
+    for result in run(arguments):
+        lora, full = result["rates"]
+        name = f"{arguments.setting}-{arguments.gradient}-{lora:g}-{full:g}-{arguments.seed}"
+        save_figures(arguments.out, name, result)
     print(page([result]))
     return 0
 

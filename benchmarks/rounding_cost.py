@@ -19,6 +19,7 @@ from transformers import AutoModelForCausalLM, Qwen2Config
 
 from benchmarks.sync_sizes import draw_allocation
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader
 from hybrid_lora_plugin.training.apply import apply_allocation, trainable_groups
 from hybrid_lora_plugin.training.arrival import Arrival
@@ -58,7 +59,8 @@ def draw(model, dtype: str, rounding: str, measured: bool, buffer: torch.Tensor)
     header = SyncHeader(run="r", number=1, mode="merge", dtype=dtype, digests=True)
     target, arrival = getattr(torch, dtype), Arrival(1) if measured else None
     started = time.perf_counter()
-    tensors = sync_mode("merge").outgoing(model, ALPHA / RANK, target, "cpu", Rounding(rounding), arrival)
+    plan = SyncPlan(ALPHA / RANK, target, "cpu", Rounding(rounding), arrival)
+    tensors = sync_mode("merge").outgoing(model, plan)
     for _, tensor in OutgoingWeights(header, tensors):
         data = tensor.reshape(-1).view(torch.uint8)
         buffer[: len(data)].copy_(data)

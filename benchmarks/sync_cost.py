@@ -85,7 +85,7 @@ def make_model(folder: Path, shape: argparse.Namespace) -> None:
     """Save a random Qwen2 in bf16 with a tokenizer, and an allocation of 10 % for it."""
     from transformers import AutoModelForCausalLM, Qwen2Config
 
-    from hybrid_lora_plugin.allocation import save_allocation
+    from hybrid_lora_plugin.report.artifact import save_allocation
     from recipes.demo.base_model import build_tokenizer
 
     tokenizer = build_tokenizer()

@@ -35,12 +35,14 @@ from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.probing.loading import parameter_count
 from hybrid_lora_plugin.probing.provenance import model_identity
 from hybrid_lora_plugin.sync import hybrid_weights
-from hybrid_lora_plugin.sync import merge as sync_merge
 from hybrid_lora_plugin.sync.element_list import ELEMENT_BYTES
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
+from hybrid_lora_plugin.sync.live_weight import LiveWeight
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader, bucket_mebibytes, packed
 from hybrid_lora_plugin.training import merge as training_merge
+from hybrid_lora_plugin.training import rounding as training_rounding
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of
 
 #: Hugging Face's config.json of Qwen/Qwen2.5-*-Instruct, what decides shapes
@@ -59,9 +61,11 @@ SHAPES = {
     ),
 }  # fmt: skip
 MODES = ("merge", "adapter", "receiver_merge")
-#: by optimizer steps between two syncs, the share of what trains that changes in ``sparse_merge``: measured for one on
-#: SmolLM2-135M at the paper's rates in bfloat16, and that times four
-CHANGED = {1: 0.008, 4: 0.032}
+#: by type of the rollout and optimizer steps between two syncs, the share of what trains that changes in
+#: ``sparse_merge``: the largest measured on SmolLM2-135M at the paper's rates (docs/sync-fidelity.md)
+CHANGED = {"bfloat16": {1: 0.010, 4: 0.032}, "float16": {1: 0.054, 4: 0.154}}
+#: the same for the bytes that were wanted of such a sync, against verl's merge
+WANTED = {"bfloat16": {1: 0.05, 4: 0.15}, "float16": {1: 0.1, 4: 0.3}}
 ROLLOUT_DTYPE = torch.bfloat16
 BEGIN, END = "<!-- computed by benchmarks/sync_sizes.py -->", "<!-- end of the computed part -->"
 
@@ -103,8 +107,9 @@ class LiveBytes(TorchDispatchMode):
 def _without_memory() -> Iterator[None]:
     """Let sender and receiver run on meta tensors, and take a copy of every tensor as gathering its shards does."""
     with ExitStack() as stack:
-        for module in (hybrid_weights, sync_merge):
-            stack.enter_context(mock.patch.object(module, "whole", lambda tensor, device: tensor.detach().clone()))
+        stack.enter_context(mock.patch.object(hybrid_weights, "whole", lambda tensor, device: tensor.detach().clone()))
+        for module in (training_merge, training_rounding):
+            stack.enter_context(mock.patch.object(module, "require_numbers", lambda *_: None))
         # It asks for a precision, which the meta device has no idea of.
         stack.enter_context(mock.patch.object(training_merge, "_exact_fp32", nullcontext))
         yield
@@ -128,6 +133,10 @@ class _Engine:
         base = torch.empty(self._shapes[name], dtype=self._dtype, device="meta")
         self.merged_into[name] = base.nbytes
         return base
+
+    def live(self, name: str) -> LiveWeight:
+        # One worker holds all of it.
+        return LiveWeight(torch.empty(self._shapes[name], device="meta"), self._shapes[name], None, 0)
 
     def load(self, weights) -> None:
         pass
@@ -192,11 +201,14 @@ class PaperModel:
         lora = sum(candidate.lora_parameters(self.rank) for candidate in self.allocation.modules)
         return lora * torch.float32.itemsize
 
-    def changed_elements_bytes(self, share: float, digest: str = "keyed:" + "0" * 16) -> tuple[int, int]:
+    def changed_elements_bytes(
+        self, share: float, dtype: str = "bfloat16", digest: str = "keyed:" + "0" * 16
+    ) -> tuple[int, int]:
         """A later sync of ``sparse_merge`` in which that share of every weight that trains changed.
 
         Args:
             share: of the elements, spread evenly.
+            dtype: of the rollout, of 16 bits.
             digest: as in ``sync``.
 
         Returns:
@@ -213,7 +225,7 @@ class PaperModel:
             "account": {"part": 10, "parts": 16, "tensors": dict.fromkeys(elements, row)},
         }  # fmt: skip
         header = SyncHeader(
-            run="0" * 12, number=100, mode="sparse_merge", dtype="bfloat16", digests=True, base_number=99,
+            run="0" * 12, number=100, mode="sparse_merge", dtype=dtype, digests=True, base_number=99,
             lora_rank=self.rank, lora_alpha=2.0 * self.rank, lora_modules=list(parts.lora_modules),
             payload_bytes=self.counts.frozen * 2,
         )  # fmt: skip
@@ -242,7 +254,7 @@ class PaperModel:
             )  # fmt: skip
 
             def tensors():
-                return mode.outgoing(model, header.scaling, ROLLOUT_DTYPE, "meta")
+                return mode.outgoing(model, SyncPlan(header.scaling, ROLLOUT_DTYPE, "meta"))
 
             # Without digests, which need values; their texts are put in afterwards.
             stream = OutgoingWeights(replace(header, digests=False), tensors())
@@ -332,12 +344,14 @@ def table(ratio: float = 0.1, rank: int = 16, seed: int = 0) -> str:
                 f"{_size(size.largest)} | {_size(size.buffer)} | {_size(size.trainer)} | {_size(size.receiver)} | "
                 f"{pinned} |"
             )
-        for steps, share in CHANGED.items():
-            sent, formula = model.changed_elements_bytes(share)
-            lines.append(
-                f"| | `sparse_merge`, {share:.1%} changed in {steps} optimizer step{'s' * (steps > 1)} | "
-                f"{_size(sent)} | {sent / formula:.5f} | {sent / verl:.3f} | | | | | |"
-            )
+        for dtype, shares in CHANGED.items():
+            for steps, share in shares.items():
+                sent, formula = model.changed_elements_bytes(share, dtype)
+                lines.append(
+                    f"| | `sparse_merge`, {dtype}, {share:.1%} changed in {steps} optimizer step{'s' * (steps > 1)} | "
+                    f"{_size(sent)} | {sent / formula:.5f} | {sent / verl:.3f}, wanted ≤ {WANTED[dtype][steps]} | | | "
+                    "| | |"
+                )
     return "\n".join(lines)
 
 

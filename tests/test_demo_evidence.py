@@ -36,6 +36,19 @@ def test_one_step_above_the_limit_or_without_the_metric_fails(differences):
     assert not evidence.check_rollout_weights(run_of(differences), 3).holds
 
 
+def test_in_16_bits_the_limit_is_wider_and_the_arrived_update_decides():
+    steps = run_of([3e-2, 7e-2])
+    assert evidence.check_rollout_weights(steps, 2, "bfloat16").holds
+    assert not evidence.check_rollout_weights(steps, 2).holds
+    assert not evidence.check_rollout_weights(run_of([3e-2, 0.5]), 2, "bfloat16").holds
+    assert not evidence.check_arrived(steps, 2).holds, "no figure is no proof"
+    for values, holds in (((0.98, 1.01), True), ((0.98, 0.3), False), ((float("nan"), 1.0), False)):
+        for step, value in zip(steps, values, strict=True):
+            for kind in ("lora", "full"):
+                step.metrics[f"hybrid_lora/update_arrived_{kind}"] = value
+        assert evidence.check_arrived(steps, 2).holds is holds
+
+
 @pytest.mark.parametrize("differences", [[1e-7, 1e-7], [1e-7, None, 1e-7], []])
 def test_fewer_steps_than_asked_fail(differences):
     assert not evidence.check_steps(run_of(differences), 3).holds

@@ -237,3 +237,21 @@ def test_resumed_run_continues_bit_for_bit(result):
 )
 def test_resume_is_refused_where_it_would_make_another_model(result, case, words):
     assert all(word in result["refused"][case] for word in words), result["refused"][case]
+
+
+@pytest.mark.parametrize(
+    "case, words",
+    [
+        ("float32", []),
+        ("float32, another seed", ["sync_seed is 7 and was 0 in", "float32 rollouts stay", "hybrid_lora.sync_seed=0"]),
+        ("bfloat16 after float32", ["dtype is bfloat16 and was float32 in", "rollouts differ", "dtype=float32"]),
+        ("bfloat16", []),
+        ("bfloat16, another seed", ["sync_seed is 7 and was 0 in", "rollouts differ", "hybrid_lora.sync_seed=0"]),
+        ("bfloat16, another rounding", ["sync_rounding is nearest and was stochastic", "rollouts differ"]),
+    ],
+)
+def test_resume_says_where_rollouts_will_be_rounded_otherwise(result, case, words):
+    """It changes no weight that trains, so it is not refused."""
+    lines = result["said"][case]
+    assert len(lines) == bool(words), lines
+    assert all(word in line for line in lines for word in ["hybrid_lora: WARNING", "checkpoint", *words]), lines

@@ -3,6 +3,7 @@
 import ast
 import subprocess
 import sys
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,10 +21,12 @@ PURE = {
     "report": ({"numpy", "torch"}, {"matplotlib"}),
 }
 #: What stands below every folder of the package.
-GROUND = {"__version__", "errors", "names", "files", "seeding", "parameter_counts", "config_field", "config"}
+CONFIG_PARTS = {"config_field", "config_selection", "config_probe", "config_sync"}
+GROUND = {"__version__", "errors", "names", "files", "seeding", "parameter_counts", "config"} | CONFIG_PARTS
 # What a layer may use of this package: data flow one way, from the first row to the last.
 INTERNAL = {
-    "config.py": {"config_field", "errors"},
+    **{f"config_{part}.py": {"config_field", "errors"} for part in ("selection", "probe", "sync")},
+    "config.py": CONFIG_PARTS | {"errors"},
     "config_validation.py": {"config", "errors"},
     "candidates.py": {"errors"},
     "scoring": GROUND | {"candidates"},
@@ -180,3 +183,45 @@ def test_importing_the_package_loads_nothing_and_its_names_need_no_verl():
         "else: raise SystemExit('no AttributeError')\n"
     )
     subprocess.run([sys.executable, "-c", code], cwd=ROOT, check=True)
+
+
+@cache
+def names_of(module):
+    """What a module of this repository has, as far as its source says; None where there is no such module."""
+    path = ROOT.joinpath(*module.split("."))
+    file = path / "__init__.py" if path.is_dir() else path.with_suffix(".py")
+    if not file.exists():
+        return {part.stem for part in path.glob("*.py")} if path.is_dir() else None
+    found = {part.stem for part in path.iterdir()} if path.is_dir() else set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, (ast.FunctionDef, ast.AsyncFunctionDef, ast.ClassDef)):
+            found.add(node.name)
+        elif isinstance(node, (ast.Import, ast.ImportFrom)):
+            found |= {(alias.asname or alias.name).split(".")[0] for alias in node.names}
+        elif isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            found.add(node.id)
+    return found
+
+
+def test_what_is_imported_from_this_repository_is_there():
+    # Inside functions too: a benchmark that takes twenty minutes must not end at an import, and no test runs it.
+    checked, wrong = 0, []
+    for folder in ("hybrid_lora_plugin", "benchmarks", "recipes", "tests", "hydra_plugins"):
+        for file in (ROOT / folder).rglob("*.py"):
+            for node in ast.walk(ast.parse(file.read_text())):
+                if not isinstance(node, ast.ImportFrom) or (node.module or "").split(".")[0] not in (
+                    "hybrid_lora_plugin",
+                    "benchmarks",
+                    "recipes",
+                    "tests",
+                ):
+                    continue
+                there, where = names_of(node.module), f"{file.relative_to(ROOT)}:{node.lineno}"
+                if there is None:
+                    wrong.append(f"{where}: there is no {node.module}")
+                else:
+                    missing = set() if "__getattr__" in there else {alias.name for alias in node.names} - there
+                    wrong += [f"{where}: {node.module} has no {name}" for name in sorted(missing)]
+                    checked += 1
+    assert not wrong, "\n".join(wrong)
+    assert checked > 500

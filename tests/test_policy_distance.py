@@ -7,11 +7,14 @@ import random
 import re
 
 import pytest
+import torch
 
+from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError, WeightSyncError
 from hybrid_lora_plugin.sync.policy_distance import BLOCKS, ERRORS, PolicyDistance, policy_distance
 from hybrid_lora_plugin.verl_backend.fixed_prompts import LENGTH, OWN_LENGTH, TEXTS, fixed_prompts
 from hybrid_lora_plugin.verl_backend.receiver.logprob_check import Base, compare
+from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import header_entry
 from tests.support.tiny_models import make_char_tokenizer
 
 N = 496
@@ -181,6 +184,30 @@ def test_without_a_base_of_the_engines_own_or_a_move_there_is_no_verdict():
         assert set(metrics) == {"sync_logprob_difference", "sync_policy_judged"} and metrics["sync_policy_judged"] == 0
     still = prompt | {"log_probs": prompt["base_log_probs"]}
     assert compare(still, engine, base, "bfloat16")["sync_policy_judged"] == 0
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("row, token", [(0, 0), (0, 5), (3, 40)])
+def test_what_is_no_number_is_refused_wherever_it_is(row, token, value):
+    # Of several differences the largest is none of those that are no numbers, and a slope of them is beyond no limit.
+    prompt, engine, base = asked(1.0)
+    engine[row][token] = value
+    with pytest.raises(WeightSyncError, match=rf"token {token + 1} of prompt {row + 1}, in float16; give .*bfloat16"):
+        compare(prompt, engine, base, "float16")
+
+
+@pytest.mark.parametrize(
+    "rollout, trainer, limit",
+    [
+        (torch.float32, torch.float32, 1e-4),
+        (torch.float16, torch.float32, 0.2),
+        (torch.float16, torch.bfloat16, 1.0),
+        (torch.float32, torch.bfloat16, 1.0),
+    ],
+)
+def test_the_limit_is_that_of_the_coarser_end(rollout, trainer, limit):
+    entry = header_entry([[1, 2]], [[-1.0]], [[-1.0]], trainer, HybridLoraConfig(), rollout)
+    assert entry["limit"] == limit and entry["trainer_rounds"] is (trainer != torch.float32)
 
 
 def test_an_engine_that_fits_fewer_tokens_is_compared_on_those():

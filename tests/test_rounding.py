@@ -223,6 +223,21 @@ def test_the_mean_of_merges_is_the_exact_weight(dtype):
     assert nearest.norm() > 3 * error.norm()
 
 
+@pytest.mark.parametrize("rank", [1, 6, 16])
+@pytest.mark.parametrize("dtype", [torch.float32, *SIXTEEN], ids=str)
+def test_a_part_of_a_weight_is_merged_to_the_bits_of_the_whole(dtype, rank, monkeypatch):
+    """Whichever: a product of few rows or columns by itself takes another kernel."""
+    base, a, b = weights(300, 200), weights(rank, 200, seed=1), weights(300, rank, size=1e-3, seed=2)
+    for block in ((256, 1024), (64, 48)):
+        monkeypatch.setattr("hybrid_lora_plugin.training.merge.BLOCK", block)
+        whole = merge_weight(base, a, b, 2.0, dtype, STOCHASTIC, "w")
+        for top, height in ((0, 300), (0, 8), (296, 4), (60, 70), (299, 1)):
+            for left, width in ((0, 200), (192, 8), (5, 1), (40, 60)):
+                part = base[top : top + height, left : left + width]
+                merged = merge_weight(part, a, b, 2.0, dtype, STOCHASTIC, "w", corner=(top, left))
+                assert same_bits(merged, whole[top : top + height, left : left + width].contiguous())
+
+
 # -- how much arrived -------------------------------------------------------------------------------------------------
 
 

@@ -15,11 +15,12 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from hybrid_lora_plugin import apply_allocation, load_allocation  # noqa: E402
 from hybrid_lora_plugin.errors import ConfigurationError  # noqa: E402
 from hybrid_lora_plugin.names import plain_name  # noqa: E402
+from hybrid_lora_plugin.sync.base_weights import value_digest  # noqa: E402
 from hybrid_lora_plugin.training.apply import parts_of, trainable_groups  # noqa: E402
 from hybrid_lora_plugin.training.export import export_checkpoint  # noqa: E402
 from hybrid_lora_plugin.training.memory import least_bytes  # noqa: E402
 from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
-from hybrid_lora_plugin.training.rounding import Rounding, round_weight  # noqa: E402
+from hybrid_lora_plugin.training.rounding import Rounding, on_grid, round_weight  # noqa: E402
 from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402
 from hybrid_lora_plugin.verl_backend.requirements import check_sharding  # noqa: E402
 from tests.support import host_flash_attention  # noqa: E402
@@ -59,6 +60,8 @@ OTHERS = {
     }
     for strategy in ("fsdp2", "fsdp")
 }
+#: a checkpoint that a rollout engine in bfloat16 does not hold
+FLOAT32 = ("fsdp2-float32", "fsdp-float32")
 PACKED = {"use_remove_padding": True}
 #: verl's other options of a model; those that replace a method of its class for good come last
 OPTIONS = {
@@ -108,6 +111,12 @@ def runs(setting):
             "untied": plain
             | {"model": folder / "untied", "allocation": make_allocation(folder / "untied", folder / "own")},
             "bf16": plain | {"param_dtype": "bf16"},
+        }
+        | {
+            name: plain
+            | {"strategy": name.partition("-")[0], "model": folder / "fp32"}
+            | {"allocation": make_allocation(folder / "fp32", folder / f"{name}-own")}
+            for name in FLOAT32
         }
         | OPTIONS,
         4: OTHERS,
@@ -319,6 +328,17 @@ def test_rollout_gets_what_was_trained(run, setting):
             assert torch.equal(tensor, base[name].float()) and name not in partial, name
 
 
+def test_ranks_share_the_digests_of_the_base_and_each_has_all_of_them(run, setting):
+    """Between the ranks that hold one copy, each weight is hashed once."""
+    _, model, allocation = setting
+    trained = {f"{name}.{kind}" for name in load_allocation(allocation).full_names for kind in ("weight", "bias")}
+    weights = dict(AutoModelForCausalLM.from_pretrained(model).named_parameters())
+    wanted = {name: value_digest(weight) for name, weight in weights.items() if name not in trained}
+    digests, counts = zip(*run["base"], strict=True)
+    assert all(digest == wanted for digest in digests)
+    assert sum(counts) == len(counts) // run["shares"] * len(wanted) and min(counts) > 0
+
+
 def test_thresholds_do_not_depend_on_the_sharding(run, setting):
     """Every sharding sends the bits that one process without any would round its weights to."""
     allocation, how = load_allocation(setting[2]), Rounding("stochastic", 0)
@@ -337,6 +357,24 @@ def test_thresholds_do_not_depend_on_the_sharding(run, setting):
         assert torch.equal(tensor, wanted), name
 
 
+@pytest.mark.parametrize("name", FLOAT32)
+def test_thresholds_round_the_update_alone_in_a_float32_checkpoint(runs, setting, name):
+    """Full modules begin at what nearest makes of their original, wherever FSDP1 or FSDP2 cut them."""
+    ours, allocation, how = runs[2], load_allocation(setting[2]), Rounding("stochastic", 0)
+    base = AutoModelForCausalLM.from_pretrained(setting[0] / "fp32", dtype=torch.float32).state_dict()
+    differ = 0
+    for weight, tensor in ours[f"{name}-synced-bf16"].items():
+        module = weight.rpartition(".")[0]
+        if module in allocation.full_names:
+            trained = ours[f"{name}-end"][f"base_model.model.{weight}"]
+            wanted = round_weight(weight, on_grid(trained, base[weight], torch.bfloat16), torch.bfloat16, how)
+            differ += not torch.equal(wanted, round_weight(weight, trained, torch.bfloat16, how))
+            assert torch.equal(tensor, wanted), weight
+    assert differ
+    for weight, tensor in ours[f"{name}-synced-moved"].items():
+        assert torch.equal(ours[f"{name}-synced-sparse"][weight], tensor), weight
+
+
 def test_changed_elements_make_the_bits_of_merge_under_every_sharding(run):
     """Each rank compares its own rows, and all put the list together."""
     seen = run["sparse"]
@@ -350,6 +388,8 @@ def test_a_rank_keeps_its_share_of_what_was_sent(run):
     # Rows are shared out whole.
     assert 2 * run["sparse"]["trains"] / run["shares"] <= run["sparse"]["kept"]
     assert run["sparse"]["kept"] <= 1.1 * 2 * run["sparse"]["trains"] / run["shares"]
+    # What it prints at the start; in the other modes it keeps nothing.
+    assert run["sparse"]["said"] == run["sparse"]["kept"] and run["bytes"]["sent"] == 0
 
 
 def test_update_that_arrived_is_measured(run, setting):

@@ -15,13 +15,14 @@ from hybrid_lora_plugin.sync.element_list import LONGEST, decode, encode
 from hybrid_lora_plugin.sync.element_sum import sum_at, sum_of, wrapped
 from hybrid_lora_plugin.sync.live_weight import LiveWeight
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.plan import SyncPlan
+from hybrid_lora_plugin.sync.received import ReceivedWeights
 from hybrid_lora_plugin.sync.sent_weights import PARTS, SentWeights
 from hybrid_lora_plugin.sync.sparse_merge import require_base
 from hybrid_lora_plugin.sync.wire import (
     HEADER,
     MANIFEST,
     OutgoingWeights,
-    ReceivedWeights,
     SyncHeader,
     read_header,
     read_manifest,
@@ -194,7 +195,7 @@ class Run:
             self.hybrid, "sparse_merge", self.dtype, self.number, base_number=changes.base_number,
             rounding_mode=self.rounding.mode, rounding_seed=self.rounding.seed,
         )  # fmt: skip
-        tensors = SPARSE.outgoing(self.hybrid, SCALING, self.dtype, "cpu", self.rounding, None, changes)
+        tensors = SPARSE.outgoing(self.hybrid, SyncPlan(SCALING, self.dtype, "cpu", self.rounding, changes=changes))
         stream = OutgoingWeights(header, tensors, changes=changes)
         return [(name, tensor.clone()) for name, tensor in stream], stream
 
@@ -308,7 +309,7 @@ def test_trainer_is_left_as_it_was(hybrid, tiny_qwen2):
 
 def test_weights_of_32_bits_are_refused(hybrid):
     with pytest.raises(WeightSyncError, match="is float32, wanted 16 bits.*hybrid_lora.sync=merge"):
-        list(SPARSE.outgoing(hybrid, SCALING, torch.float32, "cpu"))
+        list(SPARSE.outgoing(hybrid, SyncPlan(SCALING, torch.float32, "cpu")))
 
 
 # -- what a sync builds on ------------------------------------------------------------------------------------------
@@ -367,7 +368,7 @@ def test_after_a_refusal_the_next_sync_is_whole(run):
 def test_after_a_stream_that_was_not_drawn_to_its_end_the_next_sync_is_whole(run):
     update(run.hybrid, torch.Generator().manual_seed(9), size=SMALL)
     changes = run.sent.begin(4, "here")
-    tensors = SPARSE.outgoing(run.hybrid, SCALING, run.dtype, "cpu", STOCHASTIC, None, changes)
+    tensors = SPARSE.outgoing(run.hybrid, SyncPlan(SCALING, run.dtype, "cpu", STOCHASTIC, changes=changes))
     next(tensors)
     tensors.close()
     run.number = 4

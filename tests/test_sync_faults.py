@@ -10,6 +10,7 @@ import pytest
 pytest.importorskip("verl", reason="verl is not installed")
 
 from tests.support import rollout_harness as processes  # noqa: E402
+from tests.support import sleeping_engine  # noqa: E402
 from tests.support.faults import KINDS, MODES, combinations, draw_fault, draw_faults  # noqa: E402
 from tests.support.rollout_harness import RolloutHarness, SyncHangs, SyncRefused, start_side_by_side, stop_ray  # noqa: E402
 from tests.support.sync_faults import (  # noqa: E402
@@ -61,7 +62,7 @@ class Engines:
     plain: RolloutHarness
     #: one that runs adapters, with two tensor-parallel workers
     adapter: RolloutHarness
-    #: one in 16 bits, with two tensor-parallel workers, for sparse_merge
+    #: one in 16 bits, with two tensor-parallel workers, for sparse_merge and where both ends of a sync merge
     sixteen: RolloutHarness
     #: of model and allocation, from the beginning
     files: dict[str, str]
@@ -124,8 +125,10 @@ def test_metrics_count_what_was_sent_and_what_changed(engines):
     assert second["receiver_merge"]["sync_bytes"] < second["merge"]["sync_bytes"] / 2
 
 
-def test_merge_and_receiver_merge_leave_the_same_bits_in_vllm(engines):
-    replica = engines.plain
+@pytest.mark.parametrize("engine", ["plain", "sixteen"])
+def test_merge_and_receiver_merge_leave_the_same_bits_in_vllm(engines, engine):
+    """Where two workers hold a model between them, each merges its own part."""
+    replica = getattr(engines, engine)
     for step in range(3):
         replica.update(step)
         replica.sync("merge")
@@ -179,6 +182,96 @@ def test_weights_that_no_sync_sends_stay(engines, mode):
         replica.update(step)
         replica.sync(mode)
     assert replica.in_engine(processes.weight_digests, unsent) == before
+
+
+# -- sleep; by verl's own calls in its order --------------------------------------------------------------------------
+
+
+@pytest.fixture
+def beside(engines, request):
+    """The engine of a mode as one that shares its device with the trainer, and begins another run."""
+    mode = request.getfixturevalue("mode")
+    replica = engines.of(mode)
+    replica.begin_run("digest")
+    replica.place(colocated=True, mode=mode)
+    yield replica
+    replica.set_sleep_level(None)
+    replica.place(colocated=False)
+
+
+def agreed(replica, mode: str) -> float:
+    return 1e-4 if mode != "sparse_merge" else replica.agrees
+
+
+@pytest.mark.parametrize("level", [None, 1])
+@pytest.mark.parametrize("mode", MODES)
+def test_after_every_sleep_a_sync_leaves_the_right_weights(beside, mode, level):
+    """``None``: the plugin's own level. Nothing but that sync brings back what a level discards."""
+    beside.set_sleep_level(level)
+    beside.sleep()  # verl does while it loads a checkpoint
+    for step in range(3):
+        beside.update(step)
+        measured = beside.sync_asleep(mode)
+        assert measured["sync_digest_ok"] == 1 and beside.difference(PROMPT) < agreed(beside, mode)
+        held = beside.in_engine(processes.parameter_digests)
+        beside.sleep()
+        assert beside.in_engine(processes.parameter_digests) != held, "the memory is gone meanwhile"
+    discards = mode == "merge" and level is None
+    assert set(beside.in_engine(sleeping_engine.offloaded)) == {() if discards else ("weights",)}
+    if not discards:
+        beside.wake_up("kv_cache", "weights")
+        assert beside.in_engine(processes.parameter_digests) == held and not beside.refusal()
+    else:
+        beside.wake_up("kv_cache", "weights")
+        assert "its weights were discarded by a sleep" in beside.refusal()
+        beside.sync(mode)
+    if mode in ("sparse_merge", "receiver_merge"):
+        beside.sync("merge")
+        assert beside.in_engine(processes.parameter_digests) == held
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_an_engine_apart_that_frees_its_cache_for_a_sync_has_the_right_weights(engines, mode):
+    replica = engines.of(mode)
+    replica.begin_run("digest")
+    replica.place(colocated=False, mode=mode)
+    for step in range(2):
+        replica.update(step)
+        assert replica.sync_apart(mode)["sync_digest_ok"] == 1
+        assert replica.difference(PROMPT) < agreed(replica, mode)
+    replica.place(colocated=False)
+    assert set(replica.in_engine(sleeping_engine.offloaded)) == {() if mode == "merge" else ("weights",)}
+
+
+@pytest.mark.parametrize("sync_check", ["digest", "off"])
+@pytest.mark.parametrize("mode", ["sparse_merge", "adapter", "receiver_merge"])
+def test_a_sleep_that_discards_weights_is_noticed_where_no_sync_brings_them_back(beside, mode, sync_check):
+    """A level that the plugin would not take, as by a call of the user's own."""
+    beside.begin_run(sync_check)
+    beside.sync(mode)
+    unsent = beside.on_trainers("unsent", mode)[0]
+    beside.set_sleep_level(2)
+    beside.sleep()
+    beside.update(0)
+    with pytest.raises(
+        SyncRefused, match="changed in the rollout engine without being sent; a sleep that d"
+    ) as refused:
+        beside.sync_asleep(mode)
+    assert any(f"{name}: " in str(refused.value) for name in unsent)
+    beside.wake_up("kv_cache")
+    assert "has not been completed" in beside.refusal()
+    if mode == "sparse_merge":
+        # As the first sync of the run that goes on from a checkpoint: all of it.
+        beside.on_trainers("send_all")
+        assert beside.sync(mode)["sync_elements_changed"] == 1
+    else:
+        beside.begin_run(sync_check)
+        with pytest.raises(SyncRefused, match="the rollout engine holds other values than its checkpoint"):
+            beside.sync(mode)
+        beside.in_engine(sleeping_engine.bring_back)
+        beside.sync(mode)
+    assert beside.difference(PROMPT) < agreed(beside, mode)
+    beside.begin_run("digest")
 
 
 # -- faults -----------------------------------------------------------------------------------------------------------

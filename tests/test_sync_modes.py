@@ -16,10 +16,14 @@ from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.names import plain_name, split_factor
 from hybrid_lora_plugin.sync.base_weights import STORAGE
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
+from hybrid_lora_plugin.sync.live_weight import LiveWeight
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.sync.wire import HEADER, MANIFEST, OutgoingWeights
 from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
+from hybrid_lora_plugin.training.arrival import Arrival, arrival_of
 from hybrid_lora_plugin.training.merge import merge_weight
+from hybrid_lora_plugin.training.reference import BaseSnapshot
 from hybrid_lora_plugin.training.rounding import NEAREST, Rounding
 from tests.support.allocations import make_allocation
 from tests.support.sync_models import (
@@ -52,6 +56,8 @@ from tests.support.sync_models import (
     update,
 )
 from tests.support.tiny_models import make_tiny_qwen2
+
+STOCHASTIC = Rounding("stochastic", 11)
 
 # -- equal models ---------------------------------------------------------------------------------------------------
 
@@ -330,7 +336,8 @@ def test_receivers_copy_what_they_keep(hybrid, tiny_qwen2, mode):
 @each_dtype
 def test_every_sync_proves_another_modules_merge_to_be_the_trainers(hybrid, tiny_qwen2, dtype):
     modules = parts_of(hybrid).lora_modules
-    mine = [sync_mode("receiver_merge").merged_digest(hybrid, module, SCALING, dtype, "cpu") for module in modules]
+    plan = SyncPlan(SCALING, dtype, "cpu")
+    mine = [sync_mode("receiver_merge").merged_digest(hybrid, module, plan) for module in modules]
     assert [list(digest) for digest in mine] == [[f"{module}.weight"] for module in modules]
     pairs = list(tensors_of(hybrid, "receiver_merge", dtype).items())
     for merged in mine:
@@ -342,21 +349,78 @@ def test_every_sync_proves_another_modules_merge_to_be_the_trainers(hybrid, tiny
 def test_a_receiver_that_merges_to_other_bits_is_caught(hybrid, tiny_qwen2, monkeypatch):
     """As an engine would whose matrix product is not the trainer's."""
     pairs = list(tensors_of(hybrid, "receiver_merge").items())
-    merged = sync_mode("receiver_merge").merged_digest(
-        hybrid, parts_of(hybrid).lora_modules[3], SCALING, torch.float32, "cpu"
-    )
+    plan = SyncPlan(SCALING, torch.float32, "cpu")
+    merged = sync_mode("receiver_merge").merged_digest(hybrid, parts_of(hybrid).lora_modules[3], plan)
 
-    def rounded(base, lora_a, lora_b, scaling, dtype, *rest):
-        return merge_weight(base, lora_a.bfloat16(), lora_b.bfloat16(), scaling, dtype, *rest)
+    def rounded(base, lora_a, lora_b, scaling, dtype, *rest, **place):
+        return merge_weight(base, lora_a.bfloat16(), lora_b.bfloat16(), scaling, dtype, *rest, **place)
 
     monkeypatch.setattr("hybrid_lora_plugin.sync.receiver_merge.merge_weight", rounded)
     with pytest.raises(WeightSyncError, match=f"{parts_of(hybrid).lora_modules[3]}.weight: merged here to other bits"):
         take_all(receiver_for(hybrid, HuggingFaceRollout(tiny_qwen2), "receiver_merge", merged=merged), pairs)
 
 
+class ShardedRollout(HuggingFaceRollout):
+    """One of several tensor-parallel workers: of projections whose input is sharded it holds columns, else rows."""
+
+    def __init__(self, folder, dtype, worker, workers):
+        super().__init__(folder, dtype)
+        self.worker, self.workers, self.parts = worker, workers, []
+
+    def live(self, name):
+        whole = self.parameters[name].detach()
+        dimension = int(name.endswith(("o_proj.weight", "down_proj.weight")))
+        if ".layers." not in name or whole.dim() == 1:
+            return super().live(name)
+        length = whole.shape[dimension] // self.workers
+        view = whole.narrow(dimension, self.worker * length, length)
+        return LiveWeight(view, tuple(whole.shape), dimension, self.worker * length)
+
+    def load_part(self, name, part):
+        live = self.live(name)
+        assert (part.shape, part.dtype) == (live.view.shape, live.view.dtype), name
+        live.view.copy_(part)
+        self.parts.append(name)
+
+
+@pytest.mark.parametrize("workers", [2, 4])
+@pytest.mark.parametrize("block", [(256, 1024), (24, 20)], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+def test_a_tensor_parallel_worker_merges_its_part_to_the_bits_of_the_whole(cases, monkeypatch, dtype, block, workers):
+    monkeypatch.setattr("hybrid_lora_plugin.training.merge.BLOCK", block)
+    case = cases["tied"]
+    hybrid = case.hybrid()
+    modules = parts_of(hybrid).lora_modules
+    wanted, pairs = (tensors_of(hybrid, mode, dtype, STOCHASTIC) for mode in ("merge", "receiver_merge"))
+    plan = SyncPlan(SCALING, dtype, "cpu", STOCHASTIC)
+    merged = sync_mode("receiver_merge").merged_digest(hybrid, modules[workers], plan)
+    given = {"rounding_mode": STOCHASTIC.mode, "rounding_seed": STOCHASTIC.seed, "merged": merged}
+    for worker in range(workers):
+        rollout = ShardedRollout(case.folder, dtype, worker, workers)
+        take_all(receiver_for(hybrid, rollout, "receiver_merge", dtype, **given), pairs.items())
+        assert sorted(rollout.parts) == sorted(f"{module}.weight" for module in modules)
+        for name in rollout.parts:
+            live = rollout.live(name)
+            assert torch.equal(live.view, live.part_of(wanted[name])), name
+
+
+def test_a_part_that_is_merged_to_other_bits_than_the_whole_is_caught(hybrid, tiny_qwen2, monkeypatch):
+    module = parts_of(hybrid).lora_modules[3]
+    plan = SyncPlan(SCALING, torch.float32, "cpu")
+    merged = sync_mode("receiver_merge").merged_digest(hybrid, module, plan)
+
+    def other(*arguments, corner=(0, 0)):
+        weight = merge_weight(*arguments, corner=corner)
+        return weight if corner == (0, 0) else weight * (1 + 2.0**-20)
+
+    monkeypatch.setattr("hybrid_lora_plugin.sync.receiver_merge.merge_weight", other)
+    rollout, pairs = ShardedRollout(tiny_qwen2, torch.float32, 1, 2), tensors_of(hybrid, "receiver_merge").items()
+    with pytest.raises(WeightSyncError, match=f"{module}.weight: merged here to other bits"):
+        take_all(receiver_for(hybrid, rollout, "receiver_merge", merged=merged), pairs)
+
+
 # -- 16 bits --------------------------------------------------------------------------------------------------------
 
-STOCHASTIC = Rounding("stochastic", 11)
 SIXTEEN = pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 
 
@@ -388,6 +452,59 @@ def test_full_modules_are_rounded_alike_in_every_mode(hybrid, tiny_qwen2, dtype)
         assert all(torch.equal(stream[name], streams[0][name]) for stream in streams), name
 
 
+# With a checkpoint that the rollout engine's type does not hold, most of W0 lies between two of its values.
+
+
+def moved_a_little(case, size=1e-6):
+    """A hybrid model, its full modules' original values, and which of their elements have moved: every second."""
+    hybrid, generator = case.hybrid(), torch.Generator().manual_seed(2)
+    plain = AutoModelForCausalLM.from_pretrained(case.folder, dtype=torch.float32).state_dict()
+    full = trainable_groups(hybrid)["full"]
+    moved = {name: torch.rand(parameter.shape, generator=generator) < 0.5 for name, parameter in full}
+    with torch.no_grad():
+        for name, parameter in full:
+            parameter.copy_(plain[plain_name(name)])
+            parameter += size * moved[name] * torch.randn(parameter.shape, generator=generator)
+    return hybrid, BaseSnapshot((name, plain[plain_name(name)]) for name, _ in full).values, moved
+
+
+@each_mode
+@SIXTEEN
+def test_where_training_left_a_full_module_alone_it_is_what_the_engine_loaded(cases, mode, dtype):
+    hybrid, originals, moved = moved_a_little(cases["tied"])
+    sent = dict(sync_mode(mode).outgoing(hybrid, SyncPlan(SCALING, dtype, "cpu", STOCHASTIC, originals=originals)))
+    for name, original in originals.items():
+        assert not torch.equal(original, original.to(dtype).float()), "or this shows nothing"
+        still = ~moved[name]
+        assert torch.equal(sent[plain_name(name)][still], original.to(dtype)[still]), name
+
+
+def test_the_update_of_a_full_module_arrives_with_no_noise_of_its_original(cases):
+    """A step of 1e-6 beside steps of bfloat16 of 1e-4: the rounding of the original would be fifty times the update."""
+    hybrid, originals, _ = moved_a_little(cases["tied"])
+    arrival = Arrival(sampled=None)
+    for seed in range(24):
+        plan = SyncPlan(SCALING, torch.bfloat16, "cpu", Rounding("stochastic", seed), arrival, originals)
+        for _ in sync_mode("merge").outgoing(hybrid, plan):
+            pass
+    sums = arrival.sums()["full"]
+    arrived, noise = arrival_of(sums)
+    assert noise < 20
+    # The larger an update, the larger its error: so the mean's is twice what it were if the two had nothing in common.
+    assert arrived == pytest.approx(1, abs=4 * 2 * noise / sums[3] ** 0.5)
+    assert 8 * noise / sums[3] ** 0.5 < 0.25
+
+
+@SIXTEEN
+def test_originals_change_nothing_where_the_engine_s_type_holds_them(cases, dtype):
+    hybrid, originals, _ = moved_a_little(cases["bf16"])
+    held = {name: value for name, value in originals.items() if torch.equal(value.to(dtype).float(), value.float())}
+    assert len(held) == len(originals) or dtype == torch.float16
+    plans = [SyncPlan(SCALING, dtype, "cpu", STOCHASTIC, originals=given) for given in ({}, held)]
+    without, with_them = (dict(sync_mode("merge").outgoing(hybrid, plan)) for plan in plans)
+    assert all(torch.equal(tensor, with_them[name]) for name, tensor in without.items())
+
+
 @each_mode
 def test_a_weight_that_float16_cannot_hold_is_refused_by_name(hybrid, mode):
     """Trained or not, factor or weight."""
@@ -396,6 +513,19 @@ def test_a_weight_that_float16_cannot_hold_is_refused_by_name(hybrid, mode):
         parameter[0] += 70000
     with pytest.raises(WeightSyncError, match=f"^{plain_name(name)}: .*float16"):
         tensors_of(hybrid, mode, torch.float16, STOCHASTIC)
+
+
+@pytest.mark.parametrize("rounding", [NEAREST, STOCHASTIC], ids=["nearest", "stochastic"])
+@pytest.mark.parametrize("value", [math.nan, math.inf], ids=str)
+@pytest.mark.parametrize("kind", ["full", "lora"])
+@each_mode
+def test_a_weight_that_is_no_number_is_refused_by_name_in_bfloat16(hybrid, tiny_qwen2, mode, kind, value, rounding):
+    name, parameter = trainable_groups(hybrid)[kind][1]
+    with torch.no_grad():
+        parameter.view(-1)[3] = value
+    module = plain_name(name).split(".lora_")[0]
+    with pytest.raises(WeightSyncError, match=f"^{module}.*(no number|does not fit)"):
+        loaded_by(hybrid, tiny_qwen2, mode, torch.bfloat16, rounding)
 
 
 def test_a_frozen_weight_that_float16_cannot_hold_is_refused_by_name(hybrid):

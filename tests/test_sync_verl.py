@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import inspect
+import re
+from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
@@ -11,17 +13,21 @@ import torch
 
 pytest.importorskip("verl", reason="verl is not installed")
 
+from verl.checkpoint_engine.base import CheckpointEngineManager  # noqa: E402
 from verl.trainer.ppo.v1 import trainer_base  # noqa: E402
+from verl.workers.engine_workers import ActorRolloutRefWorker  # noqa: E402
 from verl.workers.rollout import base as rollout_base  # noqa: E402
-from verl.workers.rollout.replica import RolloutReplicaRegistry  # noqa: E402
+from verl.workers.rollout.replica import RolloutMode, RolloutReplicaRegistry  # noqa: E402
 from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer, vllm_async_server  # noqa: E402
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension  # noqa: E402
 
 from hybrid_lora_plugin.errors import WeightSyncError  # noqa: E402
 from hybrid_lora_plugin.sync.modes import sync_mode  # noqa: E402
-from hybrid_lora_plugin.sync.wire import OutgoingWeights, ReceivedWeights, SyncHeader, read_header  # noqa: E402
+from hybrid_lora_plugin.sync.received import ReceivedWeights  # noqa: E402
+from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader, read_header  # noqa: E402
 from hybrid_lora_plugin.verl_backend import engine_registration, patches  # noqa: E402
 from hybrid_lora_plugin.verl_backend.receiver.server import HybridLoraHttpServer, HybridLoraReplica  # noqa: E402
+from hybrid_lora_plugin.verl_backend.receiver.vllm_model import VllmRolloutModel  # noqa: E402
 from hybrid_lora_plugin.verl_backend.receiver.worker import HybridLoraWorkerExtension  # noqa: E402
 from hybrid_lora_plugin.verl_backend.sender import sync_metrics  # noqa: E402
 from hybrid_lora_plugin.verl_backend.sender.server_adapter import HybridLoraServerAdapter  # noqa: E402
@@ -43,6 +49,20 @@ def test_verl_still_reads_the_model_before_it_looks_for_the_rollout_side():
     assert "omega_conf_to_dataclass(self.config.actor_rollout_ref.model)" in inspect.getsource(
         trainer_base.PPOTrainer._init_tokenizer
     )
+
+
+def test_no_trainer_of_verl_lets_an_engine_join_a_run():
+    """One that did would need a whole sync in mode ``sparse_merge``, and the trainer's ranks would have to know."""
+    assert callable(CheckpointEngineManager.add_replicas)
+    package = Path(inspect.getfile(trainer_base)).parents[3]
+    assert package.name == "verl"
+    found = {
+        str(file.relative_to(package)): calls
+        for file in package.rglob("*.py")
+        if (calls := re.findall(r"manager\w*\.add_replicas\(", file.read_text(encoding="utf-8")))
+    }
+    # The experimental one adds engines that are there since the start to its load balancer, and to nothing else.
+    assert found == {"experimental/fully_async_policy/fully_async_rollouter.py": ["manager.add_replicas("]}
 
 
 def test_metrics_of_a_sync_are_logged_with_its_step():
@@ -193,6 +213,21 @@ def test_verl_still_launches_engines_before_it_puts_them_to_sleep():
     assert "self.engine = engine_client" in inspect.getsource(SERVER.run_server)
 
 
+def test_verl_still_wakes_weights_then_syncs_then_wakes_the_cache():
+    """The order in which ``tests/test_sync_faults.py`` puts engines to sleep and wakes them."""
+    beside = inspect.getsource(ActorRolloutRefWorker.update_weights)
+    order = ['resume(tags=["weights"])', "self.rollout.update_weights(", 'resume(tags=["kv_cache"])']
+    assert [beside.count(call) for call in order] == [1, 2, 1] and sorted(order, key=beside.index) == order
+    apart = inspect.getsource(CheckpointEngineManager.update_weights)
+    order = ["release_kv_cache_replicas()", "rollout.update_weights(", "resume_kv_cache_replicas()"]
+    assert sorted(order, key=apart.index) == order
+    released = inspect.getsource(SERVER.release_kv_cache)
+    assert released.index("self.engine.sleep(") < released.index('self.engine.wake_up(tags=["weights"])')
+    # Before the checkpoint is loaded, and after the rollouts of a step.
+    setup = inspect.getsource(trainer_base.PPOTrainer._setup)
+    assert setup.index("sleep_replicas()") < setup.index("self._load_checkpoint()")
+
+
 def test_extension_adds_no_name_that_vllm_or_verl_use():
     from vllm.v1.worker.cpu_worker import CPUWorker
     from vllm.v1.worker.gpu_worker import Worker
@@ -242,6 +277,20 @@ def test_an_engine_keeps_its_weights_asleep_where_no_sync_brings_all_of_them(mod
     assert server(_mode=sync_mode(mode))._resolve_sleep_level() == 1
 
 
+@pytest.mark.parametrize(
+    ("parallel", "shares"),
+    [
+        ({"nnodes": 1, "distributed_executor_backend": "mp"}, [["a", "d"], ["b", "e"], ["c"]]),
+        ({"nnodes": 2, "distributed_executor_backend": "mp"}, [["a", "b", "c", "d", "e"]] * 3),
+        ({"nnodes": 1, "distributed_executor_backend": "ray"}, [["a", "b", "c", "d", "e"]] * 3),
+    ],
+)
+def test_workers_share_what_one_look_at_a_checkpoint_settles_only_on_one_machine(parallel, shares):
+    config = SimpleNamespace(parallel_config=SimpleNamespace(world_size=3, **parallel))
+    workers = [SimpleNamespace(rank=rank, vllm_config=config) for rank in range(3)]
+    assert [list("abcde")[VllmRolloutModel(worker).share] for worker in workers] == shares
+
+
 def test_prefix_cache_that_cannot_be_reset_is_an_error():
     with pytest.raises(WeightSyncError, match="prefix cache"):
         asyncio.run(server(engine=Engine(resets=False))._forget_old_weights())
@@ -256,6 +305,27 @@ def test_nothing_is_admitted_while_weights_are_unproven_and_the_count_stays_righ
     assert locked._admitting == 0
     locked._unproven = ""
     assert asyncio.run(locked._park_until_admitted("request")) is None and locked._admitting == 1
+
+
+def test_nothing_is_admitted_from_the_moment_a_sleep_begins_to_discard_weights():
+    class Falling(Engine):
+        async def sleep(self, level):
+            self.seen = level, made._unproven, made._kv_cache_released
+
+        async def wake_up(self, tags):
+            pass
+
+        async def reset_encoder_cache(self):
+            pass
+
+    for call in ("sleep", "release_kv_cache"):
+        made = server(engine=Falling(), _mode=sync_mode("merge"), rollout_mode=RolloutMode.HYBRID)
+        made.model_config = SimpleNamespace(lora_rank=4, lora={"merge": True})
+        made.config = SimpleNamespace(free_cache_engine=True, enable_sleep_mode=True, mtp=None)
+        asyncio.run(getattr(made, call)())
+        assert made.engine.seen == (2, "its weights were discarded by a sleep, and no sync has brought them back", True)
+        with pytest.raises(WeightSyncError, match="discarded by a sleep"):
+            asyncio.run(made._park_until_admitted("request"))
 
 
 def test_request_that_comes_behind_verls_closed_gate_waits_for_the_sync_instead_of_failing():

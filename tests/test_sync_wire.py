@@ -14,15 +14,14 @@ from hypothesis import strategies as st
 
 from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.sync.digest import digest_of
+from hybrid_lora_plugin.sync.received import ReceivedWeights, compare_entries
 from hybrid_lora_plugin.sync.wire import (
     HEADER,
     MANIFEST,
     VERSION,
     Entry,
     OutgoingWeights,
-    ReceivedWeights,
     SyncHeader,
-    compare_entries,
     packed,
     read_header,
     read_manifest,

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 from collections import Counter
 
 import pytest
@@ -17,8 +18,9 @@ from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.sync.base_weights import stored_dtypes
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
-from hybrid_lora_plugin.training.checkpoint import CheckpointDescription, load_trained, save_trained
+from hybrid_lora_plugin.training.checkpoint import CheckpointDescription, load_trained, other_rounding, save_trained
 from hybrid_lora_plugin.training.export import export_checkpoint
 from hybrid_lora_plugin.training.lora_linear import SharedInput
 from hybrid_lora_plugin.training.memory import least_bytes, rank_bytes
@@ -150,7 +152,13 @@ def test_bytes_of_one_rank_are_counted_from_its_parameters(hybrid):
     assert said.reference == snapshot.bytes == 4 * counted.full
     floor = least_bytes(counted, 2)
     assert floor.total == pytest.approx((2 * counted.frozen + 16 * trains + 2 * counted.full) / 2)
-    assert str(said).startswith(f"{said.total / 1e6:,.1f} MB on each rank: frozen")
+    assert str(said).startswith(f"{said.total / 1e6:,.1f} MB on each rank: frozen") and "host" not in str(said)
+    kept = sync_mode("sparse_merge").sent_weights().bytes_for(parts_of(hybrid).merged_shapes)
+    with_lora = sum(p.numel() for n, p in hybrid.named_parameters() if n.endswith(".base_layer.weight"))
+    assert kept == 2 * (counted.full + with_lora)
+    remembering = rank_bytes(hybrid, snapshot, kept)
+    # In the host's memory, wherever the model is.
+    assert remembering.total == said.total and f"{kept / 1e6:,.1f} MB of the host" in str(remembering)
 
 
 def test_every_parameter_is_counted_once(hybrid, tiny_qwen2, allocation):
@@ -300,12 +308,30 @@ def test_export_has_the_rollout_engine_s_own_weights(bf16_run, tmp_path, dtype):
     weights, kept, said = exported_weights(tmp_path, dtype)
     wanted = torch.bfloat16 if dtype == "auto" else getattr(torch, dtype)
     assert said == str(wanted).removeprefix("torch.")
-    synced = dict(sync_mode("merge").outgoing(bf16_run, 2.0, wanted, "cpu", Rounding("stochastic", 5)))
+    synced = dict(sync_mode("merge").outgoing(bf16_run, SyncPlan(2.0, wanted, "cpu", Rounding("stochastic", 5))))
     assert weights.keys() == synced.keys()
     assert all(torch.equal(tensor, synced[name]) for name, tensor in weights.items())
     shares = [float(share) for share in re.findall(r"([\d.]+)% of the update", kept)]
     assert len(shares) == 2 and all(90 < share < 110 for share in shares), kept
     assert ("by the run's thresholds" in kept) == (dtype != "float32")
+
+
+@pytest.mark.parametrize("said", ["float32", "bfloat16"])
+def test_export_of_a_float32_checkpoint_has_the_rollout_engine_s_own_weights(hybrid, tiny_qwen2, tmp_path, said):
+    """Also where its config names another type than its tensors have."""
+    base = tmp_path / "base"
+    shutil.copytree(tiny_qwen2, base)
+    config = json.loads((base / "config.json").read_text())
+    (base / "config.json").write_text(json.dumps(config | {"dtype": said}))
+    originals = BaseSnapshot(trainable_groups(hybrid)["full"]).values
+    train_a_little(hybrid, lr=1e-5)
+    rounding = {"rollout_dtype": "bfloat16", "rounding_mode": "stochastic", "rounding_seed": 5}
+    save_checkpoint(hybrid, base, tmp_path / "allocation", tmp_path / "actor", base_dtype="float32", **rounding)
+    weights, _, _ = exported_weights(tmp_path, "auto")
+    plan = SyncPlan(2.0, torch.bfloat16, "cpu", Rounding("stochastic", 5), originals=originals)
+    synced = dict(sync_mode("merge").outgoing(hybrid, plan))
+    assert weights.keys() == synced.keys()
+    assert all(torch.equal(tensor, synced[name]) for name, tensor in weights.items())
 
 
 def test_what_is_kept_of_a_float32_checkpoint_is_measured_against_its_own_values(hybrid, tiny_qwen2, tmp_path):
@@ -330,8 +356,24 @@ def test_a_checkpoint_from_before_rounding_is_exported_as_it_was(bf16_run, tmp_p
     file.write_text(json.dumps(old))
     weights, _, said = exported_weights(tmp_path, "auto")
     assert said == "bfloat16"
-    synced = dict(sync_mode("merge").outgoing(bf16_run, 2.0, torch.bfloat16, "cpu"))
+    synced = dict(sync_mode("merge").outgoing(bf16_run, SyncPlan(2.0, torch.bfloat16, "cpu")))
     assert all(torch.equal(tensor, synced[name]) for name, tensor in weights.items())
+
+
+@pytest.mark.parametrize(
+    "rounding, said",
+    [(Rounding("nearest", 5), None), (Rounding("stochastic", 0), "sync_rounding is stochastic and was nearest")],
+)
+def test_a_resume_of_a_checkpoint_from_before_rounding_knows_that_it_was_to_nearest(
+    hybrid, tiny_qwen2, tmp_path, rounding, said
+):
+    """Its rollout type is not known, and to nearest a seed means nothing."""
+    folder = save_checkpoint(hybrid, tiny_qwen2, tmp_path / "allocation", tmp_path / "actor")
+    raw = json.loads((folder / "trainables.json").read_text())
+    old = {name: raw[name] for name in ("base_model", "rank", "alpha", "global_step")} | {"schema_version": 1}
+    (folder / "trainables.json").write_text(json.dumps(old))
+    warning = other_rounding(folder, "bfloat16", rounding)
+    assert warning is None if said is None else said in warning and "rollout.dtype" not in warning
 
 
 def test_export_refuses_a_type_that_does_not_hold_the_weights(bf16_run, tiny_qwen2, allocation, tmp_path):

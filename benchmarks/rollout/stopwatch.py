@@ -73,7 +73,7 @@ def watch_trainer() -> Stopwatch:
     from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
     from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 
-    from hybrid_lora_plugin.sync import base_check, digest, hybrid_weights, merge
+    from hybrid_lora_plugin.sync import base_weights, digest, hybrid_weights, merge
     from hybrid_lora_plugin.verl_backend import transport
     from hybrid_lora_plugin.verl_backend.engine import HybridLoraEngine
     from hybrid_lora_plugin.verl_backend.sender import server_adapter
@@ -87,7 +87,7 @@ def watch_trainer() -> Stopwatch:
     watch.watch(fsdp_utils, "fsdp_merge_unmerge", "verl: merge in place")
     watch.watch(fsdp_utils, "restore_base_model_weights", "verl: restore base weights")
     watch.watch(digest, "digest_of", "digest")
-    watch.watch(base_check, "digest_of", "digest of the base")
+    watch.watch(base_weights, "digest_of", "digest of the base")
     watch.watch(torch.nn.Module, "state_dict", "state_dict")
     watch.watch(torch.Tensor, "copy_", "copy into the buffer")
     watch.watch(torch.Tensor, "to", "cast")
@@ -111,7 +111,7 @@ def watch_engine() -> Stopwatch:
     from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension
     from vllm.model_executor.model_loader import utils as loader
 
-    from hybrid_lora_plugin.sync import base_check, digest, receiver_merge
+    from hybrid_lora_plugin.sync import base_weights, digest, receiver_merge
     from hybrid_lora_plugin.sync.base_weights import CheckpointWeights
     from hybrid_lora_plugin.verl_backend import transport
     from hybrid_lora_plugin.verl_backend.receiver import vllm_model, worker
@@ -122,7 +122,7 @@ def watch_engine() -> Stopwatch:
     watch.watch(zmq.Socket, "recv", "wait for the trainer")
     watch.watch(transport.LimitedSocket, "recv", "wait for the trainer")
     watch.watch(digest, "digest_of", "digest")
-    watch.watch(base_check, "digest_of", "digest of the base")
+    watch.watch(base_weights, "digest_of", "digest of the base")
     watch.watch(vllm_model.VllmRolloutModel, "_verify_adapter", "compare the adapter")
     watch.watch(vllm_model.VllmRolloutModel, "begin", "look where weights are")
     watch.watch(vllm_model.VllmRolloutModel, "verify", "read back, the rest")

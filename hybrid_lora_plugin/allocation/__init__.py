@@ -5,7 +5,7 @@
     select              criterion, normalisation and budget in one step
     storage             allocation.json; measurement_file, strict_json and validate are its parts
 
-A new budget mode is a class in ``budget_modes`` and a row of ``BUDGET_AMOUNTS`` in ``hybrid_lora_plugin/config.py``.
+A new budget mode is a class in ``budget_modes`` and a row of ``BUDGET_AMOUNTS`` in ``config_selection``.
 ``select`` is not imported here: who only reads an allocation needs no criteria. ``report.artifact`` writes the folder
 with everything people read.
 """

@@ -76,7 +76,8 @@ def criteria_table() -> list[str]:
 
 def configuration_page() -> str:
     """The whole page as Markdown."""
-    lines = ["# Configuration", "", "Generated from `hybrid_lora_plugin/config.py` by `make docs`; do not edit.", ""]
+    origin = "Generated from `hybrid_lora_plugin/config.py` and its parts by `make docs`; do not edit."
+    lines = ["# Configuration", "", origin, ""]
     for title, introduction, prefix, kind in SECTIONS:
         lines += [f"## {title}", "", introduction, "", *table(kind, prefix), ""]
     lines += ["## Criteria", "", "What each one means is told in [the probe](probe.md).", "", *criteria_table(), ""]
@@ -114,6 +115,8 @@ def contracts_page() -> str:
         "stops working without them. `tests/test_contracts.py` looks each symbol up in the installed libraries, with",
         "the arguments listed here in this order. A behaviour cannot be seen in a name; the test beside it shows it.",
         "Files are relative to `hybrid_lora_plugin/`. [Extending](extending.md) tells how to move to another version.",
+        "`make contracts-gpu` looks for them in the sources of the versions that run on a GPU, which are others than",
+        "those the tests run; [notes on verl](verl-notes.md#vllm-024-was-read-not-run) has what came of it.",
         "",
     ]
     for feature, title in FEATURES.items():

@@ -9,7 +9,7 @@
     controls        what any claim about a score needs beside it
 
 To add one, write a function ``score_NAME(measured)`` with ``@register_criterion("NAME", direction=..., source=...)``
-into one of the last three, and add the name to ``CRITERIA`` in ``hybrid_lora_plugin/config.py``.
+into one of the last three, and add the name to ``CRITERIA`` in ``config_selection``.
 
 Dimension letters: T validation batches, M modules, r rank.
 """

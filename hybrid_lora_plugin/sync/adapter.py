@@ -11,8 +11,8 @@ from hybrid_lora_plugin.names import split_factor, wire_factor
 from hybrid_lora_plugin.parameter_counts import ParameterCounts
 from hybrid_lora_plugin.sync.hybrid_weights import trained_weights
 from hybrid_lora_plugin.sync.mode_base import RolloutModel, SyncMode, SyncReceiver
+from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.sync.wire import SyncHeader
-from hybrid_lora_plugin.training.rounding import NEAREST
 
 
 class FactorReceiver(SyncReceiver):
@@ -110,14 +110,5 @@ class AdapterSync(SyncMode):
         return (counts.full + counts.lora) * dtype.itemsize
 
     @torch.no_grad()
-    def outgoing(
-        self,
-        model: torch.nn.Module,
-        scaling: float,
-        dtype: torch.dtype,
-        device,
-        rounding=NEAREST,
-        arrival=None,
-        changes=None,
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        return trained_weights(model, scaling, dtype, dtype, device, rounding, arrival)
+    def outgoing(self, model: torch.nn.Module, plan: SyncPlan) -> Iterator[tuple[str, torch.Tensor]]:
+        return trained_weights(model, plan, factor_dtype=plan.dtype)

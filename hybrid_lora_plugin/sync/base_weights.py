@@ -8,6 +8,7 @@ checkpoint.
 from __future__ import annotations
 
 import json
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 
@@ -15,9 +16,13 @@ import torch
 from safetensors import safe_open
 
 from hybrid_lora_plugin.errors import WeightSyncError
-from hybrid_lora_plugin.sync.digest import digest_of
+from hybrid_lora_plugin.sync.digest import digest_of, digest_soon
 
 STORAGE = ("memory_map", "pinned")
+#: tensors that wait on the host for their digest while the next are gathered or read
+_AHEAD = 4
+#: elements that are looked at together
+_CHUNK = 1 << 20
 
 
 def checkpoint_folder(model: str, revision: str | None = None) -> Path:
@@ -125,13 +130,63 @@ class CheckpointWeights:
 def value_digest(tensor: torch.Tensor) -> str:
     """A digest of values rather than bits: equal for a bf16 tensor and for the same numbers held in fp32."""
     tensor = tensor.detach().cpu()
-    half = tensor.to(torch.bfloat16)
-    return digest_of(half if torch.equal(half.to(tensor.dtype), tensor) else tensor.float())
+    if tensor.dtype == torch.bfloat16:
+        return digest_of(tensor)
+    values = tensor.float().contiguous()
+    bits = values.view(torch.int32)
+    # bf16 is the upper half of fp32. Most fp32 weights show in their first elements that they need the lower one.
+    if any((part & 0xFFFF).any() for part in bits.view(-1).split(_CHUNK)):
+        return digest_of(values)
+    return digest_of((bits >> 16).to(torch.int16))
 
 
-def base_digests(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
-    """``value_digest`` of each (name, tensor); whole tensors, so with shards every rank must draw them."""
-    return {name: value_digest(tensor) for name, tensor in weights if tensor.is_floating_point()}
+def value_digests(weights: Iterable[tuple[str, torch.Tensor]]) -> dict[str, str]:
+    """``value_digest`` by name, by other threads while the next tensor is drawn."""
+    found: dict[str, str] = {}
+    waiting: deque[tuple[str, Callable[[], str]]] = deque()
+
+    def settle(most: int) -> None:
+        while len(waiting) > most:
+            name, digest = waiting.popleft()
+            found[name] = digest()
+
+    for name, tensor in weights:
+        waiting.append((name, digest_soon(tensor.detach().cpu(), value_digest)))
+        del tensor
+        settle(_AHEAD)
+    settle(0)
+    return found
+
+
+def base_digests(
+    weights: Iterable[tuple[str, torch.Tensor]], group: torch.distributed.ProcessGroup | None = None
+) -> dict[str, str]:
+    """``value_digest`` of each floating tensor; the ranks of ``group`` share the work, and each has all of it.
+
+    Args:
+        weights: (name, whole tensor); with shards every rank must draw them.
+        group: the ranks that hold one copy of the weights between them, so that each gathers the same tensors; None
+            where each holds a whole one.
+    """
+    rank, ranks = (0, 1) if group is None else (group.rank(), group.size())
+    order: list[str] = []
+
+    def own() -> Iterator[tuple[str, torch.Tensor]]:
+        elements = [0] * ranks
+        for name, tensor in weights:
+            if tensor.is_floating_point():
+                order.append(name)
+                whose = elements.index(min(elements))
+                elements[whose] += tensor.numel()
+                if whose == rank:
+                    yield name, tensor
+
+    digests = value_digests(own())
+    if ranks > 1:
+        everyone: list[dict[str, str]] = [{}] * ranks
+        torch.distributed.all_gather_object(everyone, digests, group=group)
+        digests = {name: digest for part in everyone for name, digest in part.items()}
+    return {name: digests[name] for name in order}
 
 
 def check_base(wanted: dict[str, str], original: Callable[[str], torch.Tensor], where: str) -> None:
@@ -145,16 +200,21 @@ def check_base(wanted: dict[str, str], original: Callable[[str], torch.Tensor], 
     Raises:
         WeightSyncError: naming the first weight that differs or is not there.
     """
-    for name, digest in wanted.items():
-        try:
-            tensor = original(name)
-        except KeyError:
-            raise WeightSyncError(
-                f"{name}: the trainer has this weight and the checkpoint of the rollout engine, {where}, has not; give "
-                "hybrid_lora.sync=merge, which needs no checkpoint there",
-                see="checkpoints-of-trainer-and-engine-differ",
-            ) from None
-        if value_digest(tensor) != digest:
+
+    def read() -> Iterator[tuple[str, torch.Tensor]]:
+        for name in wanted:
+            try:
+                tensor = original(name)
+            except KeyError:
+                raise WeightSyncError(
+                    f"{name}: the trainer has this weight and the checkpoint of the rollout engine, {where}, has not; "
+                    "give hybrid_lora.sync=merge, which needs no checkpoint there",
+                    see="checkpoints-of-trainer-and-engine-differ",
+                ) from None
+            yield name, tensor
+
+    for name, digest in value_digests(read()).items():
+        if digest != wanted[name]:
             raise WeightSyncError(
                 f"{name}: the rollout engine's checkpoint {where} holds other values than the trainer started from; "
                 "start both from one checkpoint",

@@ -41,24 +41,24 @@ def digest_of(tensor: torch.Tensor) -> str:
     return "keyed:" + keyed_sum(data)
 
 
-def digest_soon(tensor: torch.Tensor) -> Callable[[], str]:
-    """Begin ``digest_of`` and return a function that waits for it.
+def digest_soon(tensor: torch.Tensor, digest: Callable[[torch.Tensor], str] = digest_of) -> Callable[[], str]:
+    """Begin ``digest`` and return a function that waits for it.
 
     On the host other threads hash a large tensor, without Python's lock, while this one goes on; the bytes must stay
     until then.
     """
     if tensor.device.type == "cpu" and tensor.nbytes > _SMALL:
-        return _hasher().submit(_digest_and_drop, [tensor]).result
-    digest = digest_of(tensor)
-    return lambda: digest
+        return _hasher().submit(_digest_and_drop, digest, [tensor]).result
+    found = digest(tensor)
+    return lambda: found
 
 
-def _digest_and_drop(box: list[torch.Tensor]) -> str:
+def _digest_and_drop(digest: Callable[[torch.Tensor], str], box: list[torch.Tensor]) -> str:
     """When the digest is known, nothing here holds the tensor any more."""
     tensor = box.pop()
-    digest = digest_of(tensor)
+    found = digest(tensor)
     del tensor
-    return digest
+    return found
 
 
 @functools.cache

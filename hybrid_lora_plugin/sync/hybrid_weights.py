@@ -8,10 +8,11 @@ import torch
 from torch.distributed.fsdp import FullyShardedDataParallel
 
 from hybrid_lora_plugin.names import is_adapter, is_wrapped, peft_factor, plain_name, wire_factor
+from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import parts_of
-from hybrid_lora_plugin.training.arrival import Arrival
-from hybrid_lora_plugin.training.dtensor import whole
-from hybrid_lora_plugin.training.rounding import NEAREST, Rounding, round_weight
+from hybrid_lora_plugin.training.dtensor import local_tensor, whole, with_local
+from hybrid_lora_plugin.training.merge import merge_weight
+from hybrid_lora_plugin.training.rounding import NEAREST, on_grid, round_weight
 
 
 def plain_state(
@@ -51,56 +52,55 @@ def factors_of(state: dict[str, torch.Tensor], name: str, device) -> tuple[torch
     return whole(state[peft_factor(name, "A")], device), whole(state[peft_factor(name, "B")], device)
 
 
-def unmerged(
-    model: torch.nn.Module,
-    plain: str,
-    name: str,
-    tensor: torch.Tensor,
-    dtype: torch.dtype,
-    device,
-    rounding: Rounding,
-    arrival: Arrival | None,
-) -> torch.Tensor:
+def merged(state: dict[str, torch.Tensor], plain: str, name: str, plan: SyncPlan) -> torch.Tensor:
+    """A weight with an adapter, whole and as the rollout engine gets it.
+
+    Args:
+        state: the model's ``state_dict()``, or that of the layer.
+        plain: name of the weight in the plain model.
+        name: of its base weight in ``state``.
+        plan: of this sync.
+    """
+    lora_a, lora_b = factors_of(state, name, plan.device)
+    base = whole(state[name], plan.device)
+    return merge_weight(base, lora_a, lora_b, plan.scaling, plan.dtype, plan.rounding, plain, plan.arrival)
+
+
+def unmerged(model: torch.nn.Module, plain: str, name: str, tensor: torch.Tensor, plan: SyncPlan) -> torch.Tensor:
     """A tensor of ``state_dict()`` that has no adapter, whole and as the rollout engine gets it.
 
-    What trains is rounded as ``rounding`` says. What does not train is what the engine loaded: rounded to nearest.
+    What trains is rounded as the plan says. What does not train is what the engine loaded: rounded to nearest.
     """
-    value = whole(tensor, device)
-    if not value.is_floating_point():
-        return value
     if name not in parts_of(model).trained:
-        return round_weight(plain, value, dtype, NEAREST)
-    sent = round_weight(plain, value, dtype, rounding)
-    if arrival is not None:
-        arrival.add_full(name, tensor, value, sent)
+        value = whole(tensor, plan.device)
+        return round_weight(plain, value, plan.dtype, NEAREST) if value.is_floating_point() else value
+    original, exact = plan.originals.get(name), tensor
+    moves = original is not None and original.dtype != plan.dtype and plan.rounding.is_stochastic(plan.dtype)
+    if moves:
+        # Before it is gathered: no rank has another whole tensor.
+        exact = tensor.detach().to(plan.device)
+        exact = with_local(exact, on_grid(local_tensor(exact), original.to(plan.device), plan.dtype))
+    sent = round_weight(plain, whole(exact, plan.device), plan.dtype, plan.rounding, spent=moves)
+    if plan.arrival is not None and original is not None:
+        plan.arrival.add_full(tensor, original, sent)
     return sent
 
 
 def trained_weights(
-    model: torch.nn.Module,
-    scaling: float,
-    dtype: torch.dtype,
-    factor_dtype: torch.dtype,
-    device,
-    rounding: Rounding,
-    arrival: Arrival | None,
+    model: torch.nn.Module, plan: SyncPlan, factor_dtype: torch.dtype
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """What training changes and nothing else: full modules as they are, LoRA modules as their two factors.
 
     Args:
-        model: the hybrid PEFT model, inside FSDP2 or unsharded.
-        scaling: LoRA's s = alpha / rank.
-        dtype: of the full modules' weights and biases.
+        model: the hybrid PEFT model, inside FSDP or unsharded.
+        plan: of this sync.
         factor_dtype: of the factors, to nearest.
-        device: where whole tensors are put together.
-        rounding: of the full modules.
-        arrival: counts how much of the update is in what is sent.
 
     Yields:
-        (plain name, tensor of ``dtype``) for a full module, (``MODULE.lora_A.weight``, ``[r, d_in]``) and
+        (plain name, tensor of ``plan.dtype``) for a full module, (``MODULE.lora_A.weight``, ``[r, d_in]``) and
         (``MODULE.lora_B.weight``, ``[d_out, r]``) for the others, which come first.
     """
-    state = model.state_dict()
+    state = plan.state_of(model)
     trained = parts_of(model).trained
     plain_weights = plain_state(model, state)
     if missing := trained - state.keys():
@@ -108,16 +108,16 @@ def trained_weights(
     # The wider type first: in a bucket without gaps everything then begins at a multiple of its element size.
     for plain, (name, _) in plain_weights.items():
         if is_wrapped(name):
-            module, exact = plain.removesuffix(".weight"), factors_of(state, name, device)
+            module, exact = plain.removesuffix(".weight"), factors_of(state, name, plan.device)
             names = [wire_factor(module, kind) for kind in "AB"]
             sent = [round_weight(*named, factor_dtype, NEAREST) for named in zip(names, exact, strict=True)]
-            if arrival is not None and factor_dtype != torch.float32:
-                rows = arrival.rows(torch.Size((exact[1].shape[0], exact[0].shape[1])))
-                arrival.add("lora", *(scaling * (b[rows].float() @ a.float()) for a, b in (exact, sent)))
+            if plan.arrival is not None and factor_dtype != torch.float32:
+                rows = plan.arrival.rows(torch.Size((exact[1].shape[0], exact[0].shape[1])))
+                plan.arrival.add("lora", *(plan.scaling * (b[rows].float() @ a.float()) for a, b in (exact, sent)))
             yield from zip(names, sent, strict=True)
     for plain, (name, tensor) in plain_weights.items():
         if name in trained:
-            yield plain, unmerged(model, plain, name, tensor, dtype, device, rounding, arrival)
+            yield plain, unmerged(model, plain, name, tensor, plan)
 
 
 def original_weights(model: torch.nn.Module, device) -> Iterator[tuple[str, torch.Tensor]]:

@@ -8,38 +8,29 @@ import torch
 
 from hybrid_lora_plugin.names import is_wrapped
 from hybrid_lora_plugin.parameter_counts import ParameterCounts
-from hybrid_lora_plugin.sync.hybrid_weights import factors_of, plain_state, unmerged
+from hybrid_lora_plugin.sync.hybrid_weights import merged, plain_state, unmerged
 from hybrid_lora_plugin.sync.mode_base import SyncMode, SyncReceiver
+from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import parts_of
-from hybrid_lora_plugin.training.arrival import Arrival
-from hybrid_lora_plugin.training.dtensor import whole
-from hybrid_lora_plugin.training.merge import merge_weight
-from hybrid_lora_plugin.training.rounding import NEAREST, Rounding
 
 
 @torch.no_grad()
 def merged_weights(
-    model: torch.nn.Module,
-    scaling: float,
-    dtype: torch.dtype,
-    device,
-    rounding: Rounding,
-    arrival: Arrival | None,
-    trained_only: bool = False,
+    model: torch.nn.Module, plan: SyncPlan, trained_only: bool = False
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """(plain name, whole weight of ``dtype``) of a plain model, in model order; arguments as of ``SyncMode.outgoing``.
+    """(plain name, whole weight of ``plan.dtype``) of a plain model, in model order.
 
     Args:
+        model: as of ``SyncMode.outgoing``.
+        plan: of this sync.
         trained_only: leave out what training leaves alone.
     """
-    state, trained = model.state_dict(), parts_of(model).trained
+    state, trained = plan.state_of(model), parts_of(model).trained
     for plain, (name, tensor) in plain_state(model, state).items():
         if is_wrapped(name):
-            lora_a, lora_b = factors_of(state, name, device)
-            base = whole(tensor, device)
-            yield plain, merge_weight(base, lora_a, lora_b, scaling, dtype, rounding, plain, arrival)
+            yield plain, merged(state, plain, name, plan)
         elif name in trained or not trained_only:
-            yield plain, unmerged(model, plain, name, tensor, dtype, device, rounding, arrival)
+            yield plain, unmerged(model, plain, name, tensor, plan)
 
 
 class MergeReceiver(SyncReceiver):
@@ -65,14 +56,5 @@ class MergeSync(SyncMode):
     def payload_bytes(self, counts: ParameterCounts, dtype: torch.dtype) -> int:
         return (counts.frozen + counts.full) * dtype.itemsize
 
-    def outgoing(
-        self,
-        model: torch.nn.Module,
-        scaling: float,
-        dtype: torch.dtype,
-        device,
-        rounding=NEAREST,
-        arrival=None,
-        changes=None,
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        return merged_weights(model, scaling, dtype, device, rounding, arrival)
+    def outgoing(self, model: torch.nn.Module, plan: SyncPlan) -> Iterator[tuple[str, torch.Tensor]]:
+        return merged_weights(model, plan)

@@ -12,10 +12,9 @@ from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.parameter_counts import ParameterCounts
 from hybrid_lora_plugin.sync.base_weights import CheckpointWeights
 from hybrid_lora_plugin.sync.live_weight import LiveWeight
-from hybrid_lora_plugin.sync.sent_weights import Changes, SentWeights
+from hybrid_lora_plugin.sync.plan import SyncPlan
+from hybrid_lora_plugin.sync.sent_weights import SentWeights
 from hybrid_lora_plugin.sync.wire import SyncHeader
-from hybrid_lora_plugin.training.arrival import Arrival
-from hybrid_lora_plugin.training.rounding import NEAREST, Rounding
 
 
 class RolloutModel(Protocol):
@@ -29,16 +28,19 @@ class RolloutModel(Protocol):
     def load(self, weights: list[tuple[str, torch.Tensor]]) -> None:
         """Put whole tensors under plain names into the live model, and remember what must then be there."""
 
+    def load_part(self, name: str, part: torch.Tensor) -> None:
+        """Put this worker's part of a weight where ``live`` has it, and remember what must then be there."""
+
     def replace_adapter(self, factors: dict[str, tuple[torch.Tensor, torch.Tensor]], header: SyncHeader) -> None:
         """Make A [r, d_in] and B [d_out, r] by module the engine's only adapter, and remember them."""
+
+    def live(self, name: str) -> LiveWeight:
+        """Where a plain weight lies, to be read and written in place; WeightSyncError in a layout unknown here."""
 
     # -- for modes that build on an earlier sync
 
     #: weights that train, from the last whole sync
     trained: frozenset[str]
-
-    def live(self, name: str) -> LiveWeight:
-        """Where a plain weight lies, to be read and written in place."""
 
     def begin_building(self, run: str, trained: frozenset[str], unsent: list[str]) -> None:
         """A whole sync of ``run`` is proven: later ones bring changes of ``trained`` and leave ``unsent`` as it is."""
@@ -118,26 +120,12 @@ class SyncMode(ABC):
         """Bytes of all tensors of one sync together; the most, where they differ from sync to sync."""
 
     @abstractmethod
-    def outgoing(
-        self,
-        model: torch.nn.Module,
-        scaling: float,
-        dtype: torch.dtype,
-        device,
-        rounding: Rounding = NEAREST,
-        arrival: Arrival | None = None,
-        changes: Changes | None = None,
-    ) -> Iterator[tuple[str, torch.Tensor]]:
+    def outgoing(self, model: torch.nn.Module, plan: SyncPlan) -> Iterator[tuple[str, torch.Tensor]]:
         """The trainer's side: (name, whole tensor) pairs of a hybrid model, one module in flight at a time.
 
         Args:
-            model: the hybrid PEFT model, inside FSDP2 (then every rank must draw every pair) or unsharded.
-            scaling: LoRA's s = alpha / rank.
-            dtype: what the rollout engine computes in.
-            device: where whole tensors are put together.
-            rounding: of merged and fully tuned weights to ``dtype``.
-            arrival: counts how much of the update is in what is sent.
-            changes: what this sync builds on, for a mode that does; without it everything is sent.
+            model: the hybrid PEFT model, inside FSDP (then every rank must draw every pair) or unsharded.
+            plan: of this sync.
         """
 
     def sent_weights(self, group: torch.distributed.ProcessGroup | None = None) -> SentWeights | None:
@@ -162,16 +150,7 @@ class SyncMode(ABC):
             WeightSyncError: naming the first tensor that is not what was sent.
         """
 
-    def merged_digest(
-        self,
-        model: torch.nn.Module,
-        module: str,
-        scaling: float,
-        dtype: torch.dtype,
-        device,
-        rounding: Rounding = NEAREST,
-        arrival: Arrival | None = None,
-    ) -> dict[str, str]:
+    def merged_digest(self, model: torch.nn.Module, module: str, plan: SyncPlan) -> dict[str, str]:
         """Digest of the weight that the receiver must come to for ``module``, by its name; a mode that merges there has
         it.
 

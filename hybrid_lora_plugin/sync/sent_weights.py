@@ -7,6 +7,8 @@ and put the list of changed elements together; their values every rank has, sinc
 
 from __future__ import annotations
 
+import math
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -57,6 +59,11 @@ class SentWeights:
     def bytes(self) -> int:
         """Bytes this rank keeps."""
         return sum(copy.nbytes for copy in self._copies.values())
+
+    def bytes_for(self, shapes: Iterable[tuple[int, ...]]) -> int:
+        """Bytes this rank will keep of weights of these whole shapes, (d_out, d_in) or (d_out,)."""
+        rows = ((self.own_rows(shape[0]), math.prod(shape[1:])) for shape in shapes)
+        return sum((own.stop - own.start) * columns * torch.int16.itemsize for own, columns in rows)
 
     def begin(self, number: int, destination: str) -> Changes:
         """The next sync.

@@ -20,10 +20,10 @@ from hybrid_lora_plugin.sync.element_list import decode
 from hybrid_lora_plugin.sync.element_sum import sum_at, sum_of, wrapped
 from hybrid_lora_plugin.sync.merge import MergeReceiver, merged_weights
 from hybrid_lora_plugin.sync.mode_base import RolloutModel, SyncMode
-from hybrid_lora_plugin.sync.sent_weights import Changes, SentWeights
+from hybrid_lora_plugin.sync.plan import SyncPlan
+from hybrid_lora_plugin.sync.sent_weights import SentWeights
 from hybrid_lora_plugin.sync.wire import SyncHeader
 from hybrid_lora_plugin.training.apply import parts_of
-from hybrid_lora_plugin.training.rounding import NEAREST
 
 
 class SparseMergeReceiver(MergeReceiver):
@@ -130,22 +130,11 @@ class SparseMergeSync(SyncMode):
         return SentWeights(group)
 
     @torch.no_grad()
-    def outgoing(
-        self,
-        model: torch.nn.Module,
-        scaling: float,
-        dtype: torch.dtype,
-        device,
-        rounding=NEAREST,
-        arrival=None,
-        changes: Changes | None = None,
-    ) -> Iterator[tuple[str, torch.Tensor]]:
-        changes = changes or SentWeights().begin(1, "")
+    def outgoing(self, model: torch.nn.Module, plan: SyncPlan) -> Iterator[tuple[str, torch.Tensor]]:
+        changes = plan.changes or SentWeights().begin(1, "")
         parts = parts_of(model)
         trains = {plain_name(name) for name in parts.trained} | {f"{module}.weight" for module in parts.lora_modules}
-        for name, weight in merged_weights(
-            model, scaling, dtype, device, rounding, arrival, trained_only=bool(changes.base_number)
-        ):
+        for name, weight in merged_weights(model, plan, trained_only=bool(changes.base_number)):
             travels = changes.of(name, weight) if name in trains else weight
             del weight
             if travels is not None:

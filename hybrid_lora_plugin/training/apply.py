@@ -27,11 +27,14 @@ class HybridParts:
         trained: names in ``state_dict()`` of everything that trains.
         lora_modules: plain names of the modules with an adapter, in model order.
         counts: the count of all parameters, tied weights once.
+        merged_shapes: of every weight and bias of the plain model that training changes, (d_out, d_in) or (d_out,):
+            those of full modules, and the weights with an adapter.
     """
 
     trained: frozenset[str]
     lora_modules: tuple[str, ...]
     counts: ParameterCounts
+    merged_shapes: tuple[tuple[int, ...], ...]
 
 
 def parts_of(model: torch.nn.Module) -> HybridParts:
@@ -104,11 +107,14 @@ def apply_allocation(
 
 def _parts(model: PeftModel) -> HybridParts:
     groups = trainable_groups(model)
+    wrapped = {plain_name(name): module for name, module in model.named_modules() if isinstance(module, LoraLayer)}
+    changed = [parameter for _, parameter in groups["full"]] + [m.get_base_layer().weight for m in wrapped.values()]
     full, lora = (sum(parameter.numel() for _, parameter in groups[kind]) for kind in ("full", "lora"))
     return HybridParts(
         trained=frozenset(name for group in groups.values() for name, _ in group),
-        lora_modules=tuple(plain_name(name) for name, module in model.named_modules() if isinstance(module, LoraLayer)),
+        lora_modules=tuple(wrapped),
         counts=ParameterCounts(sum(p.numel() for p in model.parameters()) - full - lora, full=full, lora=lora),
+        merged_shapes=tuple(tuple(parameter.shape) for parameter in changed),
     )
 
 

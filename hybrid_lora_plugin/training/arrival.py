@@ -7,11 +7,9 @@ rows of every tensor, another one at each sync: what is left out costs nothing, 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 import torch
 
-from hybrid_lora_plugin.training.dtensor import first_row
+from hybrid_lora_plugin.training.dtensor import first_row, local_tensor
 
 #: elements of one tensor that are looked at in one sync
 SAMPLED = 1 << 16
@@ -24,17 +22,12 @@ class Arrival:
 
     Args:
         number: of the sync, which chooses the rows.
-        originals: this rank's rows of the full modules' original weights, by their name in ``state_dict()``; a tensor
-            without one is not looked at.
         sampled: most elements of one tensor that are looked at; None is all of them.
     """
 
-    def __init__(
-        self, number: int = 0, originals: Mapping[str, torch.Tensor] | None = None, sampled: int | None = SAMPLED
-    ):
+    def __init__(self, number: int = 0, sampled: int | None = SAMPLED):
         self._number = number
         self._sampled = sampled
-        self._originals = originals or {}
         self._sums: dict[str, torch.Tensor] = {}
 
     def rows(self, shape: torch.Size) -> slice:
@@ -59,23 +52,21 @@ class Arrival:
         sums = torch.stack([rounded.dot(exact), exact.dot(exact), rounded.dot(rounded), count]).double()
         self._sums[kind] = self._sums[kind] + sums if kind in self._sums else sums
 
-    def add_full(self, name: str, parameter: torch.Tensor, exact: torch.Tensor, rounded: torch.Tensor) -> None:
+    def add_full(self, parameter: torch.Tensor, original: torch.Tensor, rounded: torch.Tensor) -> None:
         """Count some elements of a full module's weight or bias.
 
         Args:
-            name: in ``state_dict()``.
-            parameter: [d_out, …] the whole tensor, or a DTensor that says which rows are this rank's.
-            exact: [d_out, …] float32, all of it.
-            rounded: of the same shape, as the rollout engine gets it.
+            parameter: [d_out, …] float32, the whole tensor or this rank's rows of it as a DTensor.
+            original: the same rows as they were before training.
+            rounded: [d_out, …] all of it, as the rollout engine gets it.
         """
-        original = self._originals.get(name)
-        if original is None or not original.numel():
+        if not original.numel():
             return
-        rows = self.rows(original.shape)
-        first = first_row(parameter)
-        sent = slice(first + rows.start, first + rows.stop)
-        start = original[rows].to(exact.device, torch.float32)
-        self.add("full", exact[sent] - start, rounded[sent].float() - start)
+        rows, first = self.rows(original.shape), first_row(parameter)
+        exact = local_tensor(parameter).detach()[rows].to(rounded.device)
+        start = original[rows].to(rounded.device)
+        moved = rounded[first + rows.start : first + rows.stop].float() - start.to(rounded.dtype).float()
+        self.add("full", exact - start.float(), moved)
 
     def sums(self) -> dict[str, list[float]]:
         """By kind ⟨r, d⟩, ‖d‖², ‖r‖² and the number of elements; those of several ranks may be added."""

@@ -3,7 +3,7 @@
     hybrid_lora/
       trainables.safetensors   fp32: full weights under their plain names; LoRA factors as
                                `<module>.lora_A.weight` [r, d_in] and `<module>.lora_B.weight` [d_out, r]
-      trainables.json          base model, rank, alpha, global step, and how the rollout engine's weights are rounded
+      trainables.json          base model and its type, rank, alpha, step, how rollout weights are rounded
       allocation.json          the allocation the run trained under
 
 The folder appears under its name only when it is complete.
@@ -28,9 +28,13 @@ from hybrid_lora_plugin.training.rounding import Rounding
 
 FOLDER = "hybrid_lora"
 TENSORS, DESCRIPTION, ALLOCATION = "trainables.safetensors", "trainables.json", "allocation.json"
-SCHEMA_VERSION = 2
-#: before checkpoints said how rollout weights are rounded: to nearest, and their type is not known
-_BEFORE_ROUNDING = {"rollout_dtype": None, "rounding_mode": "nearest", "rounding_seed": 0}
+SCHEMA_VERSION = 3
+#: by version, what its description does not say yet: 1 knew no rounding of rollout weights, so it was to nearest
+_NOT_SAID = {
+    1: {"rollout_dtype": None, "rounding_mode": "nearest", "rounding_seed": 0, "base_dtype": None},
+    2: {"base_dtype": None},
+    SCHEMA_VERSION: {},
+}
 
 
 @dataclass(frozen=True)
@@ -45,6 +49,9 @@ class CheckpointDescription:
     rollout_dtype: str | None = None
     rounding_mode: str = "nearest"
     rounding_seed: int = 0
+    #: type in which the run held the base model's weights, which loses nothing of the checkpoint's; None where the
+    #: checkpoint does not say
+    base_dtype: str | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -89,9 +96,9 @@ def load_description(folder: Path) -> CheckpointDescription:
     try:
         raw = json.loads((folder / DESCRIPTION).read_text())
         version = raw.pop("schema_version", None)
-        if version not in (1, SCHEMA_VERSION):
+        if version not in _NOT_SAID:
             raise ValueError(f"schema_version is {version!r}, wanted {SCHEMA_VERSION}")
-        raw |= _BEFORE_ROUNDING if version == 1 else {}
+        raw |= _NOT_SAID[version]
         names = [f.name for f in fields(CheckpointDescription) if f.name != "schema_version"]
         return CheckpointDescription(**{name: raw[name] for name in names})
     except (OSError, ValueError, KeyError, TypeError) as error:
@@ -125,6 +132,44 @@ def require_same_setting(folder: Path, allocation: Allocation, rank: int, alpha:
             f"with hybrid_lora.lora.rank={description.rank} hybrid_lora.lora.alpha={description.alpha}",
             see="checkpoint-of-another-setting",
         )
+
+
+def other_rounding(folder: Path, rollout_dtype: str, rounding: Rounding) -> str | None:
+    """What a resumed run has to be told where its rollout weights are rounded otherwise than those of the run before.
+
+    No weight that trains depends on it, so it is no reason to refuse.
+
+    Args:
+        folder: the checkpoint's ``hybrid_lora`` folder.
+        rollout_dtype, rounding: of the run that resumes.
+
+    Returns:
+        One line that names each setting with both values and what follows; None where both round alike.
+
+    Raises:
+        ConfigurationError: the description is missing or not understood.
+    """
+    before = load_description(folder)
+    settings = {
+        # One from before types were recorded cannot be compared.
+        "actor_rollout_ref.rollout.dtype": (before.rollout_dtype or rollout_dtype, rollout_dtype),
+        "hybrid_lora.sync_rounding": (before.rounding_mode, rounding.mode),
+    }
+    if before.rounding_mode == rounding.mode == "stochastic":
+        settings["hybrid_lora.sync_seed"] = (before.rounding_seed, rounding.seed)
+    changed = {name: values for name, values in settings.items() if values[0] != values[1]}
+    if not changed:
+        return None
+    found = " and ".join(f"{name} is {now} and was {then}" for name, (then, now) in changed.items())
+    if "actor_rollout_ref.rollout.dtype" in changed or rollout_dtype != "float32":
+        follows = "from here on rollouts differ from those that the run before would have made, and a model exported"
+    else:
+        follows = "float32 rollouts stay as they would have been, but a model exported in 16 bits"
+    way_back = " ".join(f"{name}={then}" for name, (then, _) in changed.items())
+    return (
+        f"{found} in the run that saved the checkpoint {str(folder)!r}: {follows} from a later checkpoint is rounded "
+        f"by this run's settings; to go on as before give {way_back}"
+    )
 
 
 def load_trained(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], CheckpointDescription, Path]:

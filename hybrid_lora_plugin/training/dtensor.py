@@ -35,6 +35,14 @@ def first_row(tensor: torch.Tensor) -> int:
     return 0
 
 
+def with_local(tensor: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
+    """``part`` as this rank's part of a tensor sharded as ``tensor`` is; itself where that is not sharded."""
+    if not isinstance(tensor, DTensor):
+        return part
+    mesh, placements = tensor.device_mesh, tensor.placements
+    return DTensor.from_local(part, mesh, placements, run_check=False, shape=tensor.shape, stride=tensor.stride())
+
+
 def whole(tensor: torch.Tensor, device) -> torch.Tensor:
     """The full tensor on ``device``; for a DTensor a collective, so every rank must call it in the same order."""
     if isinstance(tensor, DTensor):

@@ -17,7 +17,7 @@ from hybrid_lora_plugin.names import wire_factor
 from hybrid_lora_plugin.training.arrival import ENOUGH, Arrival, arrival_of
 from hybrid_lora_plugin.training.checkpoint import load_trained
 from hybrid_lora_plugin.training.merge import merge_weight
-from hybrid_lora_plugin.training.rounding import NEAREST, Rounding, round_weight
+from hybrid_lora_plugin.training.rounding import NEAREST, Rounding, on_grid, round_weight
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ def merged_model(
     allocation = load_allocation(allocation_path)
     base = base or description.base_model
     try:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype="auto", trust_remote_code=trust_remote_code)
+        # In the type that the run held it in: a checkpoint's config may name another than its tensors have.
+        held = description.base_dtype or "auto"
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=held, trust_remote_code=trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigurationError(f"base: {base!r} cannot be loaded ({reason}); give base=PATH") from error
@@ -101,9 +103,10 @@ def merged_model(
         for name in allocation.full_names:
             for kind, parameter in modules[name].named_parameters(recurse=False):
                 plain = f"{name}.{kind}"
-                exact, original = take(plain), parameter.detach().float().clone()
-                parameter.data = round_weight(plain, exact, target, rounding)
-                arrival.add("full", exact - original, parameter.float() - original)
+                exact, original = take(plain), parameter.detach()
+                moved = on_grid(exact, original, target) if rounding.is_stochastic(target) else exact
+                parameter.data = round_weight(plain, moved, target, rounding)
+                arrival.add_full(exact, original, parameter)
                 trained.add(parameter)
         for name in allocation.lora_names:
             weight, plain = modules[name].weight, f"{name}.weight"

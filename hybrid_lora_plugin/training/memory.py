@@ -21,6 +21,7 @@ class TrainingBytes:
         gradients: of ``trained``, once a backward pass has run.
         moments: of the optimizer, Adam's two for every trained value.
         reference: the snapshot of the full modules' original values.
+        sent: besides, in the host's memory, what ``sparse_merge`` remembers of its last sync; no part of ``total``.
     """
 
     frozen: float
@@ -28,18 +29,27 @@ class TrainingBytes:
     gradients: float
     moments: float
     reference: float
+    sent: float = 0
 
     @property
     def total(self) -> float:
-        return sum(astuple(self))
+        """Bytes where the model is."""
+        return sum(astuple(self)) - self.sent
 
     def __str__(self) -> str:
-        parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in vars(self).items())
-        return f"{self.total / 1e6:,.1f} MB on each rank: {parts}"
+        parts = ", ".join(f"{name} {size / 1e6:,.1f}" for name, size in vars(self).items() if name != "sent")
+        besides = f"; and {self.sent / 1e6:,.1f} MB of the host for what was sent last" if self.sent else ""
+        return f"{self.total / 1e6:,.1f} MB on each rank: {parts}{besides}"
 
 
-def rank_bytes(model: torch.nn.Module, snapshot: BaseSnapshot | None = None) -> TrainingBytes:
-    """What this rank will hold, from its shards as they are: gradients and moments are those of Adam on them."""
+def rank_bytes(model: torch.nn.Module, snapshot: BaseSnapshot | None = None, sent: float = 0) -> TrainingBytes:
+    """What this rank will hold, from its shards as they are: gradients and moments are those of Adam on them.
+
+    Args:
+        model: the hybrid model, sharded or not.
+        snapshot: the reference policy's.
+        sent: bytes of what its syncs keep, from ``sync.sent_weights``.
+    """
     frozen = trained = 0
     for parameter in model.parameters():
         size = local_tensor(parameter).nbytes
@@ -47,7 +57,7 @@ def rank_bytes(model: torch.nn.Module, snapshot: BaseSnapshot | None = None) -> 
             trained += size
         else:
             frozen += size
-    return TrainingBytes(frozen, trained, trained, 2 * trained, snapshot.bytes if snapshot is not None else 0)
+    return TrainingBytes(frozen, trained, trained, 2 * trained, snapshot.bytes if snapshot is not None else 0, sent)
 
 
 def least_bytes(counts: ParameterCounts, ranks: int) -> TrainingBytes:

@@ -13,6 +13,7 @@ import torch
 from peft.tuners.lora import LoraLayer
 
 from hybrid_lora_plugin.training.dtensor import local_tensor
+from hybrid_lora_plugin.training.rounding import on_grid
 
 
 @contextmanager
@@ -66,6 +67,24 @@ class BaseSnapshot:
         self.values = {name: values.to(device) for name, values in self.values.items()}
 
     @contextmanager
+    def on_grid(self, parameters: Iterable[tuple[str, torch.Tensor]], dtype: torch.dtype) -> Iterator[None]:
+        """The trained values as ``rounding.on_grid`` has them for ``dtype`` inside the ``with``, themselves after it.
+
+        For FSDP1, whose parameters do not show which rows they hold; in any sharding the values are the same. As with
+        ``swapped_in``, nothing may be unsharded while entering or leaving.
+        """
+        named = {name: parameter for name, parameter in parameters if self.values[name].dtype != dtype}
+        with torch.no_grad():
+            trained = {name: local_tensor(p).detach().clone() for name, p in named.items()}
+            for name, parameter in named.items():
+                values = local_tensor(parameter)
+                on_grid(values, self.values[name].to(values.device), dtype, out=values)
+        try:
+            yield
+        finally:
+            _put_back(named, trained)
+
+    @contextmanager
     def swapped_in(self, parameters: Iterable[tuple[str, torch.Tensor]]) -> Iterator[None]:
         """The original values inside the ``with``, the trained ones again after it, also when the body raises.
 
@@ -88,6 +107,10 @@ class BaseSnapshot:
         try:
             yield
         finally:
-            with torch.no_grad():
-                for name, parameter in named.items():
-                    local_tensor(parameter).copy_(trained[name])
+            _put_back(named, trained)
+
+
+@torch.no_grad()
+def _put_back(named: dict[str, torch.Tensor], trained: dict[str, torch.Tensor]) -> None:
+    for name, parameter in named.items():
+        local_tensor(parameter).copy_(trained[name])

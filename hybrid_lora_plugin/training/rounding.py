@@ -12,6 +12,7 @@ its first life; and from one sync to the next only those elements change whose v
 from __future__ import annotations
 
 import functools
+import math
 from dataclasses import dataclass
 
 import numpy as np
@@ -20,9 +21,9 @@ import xxhash
 
 from hybrid_lora_plugin.errors import WeightSyncError
 
-#: elements that are rounded at once: on a processor what is needed besides the result stays in a core's cache, on an
-#: accelerator starting a kernel costs little beside running it
-CHUNK, ACCELERATOR_CHUNK = 1 << 17, 1 << 22
+#: elements that are rounded at once, so that what is needed besides the result is a few megabytes: on a processor that
+#: stays in its caches and starting the ten operations of a piece is little beside them; on an accelerator it takes more
+CHUNK, ACCELERATOR_CHUNK = 1 << 19, 1 << 22
 #: types of 16 bits, and how many bits of a float32 each lacks
 _SIXTEEN = {torch.bfloat16: 16, torch.float16: 13}
 
@@ -43,17 +44,20 @@ class Rounding:
         """Whether values become ``dtype`` by thresholds."""
         return self.mode == "stochastic" and dtype in _SIXTEEN
 
-    def for_tensor(self, name: str, dtype: torch.dtype, shape: torch.Size, device) -> ChunkRounding:
-        """The rounding of one whole tensor.
+    def for_tensor(
+        self, name: str, dtype: torch.dtype, shape: torch.Size, device, first_column: int = 0
+    ) -> ChunkRounding:
+        """The rounding of one tensor.
 
         Args:
             name: plain name of the weight or bias, a part of its thresholds' hash.
             dtype: of the result.
-            shape: (d_out, d_in) or (d_out,) of the whole tensor.
+            shape: (d_out, d_in) or (d_out,) of the whole tensor, or of what of it ends where a part does.
             device: of the values.
+            first_column: which column of the whole tensor the values begin with.
         """
         if self.is_stochastic(dtype):
-            return _Dithered(self.seed, name, dtype, shape, device)
+            return _Dithered(self.seed, name, dtype, shape, device, first_column)
         return ChunkRounding()
 
 
@@ -61,35 +65,66 @@ NEAREST = Rounding()
 
 
 @torch.no_grad()
+def on_grid(values: torch.Tensor, original: torch.Tensor, dtype: torch.dtype, out=None) -> torch.Tensor:
+    """``W − (W0 − nearest(W0))`` in float32: a trained weight as it were, had it begun as a rollout engine loads it.
+
+    Rounded by thresholds as it is, a weight from a float32 checkpoint would be moved by up to a step of ``dtype`` where
+    training left it alone. From here it is rounded as a merged one is: W0 to nearest, the update by thresholds. Where
+    W0 is of ``dtype`` the bracket is zero and the result W, bit for bit; where W is W0 it is what nearest makes of W0.
+
+    Args:
+        values: float32, any part of a weight.
+        original: of the same shape and place, any floating type.
+        dtype: of the rollout engine.
+        out: takes the result; may be ``values``.
+    """
+    rest = original.float() - original.to(dtype)
+    return torch.sub(values, rest, out=rest if out is None else out)
+
+
+@torch.no_grad()
 def round_weight(
-    name: str, values: torch.Tensor, dtype: torch.dtype, rounding: Rounding, base: torch.Tensor | None = None
+    name: str,
+    values: torch.Tensor,
+    dtype: torch.dtype,
+    rounding: Rounding,
+    base: torch.Tensor | None = None,
+    *,
+    spent: bool = False,
+    corner: tuple[int, int] = (0, 0),
 ) -> torch.Tensor:
     """A weight in the rollout engine's type: ``values``, or ``base + values`` in float32, rounded once.
 
     Args:
         name: plain name, for the thresholds and for messages.
-        values: [d_out, d_in] or [d_out] float32, a whole tensor; not changed.
+        values: [d_out, d_in] or [d_out] float32; not changed, unless ``spent``.
         dtype: to round to.
         rounding: how.
         base: of the same shape, any floating type; rounded stochastically, it is brought to ``dtype`` first.
+        spent: nobody needs ``values`` any more, so the work is done in them.
+        corner: row and column of the whole tensor with which ``values`` begin.
 
     Raises:
-        WeightSyncError: an element is too large for ``dtype``, or, where thresholds are added to bits, no number.
+        WeightSyncError: an element is too large for ``dtype``, or no number. To nearest in bfloat16 only ``values``
+            without a base are looked at: of a merged weight, its factors tell at less cost (``require_numbers``).
     """
     checked = dtype == torch.float16 or rounding.is_stochastic(dtype)
     if not checked and base is None:
+        if dtype == torch.bfloat16 != values.dtype:
+            require_numbers(name, values)
         return values.to(dtype)
     out = torch.empty(values.shape, dtype=dtype, device=values.device)
     columns = values.shape[1] if values.dim() > 1 else 1
     matrix, result = values.reshape(-1, columns), out.view(-1, columns)
     base = None if base is None else base.reshape(-1, columns)
     rows = max(1, (CHUNK if values.device.type == "cpu" else ACCELERATOR_CHUNK) // columns)
-    scratch = torch.empty((min(rows, len(matrix)), columns), dtype=torch.float32, device=values.device)
-    of_tensor = rounding.for_tensor(name, dtype, values.shape, values.device)
+    scratch = matrix if spent else torch.empty((min(rows, len(matrix)), columns), device=values.device)
+    end = torch.Size((corner[0] + len(matrix), corner[1] + columns))
+    of_tensor = rounding.for_tensor(name, dtype, end, values.device, corner[1])
     largest = []
     for first in range(0, len(matrix), rows):
-        exact = scratch[: len(matrix) - first]
-        part = slice(first, first + len(exact))
+        part = slice(first, min(first + rows, len(matrix)))
+        exact = scratch[part] if spent else scratch[: part.stop - first]
         if base is None:
             exact.copy_(matrix[part])
         else:
@@ -97,10 +132,24 @@ def round_weight(
             torch.add(matrix[part], start, out=exact)
         if checked:
             largest.extend(exact.aminmax())
-        of_tensor.round(exact, first, result[part])
+        of_tensor.round(exact, corner[0] + first, result[part])
     if checked:
         _check_fits(name, torch.stack(largest), dtype)
     return out
+
+
+def require_numbers(name: str, *tensors: torch.Tensor) -> None:
+    """Raise WeightSyncError, calling it ``name``, where one of the tensors holds an infinity or no number."""
+    # A sum of weights stays far from float32's end, and one such element carries over to it; extremes take longer.
+    if not math.isfinite(sum(tensor.sum(dtype=torch.float32) for tensor in tensors)):
+        raise _no_number(name)
+
+
+def _no_number(name: str) -> WeightSyncError:
+    return WeightSyncError(
+        f"{name}: holds a value that is no number; the training run has diverged, continue from an earlier checkpoint",
+        see="weight-is-no-number",
+    )
 
 
 def _check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
@@ -114,10 +163,7 @@ def _check_fits(name: str, values: torch.Tensor, dtype: torch.dtype) -> None:
             "actor_rollout_ref.rollout.dtype=bfloat16".replace("torch.", ""),
             see="weight-too-large-for-the-rollout-type",
         )
-    raise WeightSyncError(
-        f"{name}: holds a value that is no number; the training run has diverged, continue from an earlier checkpoint",
-        see="weight-is-no-number",
-    )
+    raise _no_number(name)
 
 
 class ChunkRounding:
@@ -145,12 +191,12 @@ class _Dithered(ChunkRounding):
     elements pairwise nearly independent, and it costs one product.
     """
 
-    def __init__(self, seed: int, name: str, dtype: torch.dtype, shape: torch.Size, device):
+    def __init__(self, seed: int, name: str, dtype: torch.dtype, shape: torch.Size, device, first_column: int = 0):
         #: bits of a float32 that the type lacks
         self._bits = _SIXTEEN[dtype]
         columns = shape[1] if len(shape) > 1 else 1
         self._row = _odd_factors(f"{seed}/{name}/row", shape[0]).to(device)
-        self._column = _odd_factors(f"{seed}/{name}/column", columns).to(device)
+        self._column = _odd_factors(f"{seed}/{name}/column", columns)[first_column:].to(device)
         self._scratch: torch.Tensor | None = None
 
     def round(self, values: torch.Tensor, first_row: int, out: torch.Tensor) -> None:

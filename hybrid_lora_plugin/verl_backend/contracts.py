@@ -586,6 +586,7 @@ _RECEIVER = [
         "WorkerBase",
         ("device", (_WORKER, _MODEL), "where buckets arrive"),
         ("local_rank", _WORKER, "device of a worker that names none"),
+        ("rank", _MODEL, "which of the workers this is"),
         ("model_runner", _MODEL, "leads to the live model"),
         ("model_config vllm_config", _MODEL, "checkpoint, graphs, adapters"),
         ("add_lora", _MODEL, "takes the adapter", "lora_request"),
@@ -601,10 +602,24 @@ _RECEIVER = [
         ("ModelConfig.enforce_eager", _MODEL, "whether graphs hold addresses of weights"),
         ("VllmConfig.lora_config", _MODEL, "whether the engine runs adapters"),
         ("VllmConfig.kv_transfer_config", _SERVER, "whether there is a connector to reset"),
+        ("VllmConfig.parallel_config", _MODEL, "how many workers read one checkpoint"),
+        (
+            "ParallelConfig.nnodes ParallelConfig.distributed_executor_backend ParallelConfig.world_size",
+            _MODEL,
+            "whether all workers are on one machine, and how many they are",
+        ),
     ),
     *_of(
         "receiver",
         "vllm.v1.worker.gpu_model_runner",
+        "GPUModelRunner",
+        ("model", _MODEL, "the live model"),
+        ("lora_manager", _MODEL, "its adapters"),
+    ),
+    *_of(
+        "receiver",
+        # The second model runner: vLLM takes it by default for Llama and Qwen3.
+        "vllm.v1.worker.gpu.model_runner",
         "GPUModelRunner",
         ("model", _MODEL, "the live model"),
         ("lora_manager", _MODEL, "its adapters"),
@@ -649,6 +664,12 @@ _RECEIVER = [
         "receiver",
         "vllm.model_executor.models.qwen2",
         "Qwen2ForCausalLM",
+        ("packed_modules_mapping", _LAYOUT, "which modules are packed into one"),
+    ),
+    *_of(
+        "receiver",
+        "vllm.model_executor.models.qwen3",
+        "Qwen3ForCausalLM",
         ("packed_modules_mapping", _LAYOUT, "which modules are packed into one"),
     ),
     *_of(
@@ -1054,6 +1075,12 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         "tests/test_sync_verl.py::test_verls_buckets_without_gaps_carry_a_sync",
     ),
     Behaviour(
+        "sync",
+        _SOURCE,
+        "no trainer adds a replica to a checkpoint engine manager while it runs",
+        "tests/test_sync_verl.py::test_no_trainer_of_verl_lets_an_engine_join_a_run",
+    ),
+    Behaviour(
         "metrics",
         _PATCHES,
         "`fit` logs what `_consume_sync_metrics` returns, right after the sync of a step",
@@ -1110,8 +1137,34 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     Behaviour(
         "server",
         _SERVER,
+        "a sleep at level 1 brings back all that was allocated while the model was loaded, at level 2 its buffers only",
+        "tests/test_sync_faults.py::test_after_every_sleep_a_sync_leaves_the_right_weights",
+    ),
+    Behaviour(
+        "server",
+        _SERVER,
+        "verl puts engines to sleep before a checkpoint is loaded, and wakes their weights before a sync and their "
+        "cache after it",
+        "tests/test_sync_verl.py::test_verl_still_wakes_weights_then_syncs_then_wakes_the_cache",
+    ),
+    Behaviour(
+        "server",
+        _SERVER,
         "`launch_server` returns when the engine can generate, before verl puts it to sleep",
         "tests/test_sync_verl.py::test_verl_still_launches_engines_before_it_puts_them_to_sleep",
+    ),
+    Behaviour(
+        "server",
+        _SERVER,
+        "a sleep at level 1 brings back all that was allocated while the model was loaded, at level 2 its buffers only",
+        "tests/test_sync_faults.py::test_after_every_sleep_a_sync_leaves_the_right_weights",
+    ),
+    Behaviour(
+        "server",
+        _SERVER,
+        "verl puts engines to sleep before a checkpoint is loaded, and wakes their weights before a sync and their "
+        "cache after it",
+        "tests/test_sync_verl.py::test_verl_still_wakes_weights_then_syncs_then_wakes_the_cache",
     ),
     Behaviour(
         "server",

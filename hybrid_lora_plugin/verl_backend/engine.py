@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -27,13 +28,20 @@ from hybrid_lora_plugin.sync.base_weights import base_digests, stored_dtypes
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights, plain_state
 from hybrid_lora_plugin.sync.mode_base import SyncMode
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, trainable_groups
-from hybrid_lora_plugin.training.arrival import Arrival
-from hybrid_lora_plugin.training.checkpoint import FOLDER, CheckpointDescription, require_same_setting, save_trained
+from hybrid_lora_plugin.training.checkpoint import (
+    FOLDER,
+    CheckpointDescription,
+    other_rounding,
+    require_same_setting,
+    save_trained,
+)
 from hybrid_lora_plugin.training.dtensor import local_tensor, sum_of_squares, whole
-from hybrid_lora_plugin.training.memory import rank_bytes
+from hybrid_lora_plugin.training.memory import TrainingBytes, rank_bytes
 from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot, adapters_off
+from hybrid_lora_plugin.training.rounding import Rounding
 from hybrid_lora_plugin.verl_backend import requirements
 from hybrid_lora_plugin.verl_backend.checkpoint_files import require_shards, require_writable
 from hybrid_lora_plugin.verl_backend.patches import only_parameters_cast
@@ -72,6 +80,15 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             # Before the actor is built: the probe has the memory to itself.
             self.allocation, self._allocation_json = probed_allocation(self.hybrid, self.model_config)
         super().initialize()
+        if self.rank == 0 and self._base_snapshot is not None:
+            print(f"hybrid_lora: {self.training_bytes()}")
+
+    def training_bytes(self) -> TrainingBytes:
+        """What this rank holds for training, in bytes."""
+        # Which the ranks share out between them: known once there is an optimizer.
+        sent = sync_mode(self.hybrid.sync).sent_weights(self._shard_group())
+        kept = 0 if sent is None else sent.bytes_for(parts_of(self.module).merged_shapes)
+        return rank_bytes(self.module, self._base_snapshot, kept)
 
     @property
     def scaling(self) -> float:
@@ -87,7 +104,8 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         dtype = [frozen_dtype(self.hybrid.frozen_dtype, stored_dtypes(self.model_config.local_path))]
         torch.distributed.broadcast_object_list(dtype)
         self.engine_config = copy.copy(given)
-        object.__setattr__(self.engine_config, "model_dtype", str(dtype[0]).removeprefix("torch."))
+        self._base_dtype = str(dtype[0]).removeprefix("torch.")
+        object.__setattr__(self.engine_config, "model_dtype", self._base_dtype)
         if self.rank == 0:
             print(f"hybrid_lora: frozen weights in {dtype[0]}".replace("torch.", ""))
         try:
@@ -116,7 +134,6 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         self._base_snapshot = BaseSnapshot(trainable_groups(module)["full"])
         if self.rank == 0:
             print(f"hybrid_lora: {parts_of(module).counts}; {len(self.allocation.full_names)} modules fully tuned")
-            print(f"hybrid_lora: {rank_bytes(module, self._base_snapshot)}")
         return module
 
     def _build_optimizer(self, module):
@@ -207,26 +224,35 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         if self._weight_source is None:
             self._weight_source = WeightSource(self.hybrid, self.model_config, device)
         source, parts = self._weight_source, parts_of(self.module)
-        # FSDP1 keeps pieces of a parameter that begin and end within a row.
-        aligned = fsdp_version(self.module) != 1 and self._base_snapshot is not None
-        arrival = source.next_arrival(self._base_snapshot.values if aligned else None)
+        arrival = source.next_arrival()
         # verl syncs engines beside the trainer in this way, and those apart from it without arguments; one step may do
         # both, and they need not hold the same weights before.
         changes = source.next_changes(mode, self._shard_group(), "beside" if base_sync_done else "apart")
-        tensors = mode.outgoing(self.module, self.scaling, source.dtype, device, source.rounding, arrival, changes)
+        plan = SyncPlan(self.scaling, source.dtype, device, source.rounding, arrival, changes=changes)
+        if fsdp_version(self.module) != 1:
+            plan = replace(plan, originals=self._base_snapshot.values)
+        elif plan.rounding.is_stochastic(plan.dtype):
+            # FSDP1 keeps pieces of a parameter that begin and end within a row.
+            plan = replace(plan, state_of=lambda model: self._state_on_grid(model, plan.dtype))
         stream = source.stream(
             mode.name,
-            self._while_resident(tensors),
+            self._while_resident(mode.outgoing(self.module, plan)),
             payload_bytes=mode.payload_bytes(parts.counts, source.dtype),
             lora_modules=list(parts.lora_modules),
             base=self._base_digests if mode.partial else None,
-            merged=(lambda module: self._merged_digest(mode, module, arrival)) if mode.receiver_merges else None,
+            merged=(lambda module: self._merged_digest(mode, module, plan)) if mode.receiver_merges else None,
             arrival=arrival,
             changes=changes,
             fixed_prompt=self._fixed_prompt(source.dtype) if self.hybrid.sync_check == "logprobs" else None,
         )
         # verl asks only whether there is one; what the engine needs of it travels in the stream.
         return stream, {"r": self.model_config.lora_rank} if mode.engine_adapter else None
+
+    def _state_on_grid(self, model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+        """FSDP1's ``state_dict()``, a copy, with full modules as ``rounding.on_grid`` has them."""
+        self._reshard()
+        with self._base_snapshot.on_grid(trainable_groups(model)["full"], dtype):
+            return model.state_dict()
 
     def _fixed_prompt(self, dtype: torch.dtype) -> dict:
         if self._log_probs is None:
@@ -239,14 +265,11 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             trained = parts_of(self.module).trained
             state = plain_state(self.module).items()
             return {plain: "" for plain, (name, tensor) in state if name not in trained and tensor.is_floating_point()}
-        return base_digests(self._while_resident(original_weights(self.module, get_device_id())))
+        return base_digests(self._while_resident(original_weights(self.module, get_device_id())), self._shard_group())
 
-    def _merged_digest(self, mode: SyncMode, module: str, arrival: Arrival) -> dict[str, str]:
-        source = self._weight_source
+    def _merged_digest(self, mode: SyncMode, module: str, plan: SyncPlan) -> dict[str, str]:
         with self._resident():
-            return mode.merged_digest(
-                self.module, module, self.scaling, source.dtype, get_device_id(), source.rounding, arrival
-            )
+            return mode.merged_digest(self.module, module, plan)
 
     @contextmanager
     def _resident(self):
@@ -281,6 +304,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             rollout_dtype=str(rollout_dtype(self.model_config)).removeprefix("torch."),
             rounding_mode=self.hybrid.sync_rounding,
             rounding_seed=self.hybrid.sync_seed,
+            base_dtype=self._base_dtype,
         )
         # A disk that is full ends every rank, instead of leaving the others to wait for the first.
         self._ranks.from_first(lambda: save_trained(local_path, tensors, description, self._allocation_json))
@@ -296,16 +320,22 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
 
     def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=True, **kwargs):
         if local_path is not None:
-            self._ranks.from_first(lambda: self._require_same_setting(Path(local_path) / FOLDER))
+            self._ranks.from_first(lambda: self._compare_setting(Path(local_path) / FOLDER))
             self._ranks.on_each(lambda: self._require_shards(local_path))
         base = self._frozen_sums()
         super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
         # On each rank: a difference may lie in one rank's shard alone.
         self._ranks.on_each(lambda: self._require_same_base(base, local_path))
 
-    def _require_same_setting(self, kept: Path) -> None:
-        if kept.is_dir():
-            require_same_setting(kept, self.allocation, self.model_config.lora_rank, self.model_config.lora_alpha)
+    def _compare_setting(self, kept: Path) -> None:
+        """Refuse a checkpoint of another model, and say on rank 0 where rollouts will be rounded otherwise."""
+        if not kept.is_dir():
+            return
+        require_same_setting(kept, self.allocation, self.model_config.lora_rank, self.model_config.lora_alpha)
+        rounding = Rounding(self.hybrid.sync_rounding, self.hybrid.sync_seed)
+        difference = other_rounding(kept, str(rollout_dtype(self.model_config)).removeprefix("torch."), rounding)
+        if difference:
+            print(f"hybrid_lora: WARNING: {difference} [docs/weight-sync.md#rollouts-in-16-bits]", flush=True)
 
     def _require_shards(self, folder: str) -> None:
         manager = self.checkpoint_manager

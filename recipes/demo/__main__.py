@@ -16,11 +16,12 @@ from pathlib import Path
 
 from hybrid_lora_plugin.allocation import load_allocation
 from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.training.checkpoint import FOLDER, load_description
 from recipes.demo import base_model, evidence, task
 from recipes.demo.environment import cpu_environment
 from recipes.demo.memory import PeakMemory
 from recipes.demo.report import Findings, print_summary, write_report
-from recipes.demo.verl_run import ROOT, RunFailed, Step, probe_metrics_of, read_metrics, run_verl
+from recipes.demo.verl_run import ROOT, RunFailed, Step, new_run_folder, probe_metrics_of, read_metrics, run_verl
 
 #: a full demo must gain this much; a run of a few steps only has to work
 LEAST_GAIN, FULL_DEMO_STEPS = 0.10, 20
@@ -81,14 +82,6 @@ def on_the_fly(objective: str, rows: Path) -> list[str]:
     return settings + ([f"hybrid_lora.probe.files=[{rows}]"] if objective == "sft" else [])
 
 
-def new_run_folder(output: Path) -> Path:
-    """``output/run-N`` with the next free number."""
-    taken = [int(p.name[4:]) for p in output.glob("run-*") if p.name[4:].isdigit()]
-    folder = output / f"run-{max(taken, default=0) + 1}"
-    folder.mkdir(parents=True)
-    return folder
-
-
 def describe(step: Step) -> str:
     """Reward, accuracy and sync proof of a step, as far as it has them."""
     parts = []
@@ -105,7 +98,7 @@ def counts_line(log: Path) -> str:
     """What the engine printed about its parameters."""
     for line in log.read_text().splitlines():
         _, found, rest = line.partition("hybrid_lora: ")
-        if found and "frozen" in rest:
+        if found and "modules fully tuned" in rest:
             return rest.partition(";")[0].strip()
     return "not found in the log"
 
@@ -171,31 +164,35 @@ def demo(
             )
             allocation = load_allocation(artifact)
         with stage("export", "export: a plain Hugging Face folder"):
-            exported = run / "exported"
+            exported, checkpoint = run / "exported", run / "checkpoints" / f"global_step_{steps}"
             command(
                 "hybrid_lora_plugin.cli.export",
-                f"checkpoint={run / 'checkpoints' / f'global_step_{steps}'}",
+                f"checkpoint={checkpoint}",
                 f"output_dir={exported}",
             )
     with stage("report", "checks and report"):
+        dtype = load_description(checkpoint / "actor" / FOLDER).rollout_dtype
+        generations = run / "validation" / f"{steps}.jsonl"
         checks = [
             evidence.check_steps(results, steps),
-            evidence.check_rollout_weights(results, steps),
+            evidence.check_rollout_weights(results, steps, dtype),
             evidence.check_proven(results, steps),
+            *([] if dtype == "float32" else [evidence.check_arrived(results, steps)]),
             evidence.check_reference(results),
-            evidence.check_export(exported, files["validation"], run / "validation" / f"{steps}.jsonl"),
+            evidence.check_export(exported, files["validation"], generations, dtype),
         ]
         if objective == "policy":
             settings = PROBE_SETTINGS["policy"]
             probe_steps = read_metrics(probe_metrics_of(run / "metrics.jsonl"))
             asked = settings["warmup_steps"] + settings["partitions"]
-            checks.append(evidence.check_rollout_weights(probe_steps, asked, of="rollouts of the probe"))
+            checks.append(evidence.check_rollout_weights(probe_steps, asked, dtype, of="rollouts of the probe"))
         if steps >= FULL_DEMO_STEPS:
             checks.append(evidence.check_accuracy(results, LEAST_GAIN))
     findings = Findings(
         steps=results,
         allocation=allocation,
         counts=counts_line(run / "verl.log"),
+        dtype=dtype,
         checks=checks,
         seconds=stage.seconds,
         peak_memory=memory.peak,

@@ -19,6 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -37,18 +38,21 @@ CHAT_TEMPLATE = (
 )
 
 
-def build_tokenizer():
+def build_tokenizer(words: Sequence[str] = ()):
     """A tokenizer with one token per byte, plus pad, eos and the two turn markers: 260 tokens.
 
     All 256 bytes rather than the dozen characters the task needs: there is then no unknown token, and any text
     verl or vLLM may render (an empty turn, a system line) survives the round trip.
+
+    Args:
+        words: more tokens, which no text is split into; a model whose vocabulary has them may still answer with them.
     """
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
     from transformers import PreTrainedTokenizerFast
 
     special = [PAD, EOS, USER, ANSWER]
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    vocabulary = {token: index for index, token in enumerate(special + alphabet)}
+    vocabulary = {token: index for index, token in enumerate([*special, *alphabet, *words])}
     backend = Tokenizer(models.BPE(vocab=vocabulary, merges=[]))  # no merges: one token per byte
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     backend.decoder = decoders.ByteLevel()

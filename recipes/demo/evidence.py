@@ -10,8 +10,15 @@ from pathlib import Path
 from recipes.demo.verl_run import Step
 
 PROBS_DIFF = "training/rollout_probs_diff_max"
-#: largest |p_vllm − p_trainer| of a sampled token that counts as the same weights in fp32
-PROBS_DIFF_LIMIT = 1e-4
+#: largest |p_vllm − p_trainer| of a sampled token that counts as the same weights, by the type that vLLM computes in;
+#: the trainer computes in fp32. In 16 bits weights and activations are rounded, so that only a gross fault is seen
+#: (0.07 was the most in 17 steps in bfloat16; float16 was not measured): there ``check_arrived`` says more.
+PROBS_DIFF_LIMITS = {"float32": 1e-4, "bfloat16": 0.15, "float16": 0.03}
+#: share of the validation prompts that the exported model must answer as vLLM did: two computations in 16 bits round
+#: activations differently, and decide differently where two tokens are about equally likely (255 of 256 were the same)
+SAME_ANSWERS = {"float32": 1.0, "bfloat16": 0.97, "float16": 0.97}
+#: of the update, how much must be in vLLM's weights where these have 16 bits
+ARRIVED = (0.9, 1.1)
 
 
 @dataclass(frozen=True)
@@ -40,15 +47,32 @@ def check_steps(steps: list[Step], asked: int) -> Check:
     return Check(f"{asked} training steps ran", taken == list(range(1, asked + 1)), f"{len(taken)} steps")
 
 
-def check_rollout_weights(steps: list[Step], asked: int, of: str = "rollouts") -> Check:
-    """At every step vLLM gave the sampled tokens the probabilities that the trainer gives them."""
+def check_rollout_weights(steps: list[Step], asked: int, dtype: str = "float32", of: str = "rollouts") -> Check:
+    """At every step vLLM, in ``dtype``, gave the sampled tokens the probabilities that the trainer gives them."""
+    limit = PROBS_DIFF_LIMITS[dtype]
     by_step = {step.number: step.metrics.get(PROBS_DIFF, math.nan) for step in steps if step.number > 0}
     values = [by_step.get(number, math.nan) for number in range(1, asked + 1)]
-    holds = bool(values) and all(value <= PROBS_DIFF_LIMIT for value in values)
+    holds = bool(values) and all(value <= limit for value in values)
     return Check(
-        f"{of} were sampled with the trained weights: {PROBS_DIFF} ≤ {PROBS_DIFF_LIMIT:g} at every step",
+        f"{of} were sampled with the trained weights: {PROBS_DIFF} ≤ {limit:g} at every step",
         holds,
         f"maximum {max(values, default=math.nan):.2e} over {len(values)} steps",
+    )
+
+
+def check_arrived(steps: list[Step], asked: int) -> Check:
+    """After every step all of the update was in vLLM's weights, for rollouts in 16 bits."""
+    by_step = {step.number: step.metrics for step in steps}
+    values = [
+        by_step.get(number, {}).get(f"hybrid_lora/update_arrived_{kind}", math.nan)
+        for number in range(1, asked + 1)
+        for kind in ("lora", "full")
+    ]
+    least, most = ARRIVED
+    return Check(
+        f"the update arrived in weights of 16 bits: {least:g} to {most:g} of it in vLLM's after every step",
+        bool(values) and all(least <= value <= most for value in values),
+        f"{min(values, default=math.nan):.3f} to {max(values, default=math.nan):.3f}",
     )
 
 
@@ -86,20 +110,21 @@ def check_accuracy(steps: list[Step], least_gain: float) -> Check:
     )
 
 
-def check_export(exported: Path, validation: Path, generations: Path) -> Check:
-    """The exported folder, loaded by transformers, answers every validation prompt as vLLM did after the last step.
+def check_export(exported: Path, validation: Path, generations: Path, dtype: str = "float32") -> Check:
+    """The exported folder, loaded by transformers, answers the validation prompts as vLLM did after the last step.
 
     Args:
         exported: Hugging Face folder.
         validation: validation.parquet with the chat prompts.
         generations: verl's dump of the last validation (JSONL with ``input`` and ``output`` texts).
+        dtype: that vLLM computed in, and that the folder's weights have.
     """
     import pandas
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(exported, padding_side="left")
-    model = AutoModelForCausalLM.from_pretrained(exported).eval()
+    model = AutoModelForCausalLM.from_pretrained(exported, dtype="auto").eval()
     prompts = [list(prompt) for prompt in pandas.read_parquet(validation)["prompt"]]
     texts = [tokenizer.apply_chat_template(p, tokenize=False, add_generation_prompt=True) for p in prompts]
     encoded = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
@@ -113,7 +138,11 @@ def check_export(exported: Path, validation: Path, generations: Path) -> Check:
     ours = {plain(row[:width]): plain(row[width:]) for row in output}
     theirs = {row["input"]: row["output"] for row in map(json.loads, generations.read_text().splitlines())}
     same = sum(ours.get(prompt) == answer for prompt, answer in theirs.items())
-    holds = len(ours) == len(theirs) == len(prompts) and same == len(theirs)
+    least, found = SAME_ANSWERS[dtype], str(model.dtype).removeprefix("torch.")
+    holds = found == dtype and len(ours) == len(theirs) == len(prompts) and same >= least * len(theirs)
     return Check(
-        "the exported model answers greedily as vLLM did after the last step", holds, f"{same} of {len(theirs)} equal"
+        f"the exported model, in {dtype}, answers greedily as vLLM did after the last step"
+        + ("" if least == 1 else f", {least:.0%} of the prompts or more"),
+        holds,
+        f"in {found}, {same} of {len(theirs)} equal",
     )

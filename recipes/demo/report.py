@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hybrid_lora_plugin.allocation import Allocation
-from recipes.demo.evidence import PROBS_DIFF, PROBS_DIFF_LIMIT, Check, accuracy_of, reward_of
+from recipes.demo.evidence import PROBS_DIFF, PROBS_DIFF_LIMITS, Check, accuracy_of, reward_of
 from recipes.demo.verl_run import Step
 
 
@@ -19,6 +19,7 @@ class Findings:
         steps: of the verl run, the initial validation as step 0.
         allocation: what it trained under.
         counts: one line, counts of frozen, full and LoRA parameters, as the engine counted them.
+        dtype: of the rollouts.
         checks: the claims with their figures.
         seconds: wall time of each stage by name.
         peak_memory: bytes, the largest sum over the demo's processes that was seen; None if unknown.
@@ -28,13 +29,14 @@ class Findings:
     steps: list[Step]
     allocation: Allocation
     counts: str
+    dtype: str
     checks: list[Check]
     seconds: dict[str, float]
     peak_memory: int | None
     exported: Path
 
 
-def draw_curves(steps: list[Step], file: Path) -> None:
+def draw_curves(steps: list[Step], limit: float, file: Path) -> None:
     """Reward and validation accuracy over the steps, below them the rollout-trainer difference against its limit."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -52,7 +54,7 @@ def draw_curves(steps: list[Step], file: Path) -> None:
     learning.grid(alpha=0.3)
     differences = [(step.number, step.metrics[PROBS_DIFF]) for step in steps if PROBS_DIFF in step.metrics]
     proof.semilogy(*zip(*differences, strict=True), "s-", markersize=3, color="tab:green", label="largest difference")
-    proof.axhline(PROBS_DIFF_LIMIT, color="tab:red", linestyle="--", label=f"limit {PROBS_DIFF_LIMIT:g}")
+    proof.axhline(limit, color="tab:red", linestyle="--", label=f"limit {limit:g}")
     proof.set_ylabel("|p vLLM − p trainer|")
     proof.set_xlabel("training step")
     proof.legend(loc="center right")
@@ -78,6 +80,7 @@ def _facts(findings: Findings) -> list[tuple[str, str]]:
             f"{allocation.model.candidate_parameters:,} candidate parameters (budget {budget.ratio:.0%})",
         ),
         ("parameters", findings.counts),
+        ("rollouts in", findings.dtype),
         ("wall time", ", ".join(f"{name} {_minutes(seconds)}" for name, seconds in findings.seconds.items())),
     ]
     if findings.peak_memory is not None:
@@ -103,7 +106,7 @@ def print_summary(findings: Findings) -> None:
 
 def write_report(findings: Findings, folder: Path, heatmap: Path) -> Path:
     """``report.md``, ``curves.png`` and ``heatmap.png`` in ``folder``."""
-    draw_curves(findings.steps, folder / "curves.png")
+    draw_curves(findings.steps, PROBS_DIFF_LIMITS[findings.dtype], folder / "curves.png")
     shutil.copyfile(heatmap, folder / "heatmap.png")
     full = [module for module in findings.allocation.modules if module.assignment == "full"]
     lines = [

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import math
 import os
 import shlex
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -66,8 +67,10 @@ def run_verl(
     steps: int,
     say: Callable[[str], None] = show_nothing,
     describe: Callable[[Step], str] = lambda step: "",
+    environment: Mapping[str, str] | None = None,
+    limit: float = math.inf,
 ) -> list[Step]:
-    """Run the demo recipe's GSPO training and return its metrics, the initial validation as step 0 first.
+    """Run a recipe's training and return its metrics, the initial validation as step 0 first.
 
     Args:
         overrides: Hydra overrides of ``main_ppo``.
@@ -75,12 +78,15 @@ def run_verl(
         steps: training steps asked for, for the progress lines.
         say: shows a progress line.
         describe: turns a step into the rest of its progress line.
+        environment: of the process; None is this one's, with what a machine without a GPU needs.
+        limit: seconds after which the run is ended.
 
     Raises:
-        RunFailed: the process ended with an error.
+        RunFailed: the process ended with an error, or took longer than its limit.
     """
     command = [sys.executable, "-m", "verl.trainer.main_ppo", "--config-dir", str(ROOT / "recipes"), *overrides]
-    environment = cpu_environment(VERL_FILE_LOGGER_PATH=str(metrics), PYTHONUNBUFFERED="1")
+    environment = cpu_environment() if environment is None else environment
+    environment = {**environment, "VERL_FILE_LOGGER_PATH": str(metrics), "PYTHONUNBUFFERED": "1"}
     started, shown, probed, phases = time.monotonic(), 0, 0, list(_PHASES)
     with log.open("w") as output:
         output.write(shlex.join(command) + "\n\n")
@@ -113,17 +119,30 @@ def run_verl(
                         )
                     if ended:
                         break
+                    if time.monotonic() - started > limit:
+                        raise RunFailed(f"verl took longer than {limit:.0f} s; {end_of(log)}")
                     time.sleep(0.5)
         except BaseException:
             stop(process)
             raise
     stop(process)
     if process.returncode != 0:
-        end = "\n".join(log.read_text().splitlines()[-25:])
-        raise RunFailed(
-            f"verl ended with exit status {process.returncode}; its output is in {log}, the end of it:\n{end}"
-        )
+        raise RunFailed(f"verl ended with exit status {process.returncode}; {end_of(log)}")
     return read_metrics(metrics)
+
+
+def end_of(log: Path, lines: int = 25) -> str:
+    """Where a process's output is, and its last lines."""
+    end = "\n".join(log.read_text(errors="replace").splitlines()[-lines:])
+    return f"its output is in {log}, the end of it:\n{end}"
+
+
+def new_run_folder(output: Path) -> Path:
+    """``output/run-N`` with the next free number."""
+    taken = [int(p.name[4:]) for p in output.glob("run-*") if p.name[4:].isdigit()]
+    folder = output / f"run-{max(taken, default=0) + 1}"
+    folder.mkdir(parents=True)
+    return folder
 
 
 def stop(process: subprocess.Popen) -> None:

@@ -8,8 +8,10 @@ to
 from __future__ import annotations
 
 import copy
+import io
 import json
 import sys
+from contextlib import redirect_stdout
 from functools import partial
 from pathlib import Path
 
@@ -225,6 +227,31 @@ def refused_resumes(engine, checkpoint: str, other_allocation: str) -> dict[str,
     return said
 
 
+def said_at_resumes(engine, checkpoint: str, folder: Path) -> dict[str, list[str]]:
+    """What the engine prints when a run resumes that rounds rollout weights otherwise, and when it does not."""
+
+    def lines(of: str) -> list[str]:
+        said = io.StringIO()
+        with redirect_stdout(said):
+            engine.load_checkpoint(of, del_local_after_load=False)
+        return [line for line in said.getvalue().splitlines() if "hybrid_lora" in line]
+
+    said = {"float32": lines(checkpoint)}
+    engine.hybrid.sync_seed = 7
+    said["float32, another seed"] = lines(checkpoint)
+    engine.hybrid.sync_seed = 0
+    engine.model_config.lora["rollout_dtype"] = "bfloat16"
+    said["bfloat16 after float32"] = lines(checkpoint)
+    own = str(folder / "bfloat16")
+    engine.save_checkpoint(own, global_step=4)
+    said["bfloat16"] = lines(own)
+    engine.hybrid.sync_seed = 7
+    said["bfloat16, another seed"] = lines(own)
+    engine.hybrid.sync_rounding = "nearest"
+    said["bfloat16, another rounding"] = lines(own)
+    return said
+
+
 def main(path: str) -> None:
     import verl  # noqa: F401  loads the plugin as in any verl process
     from verl.utils.distributed import initialize_global_process_group
@@ -280,6 +307,7 @@ def main(path: str) -> None:
         results["steps_resumed"] = train(engine, batch, loss, 2, ranks)
         tensors["resumed"] = weights_of(engine)
         results["refused"] = refused_resumes(engine, str(checkpoint), arguments["other_allocation"])
+        results["said"] = said_at_resumes(engine, str(checkpoint), out)
 
     if rank == 0:
         for name, group in tensors.items():

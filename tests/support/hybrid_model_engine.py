@@ -21,6 +21,7 @@ from hybrid_lora_plugin.names import is_adapter
 from hybrid_lora_plugin.sync.base_weights import base_digests
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, trainable_groups
 from hybrid_lora_plugin.training.reference import BaseSnapshot, adapters_off
 from hybrid_lora_plugin.verl_backend.fixed_prompts import fixed_prompts
@@ -161,7 +162,7 @@ class HybridModelEngine(CheckpointEngine):
         present = [self.log_probs(tokens) for tokens in self._prompts]
         with self._base_snapshot.swapped_in(trainable_groups(self.model)["full"]), adapters_off(self.model):
             base = [self.log_probs(tokens) for tokens in self._prompts]
-        return header_entry(self._prompts, base, present, False, self._hybrid, self._source.dtype)
+        return header_entry(self._prompts, base, present, torch.float32, self._hybrid, self._source.dtype)
 
     # -- verl's interface -------------------------------------------------------------------------------------
 
@@ -178,7 +179,8 @@ class HybridModelEngine(CheckpointEngine):
     def _stream(self) -> Iterator[Pair]:
         mode, fault, source = sync_mode(self.mode), self.fault, self._source
         changes = source.next_changes(mode, None, "here")
-        tensors = mode.outgoing(self.model, self.scaling, source.dtype, "cpu", source.rounding, None, changes)
+        plan = SyncPlan(self.scaling, source.dtype, "cpu", source.rounding, changes=changes)
+        tensors = mode.outgoing(self.model, plan)
         if fault is not None and fault.where == "source":
             tensors = fault.applied(tensors, [])
         stream = source.stream(
@@ -187,7 +189,7 @@ class HybridModelEngine(CheckpointEngine):
             payload_bytes=mode.payload_bytes(parts_of(self.model).counts, source.dtype),
             lora_modules=list(parts_of(self.model).lora_modules),
             base=(lambda: base_digests(original_weights(self.model, "cpu"))) if mode.partial else None,
-            merged=self._merged_digest if mode.receiver_merges else None,
+            merged=(lambda module: mode.merged_digest(self.model, module, plan)) if mode.receiver_merges else None,
             changes=changes,
             fixed_prompt=self._fixed_prompt() if self._hybrid.sync_check == "logprobs" else None,
         )
@@ -196,12 +198,6 @@ class HybridModelEngine(CheckpointEngine):
         if fault is not None and fault.where == "transport":
             FaultySender.fault, FaultySender.before = fault, self._before
         return iter(stream)
-
-    def _merged_digest(self, module: str) -> dict[str, str]:
-        source = self._source
-        return sync_mode("receiver_merge").merged_digest(
-            self.model, module, self.scaling, source.dtype, "cpu", source.rounding
-        )
 
     async def send_weights(self, weights, global_steps=None):
         raise NotImplementedError

@@ -15,6 +15,7 @@ from typing import Any
 from unittest import mock
 
 from recipes.demo.environment import CPU_ENVIRONMENT
+from tests.support import sleeping_engine
 from tests.support.faults import Fault
 
 ROOT = Path(__file__).parents[2]
@@ -50,7 +51,8 @@ def start_ray(gpus: int = 32) -> None:
 
     if ray.is_initialized():
         return
-    search = os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])
+    sleeping = sleeping_engine.plugin_folder(ROOT / ".cache/sleeping-engine")
+    search = os.pathsep.join([str(ROOT), str(sleeping), os.environ.get("PYTHONPATH", "")])
     with mock.patch.dict(os.environ, RAY_ENVIRONMENT | {"PYTHONPATH": search}):
         ray.init(num_gpus=gpus, num_cpus=4 * gpus, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
 
@@ -132,6 +134,7 @@ class RolloutHarness:
             f"actor_rollout_ref.rollout.n_gpus_per_node={tensor_parallel}",
             "actor_rollout_ref.rollout.engine_kwargs.vllm.distributed_executor_backend="
             + ("uni" if tensor_parallel == 1 else "mp"),
+            *sleeping_engine.SETTINGS,
             "actor_rollout_ref.rollout.checkpoint_engine.backend=hybrid_model",
             # The smallest that verl takes: a sync of a small model goes in several buckets.
             "actor_rollout_ref.rollout.checkpoint_engine.update_weights_bucket_megabytes=1",
@@ -228,6 +231,43 @@ class RolloutHarness:
             # A process that died has nothing to say; the others have.
             raise SyncRefused(next((text for text in texts if "weight sync" in text), texts[0]))
         return combined([self._get(self.workers[0].__ray_call__.remote(last_sync))])
+
+    # -- sleep ------------------------------------------------------------------------------------------------
+
+    def place(self, colocated: bool, mode: str | None = None) -> None:
+        """Have verl's server take itself for one beside the trainer, which sleeps, or for one apart from it.
+
+        Args:
+            colocated: which of them.
+            mode: sync mode that it is started for; the engine's own by default.
+        """
+        self._get(self.server.__ray_call__.remote(_place, colocated, mode or self.sync_mode))
+
+    def set_sleep_level(self, level: int | None) -> None:
+        """Sleep at that level, whatever the plugin says; None for the plugin's own."""
+        self._get(self.server.__ray_call__.remote(_set_sleep_level, level))
+
+    def sleep(self) -> None:
+        """As verl puts all its replicas to sleep."""
+        asyncio.run(self.replica.sleep())
+
+    def wake_up(self, *tags: str) -> None:
+        """As verl's server adapter has its server wake up."""
+        self._get(self.server.wake_up.remote(list(tags)))
+
+    def sync_asleep(self, mode: str) -> dict[str, float]:
+        """One sync of a sleeping engine in the order of verl's ``ActorRolloutRefWorker.update_weights``."""
+        self.wake_up("weights")
+        measured = self.sync(mode)
+        self.wake_up("kv_cache")
+        return measured
+
+    def sync_apart(self, mode: str) -> dict[str, float]:
+        """One sync of an engine apart from the trainer, as verl's ``CheckpointEngineManager.update_weights`` does."""
+        self._get(self.server.release_kv_cache.remote())
+        measured = self.sync(mode)
+        self._get(self.server.resume_kv_cache.remote())
+        return measured
 
     def struck(self, rank: int = 0) -> Fault:
         """The fault of the last sync, which knows by now what it damaged."""
@@ -337,6 +377,21 @@ def _own_id(_actor) -> int:
 
 def _set_sync_timeout(worker, seconds: float) -> None:
     worker.server_adapter.model_config.lora["hybrid"]["sync_timeout"] = seconds
+
+
+def _place(server, colocated: bool, mode: str) -> None:
+    from verl.workers.rollout.replica import RolloutMode
+
+    from hybrid_lora_plugin.sync.modes import sync_mode
+
+    server._mode = sync_mode(mode)
+    server.rollout_mode = RolloutMode.HYBRID if colocated else RolloutMode.STANDALONE
+
+
+def _set_sleep_level(server, level: int | None) -> None:
+    server.__dict__.pop("_resolve_sleep_level", None)
+    if level is not None:
+        server._resolve_sleep_level = lambda: level
 
 
 def process_ids(worker) -> tuple[int, int]:

@@ -10,10 +10,12 @@ import gc
 import json
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from safetensors.torch import save_file
 
+from hybrid_lora_plugin.sync import base_weights
 from tests.support.engine_worker import (
     build_engine,
     gather_log_probs,
@@ -83,6 +85,7 @@ def synced_sparsely(engine, ranks: int) -> tuple[dict[str, dict], dict]:
             if parameter.requires_grad:
                 parameter.data.mul_(1 + 1e-4)
     changes, second = sync("sparse_merge")
+    said = engine.training_bytes().sent
     for name, tensor in changes.items():
         if tensor.dtype == torch.int16:
             indices, values = decode(tensor)
@@ -97,7 +100,7 @@ def synced_sparsely(engine, ranks: int) -> tuple[dict[str, dict], dict]:
     lists = [tensor for tensor in changes.values() if tensor.dtype == torch.int16]
     seen = {"lists": len(lists), "elements": sum(map(len, lists)), "base_number": second.header.base_number}
     seen |= {"first": first.header.number, "share": second.changes.share, "kept": source._sent.bytes}
-    seen |= {"trains": second.changes.elements, "part": second.changes.part}
+    seen |= {"trains": second.changes.elements, "part": second.changes.part, "said": said}
     return {"synced-sparse": held, "synced-moved": merged}, seen
 
 
@@ -107,7 +110,6 @@ def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[
 
     from hybrid_lora_plugin.training.dtensor import local_tensor
     from hybrid_lora_plugin.training.lora_linear import SharedInput
-    from hybrid_lora_plugin.training.memory import rank_bytes
 
     engine = build_engine(arguments | setting)
     shares = engine.get_data_parallel_size()
@@ -127,7 +129,7 @@ def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[
     result |= {"steps": train(engine, batch, policy_loss("hybrid_gspo"), STEPS, ranks)}
     result["shared_products"] = len(shared)
     result["reference"] = gather_log_probs(engine, batch, ranks, reference=True)
-    said = rank_bytes(engine.module, engine._base_snapshot)
+    said = engine.training_bytes()
     states = [value for state in engine.optimizer.state.values() for value in state.values()]
     result["bytes"] = vars(said) | {"total": said.total}
     result["gradients"] = sorted(set(gradients))
@@ -142,8 +144,11 @@ def run_setting(arguments: dict, setting: dict, rank: int, ranks: int) -> tuple[
     end, synced = weights_of(engine), {}
     for mode in ("merge", "receiver_merge"):
         engine.hybrid.sync = mode
-        stream, _ = engine.get_per_tensor_param()
+        with mock.patch.object(base_weights, "value_digest", wraps=base_weights.value_digest) as hashed:
+            stream, _ = engine.get_per_tensor_param()
         synced[f"synced-{mode}"] = tensors_in(stream)
+    result["base"] = [None] * ranks
+    torch.distributed.all_gather_object(result["base"], (stream.header.base, hashed.call_count))
     synced["synced-bf16"], result["arrival"] = synced_in_bf16(engine, ranks)
     engine.hybrid.sync_check = "logprobs"
     engine.engine_config.use_remove_padding = options.get("use_remove_padding", False)  # as verl's worker does

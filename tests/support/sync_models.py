@@ -20,7 +20,9 @@ from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.sync.base_weights import CheckpointWeights
 from hybrid_lora_plugin.sync.live_weight import LiveWeight
 from hybrid_lora_plugin.sync.modes import sync_mode
-from hybrid_lora_plugin.sync.wire import OutgoingWeights, ReceivedWeights, SyncHeader, read_header
+from hybrid_lora_plugin.sync.plan import SyncPlan
+from hybrid_lora_plugin.sync.received import ReceivedWeights
+from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader, read_header
 from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
 from hybrid_lora_plugin.training.rounding import NEAREST
 from tests.support.allocations import make_allocation
@@ -108,7 +110,7 @@ def update(model, generator, size=0.05):
 
 
 def outgoing(model, mode, dtype=torch.float32, rounding=NEAREST):
-    return sync_mode(mode).outgoing(model, SCALING, dtype, "cpu", rounding)
+    return sync_mode(mode).outgoing(model, SyncPlan(SCALING, dtype, "cpu", rounding))
 
 
 def tensors_of(model, mode, dtype=torch.float32, rounding=NEAREST):

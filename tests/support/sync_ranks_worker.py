@@ -46,7 +46,8 @@ def tensors(scenario: str, rank: int):
 
 def receive(handle: str, scenario: str, rank: int) -> dict:
     """What a worker of the engine does, as far as the sender can see it."""
-    from hybrid_lora_plugin.sync.wire import HEADER, ReceivedWeights, read_header, rows_of
+    from hybrid_lora_plugin.sync.received import ReceivedWeights
+    from hybrid_lora_plugin.sync.wire import HEADER, read_header, rows_of
     from hybrid_lora_plugin.verl_backend.transport import LimitedReceiver
 
     if scenario == "engine dies at once":

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import chain
 from typing import Any
@@ -34,8 +35,9 @@ def compare(prompt: dict[str, Any], engine: LogProbs, base: Base | None, dtype: 
         Metrics by name without prefix; those of the policy only where both have moved.
 
     Raises:
-        WeightSyncError: naming the token that differs, or how far the policies stand apart.
+        WeightSyncError: naming the token that differs or has no number, or how far the policies stand apart.
     """
+    _require_numbers(engine, dtype)
     difference = _agree(prompt, engine, dtype)
     metrics = {"sync_logprob_difference": difference, "sync_policy_judged": 0.0}
     if base is None or base.tokens != prompt["tokens"]:
@@ -62,6 +64,18 @@ def compare(prompt: dict[str, Any], engine: LogProbs, base: Base | None, dtype: 
         "sync_policy_move": distance.move,
         "sync_policy_judged": float(distance.judged(limit)),
     }
+
+
+def _require_numbers(engine: LogProbs, dtype: str) -> None:
+    for row, values in enumerate(engine):
+        for token, value in enumerate(values):
+            if not math.isfinite(value):
+                finer = "actor_rollout_ref.rollout.dtype=bfloat16" if dtype == "float16" else "an earlier checkpoint"
+                raise WeightSyncError(
+                    f"fixed prompts: the rollout engine computes {value} for token {token + 1} of prompt {row + 1}, in "
+                    f"{dtype}; give {finer}",
+                    see="fixed-prompt-is-no-number",
+                )
 
 
 def _agree(prompt: dict[str, Any], engine: LogProbs, dtype: str) -> float:

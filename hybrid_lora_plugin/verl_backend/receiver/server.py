@@ -158,14 +158,15 @@ class HybridLoraHttpServer(vLLMHttpServer):
     # -- verl's calls that put the engine to sleep, wake it, and use it -------------------------------------------
 
     async def sleep(self):
+        # Before, so that no request is admitted while weights go.
+        self._falls_asleep()
         await super().sleep()
-        self._fell_asleep()
 
     async def release_kv_cache(self):
+        self._falls_asleep()
         await super().release_kv_cache()
-        self._fell_asleep()
 
-    def _fell_asleep(self) -> None:
+    def _falls_asleep(self) -> None:
         if self.config.free_cache_engine and self.config.enable_sleep_mode:
             self._kv_cache_released = True
             if self._resolve_sleep_level() == 2:

@@ -60,6 +60,15 @@ class VllmRolloutModel:
         config = self._worker.model_config
         return CheckpointWeights(checkpoint_folder(config.model, config.revision), self._storage)
 
+    @property
+    def share(self) -> slice:
+        """Of things that one look at this machine's checkpoint settles for all of the engine's workers, this one's."""
+        parallel = self._worker.vllm_config.parallel_config
+        # Workers of several machines may read a checkpoint each. Ray places them without saying where.
+        if parallel.nnodes > 1 or parallel.distributed_executor_backend not in ("mp", "uni"):
+            return slice(None)
+        return slice(self._worker.rank, None, parallel.world_size)
+
     def checkpoint_names(self) -> list[str]:
         """Names of the checkpoint's weights, the output head left out where it is the embedding.
 
@@ -116,6 +125,12 @@ class VllmRolloutModel:
             raise WeightSyncError(
                 f"vLLM cannot load one of {names}: {type(error).__name__}: {error}", see="engine-cannot-load-a-weight"
             ) from error
+
+    def load_part(self, name: str, part: torch.Tensor) -> None:
+        live = self.live(name)
+        if self._digests:
+            self._expected[name] = digest_soon(part.to(live.view.dtype))
+        live.view.copy_(part)
 
     def _expect(self, name: str, tensor: torch.Tensor) -> None:
         """Check the shape, which vLLM's loader does not in every case, and begin the digest of what must be there."""

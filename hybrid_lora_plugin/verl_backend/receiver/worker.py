@@ -19,8 +19,9 @@ from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.sync.base_weights import check_base
 from hybrid_lora_plugin.sync.mode_base import SyncReceiver
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.received import ReceivedWeights
 from hybrid_lora_plugin.sync.sparse_merge import require_base
-from hybrid_lora_plugin.sync.wire import HEADER, ReceivedWeights, SyncHeader, read_header, rows_of
+from hybrid_lora_plugin.sync.wire import HEADER, SyncHeader, read_header, rows_of
 from hybrid_lora_plugin.verl_backend.receiver.vllm_model import VllmRolloutModel
 from hybrid_lora_plugin.verl_backend.transport import LimitedReceiver
 
@@ -137,7 +138,8 @@ class Reception:
     def _prove_base(self, header: SyncHeader) -> None:
         checkpoint = self._rollout.checkpoint
         if header.digests:
-            check_base(header.base, checkpoint.read, str(checkpoint.folder))
+            names = list(header.base)[self._rollout.share]
+            check_base({name: header.base[name] for name in names}, checkpoint.read, str(checkpoint.folder))
         sent = set(self._received.entries)
         if sync_mode(header.mode).receiver_merges:
             sent |= {f"{module}.weight" for module in header.lora_modules}

@@ -12,7 +12,8 @@ from verl.utils.torch_dtypes import PrecisionType
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.verl_backend.fixed_prompts import fixed_prompts
 
-#: largest difference of a log-probability between two engines with the same weights, by rollout dtype
+#: largest difference of a log-probability between two engines with the same weights, by the type that they compute in;
+#: of two types the coarser one's
 LIMITS = {torch.float32: 1e-4, torch.bfloat16: 1.0, torch.float16: 0.2}
 
 
@@ -41,8 +42,8 @@ class TrainerLogProbs:
             self._base = self._log_probs(base=True)
         # As verl reads it.
         mixed = self._engine.engine_config.mixed_precision or {}
-        rounds = PrecisionType.to_dtype(mixed.get("param_dtype", "bf16")) != torch.float32
-        return header_entry(self._tokens, self._base, self._log_probs(base=False), rounds, hybrid, dtype)
+        computes_in = PrecisionType.to_dtype(mixed.get("param_dtype", "bf16"))
+        return header_entry(self._tokens, self._base, self._log_probs(base=False), computes_in, hybrid, dtype)
 
     def _log_probs(self, base: bool) -> list[list[float]]:
         """Of every token but the first of each prompt, the same on all ranks."""
@@ -88,7 +89,7 @@ def header_entry(
     tokens: list[list[int]],
     base: list[list[float]],
     present: list[list[float]],
-    trainer_rounds: bool,
+    computes_in: torch.dtype,
     hybrid: HybridLoraConfig,
     dtype: torch.dtype,
 ) -> dict[str, Any]:
@@ -97,16 +98,17 @@ def header_entry(
     Args:
         tokens: of each prompt.
         base, present: log-probability of every token but the first of each, nats.
-        trainer_rounds: whether the trainer computes in 16 bits.
+        computes_in: type of the trainer's activations.
         hybrid: gives the limits.
         dtype: what the rollout engine computes in.
     """
+    limit = max(LIMITS[dtype], LIMITS[computes_in]) if hybrid.sync_logprob_limit is None else hybrid.sync_logprob_limit
     return {
         "tokens": tokens,
         "base_log_probs": base,
         "log_probs": present,
-        "trainer_rounds": trainer_rounds,
+        "trainer_rounds": computes_in != torch.float32,
         "rounding": hybrid.sync_rounding,
-        "limit": LIMITS[dtype] if hybrid.sync_logprob_limit is None else hybrid.sync_logprob_limit,
+        "limit": limit,
         "policy_limit": hybrid.sync_policy_limit,
     }

@@ -20,13 +20,13 @@ from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 
 from hybrid_lora_plugin.errors import WeightSyncError, with_reference
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.received import compare_entries
 from hybrid_lora_plugin.sync.wire import (
     MANIFEST,
     Entry,
     OutgoingWeights,
     SyncHeader,
     bucket_mebibytes,
-    compare_entries,
     entries_of,
     read_header,
     read_manifest,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import torch
@@ -45,13 +45,9 @@ class WeightSource:
         """How weights become ``dtype``; the same through a run and in one that continues it."""
         return Rounding(self._hybrid.sync_rounding, self._hybrid.sync_seed)
 
-    def next_arrival(self, originals: Mapping[str, torch.Tensor] | None = None) -> Arrival:
-        """For the next sync, which looks at other rows than the last.
-
-        Args:
-            originals: this rank's rows of the full modules' original weights, by their name in ``state_dict()``.
-        """
-        return Arrival(self._number + 1, originals)
+    def next_arrival(self) -> Arrival:
+        """For the next sync, which looks at other rows than the last."""
+        return Arrival(self._number + 1)
 
     def next_changes(
         self, mode: SyncMode, group: torch.distributed.ProcessGroup | None, destination: str

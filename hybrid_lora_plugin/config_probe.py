@@ -1,0 +1,164 @@
+"""The options of the probe, with those of each of its parameterisations."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from hybrid_lora_plugin.config_field import Bound, above, at_least, documented
+
+
+@dataclass
+class AdaLoraConfig:
+    """The AdaLoRA parameterisation (`probe.init=adalora`) and its rank allocation (criterion `adalora`)."""
+
+    lr: float = documented(
+        5.0e-4,
+        "Warm-up learning rate; at 2.5e-5 this initialisation barely trains.",
+        source="AdaLoRA, MNLI script",
+        unit="per step",
+        bound=above(0, "a learning rate above 0, e.g. 5e-4"),
+    )
+    initial_rank: int = documented(24, "Rank of every adapter before pruning.", source="1.5 × target, as in AdaLoRA")
+    target_rank: int = documented(
+        16,
+        "Mean rank of the adapters after pruning.",
+        source="paper §4.3 (LoRA rank)",
+        bound=at_least(1, "at least 1, e.g. 16"),
+    )
+    start: float = documented(
+        0.1,
+        "Share of the warm-up before pruning begins.",
+        source="AdaLoRA scripts, about 0.1",
+        unit="fraction",
+        bound=Bound(lambda value: 0 <= value < 1, "a fraction in [0, 1), e.g. 0.1"),
+    )
+    final: float = documented(
+        0.3,
+        "Share of the warm-up after pruning ended.",
+        source="AdaLoRA scripts, 0.2 to 0.5",
+        unit="fraction",
+        bound=at_least(0, "a fraction below 1 - probe.adalora.start"),
+    )
+    interval: int = documented(
+        10,
+        "Steps between two prunings.",
+        source="AdaLoRA scripts, 1 to 100",
+        unit="steps",
+        bound=at_least(1, "at least 1 step"),
+    )
+    beta: float = documented(
+        0.85,
+        "Decay of the moving averages of importance and of its uncertainty.",
+        source="AdaLoRA §4",
+        bound=Bound(lambda value: 0 <= value < 1, "a decay in [0, 1), e.g. 0.85"),
+    )
+    orthogonal: float = documented(
+        0.1,
+        "Weight of the orthogonality penalty on A and B.",
+        source="AdaLoRA, official scripts",
+        bound=at_least(0, "0 or more, e.g. 0.1"),
+    )
+
+
+@dataclass
+class AutoLoraConfig:
+    """The bi-level warm-up of criterion `autolora`."""
+
+    alpha_lr: float = documented(
+        3.0e-4,
+        "Learning rate of the selection scalars alpha, which are trained on validation batches.",
+        source="AutoLoRA, official code",
+        unit="per step",
+        bound=above(0, "a learning rate above 0, e.g. 1e-3"),
+    )
+
+
+_HALF_OF_THE_PARTITIONS = "1 to half of probe.partitions, so that there are two validation batches or more"
+
+
+@dataclass
+class ProbeConfig:
+    """The probing run: warm-up of SVD-style LoRA on every candidate, then K masked scoring batches."""
+
+    objective: str = documented(
+        "sft",
+        "Loss that warms up and is scored: `sft` the negative log-likelihood of the response tokens, `policy` the "
+        "policy loss of a verl run on its own rollouts (in a verl run only).",
+        source="docs/differences.md (the paper leaves it open)",
+        choices=("sft", "policy"),
+    )
+    files: list[str] = documented(
+        [],
+        "Rows as JSONL, Parquet or a Hugging Face `datasets` folder, each with `messages`, or with `prompt` and "
+        "`response`.",
+        source="none: must be given for objective sft",
+    )
+    warmup_steps: int = documented(
+        500, "Optimizer steps before scoring.", source="paper §4.3", unit="steps", bound=at_least(0, "0 or more steps")
+    )
+    partitions: int = documented(
+        20,
+        "Random two-bucket partitions K, one row of sensitivities each, so T = K.",
+        source="paper §4.3",
+        unit="rows",
+        bound=at_least(2, "at least 2, or no spread can be measured"),
+    )
+    partitions_per_batch: int = documented(
+        1,
+        "Partitions drawn for one validation batch.",
+        source="paper Algorithm 1: one",
+        unit="partitions",
+        bound=at_least(1, _HALF_OF_THE_PARTITIONS),
+    )
+    batch_size: int = documented(
+        8,
+        "Rows per warm-up step and per validation batch, over all ranks.",
+        source="own choice",
+        unit="rows",
+        bound=at_least(1, "at least 1 row"),
+    )
+    micro_batch_size: int | None = documented(
+        None,
+        "Most rows in one pass on one rank; null: as many as hold 4096 tokens. Changes memory, not the result.",
+        source="own choice",
+        unit="rows",
+        bound=at_least(1, "at least 1 row, or null"),
+    )
+    max_length: int = documented(
+        2048,
+        "Longest row; the end of a longer one is cut.",
+        source="own choice",
+        unit="tokens",
+        bound=at_least(2, "at least 2 tokens"),
+    )
+    lr: float = documented(
+        2.5e-5,
+        "Warm-up learning rate (AdamW, constant).",
+        source="paper §4.3 (LoRA)",
+        unit="per step",
+        bound=above(0, "a learning rate above 0, e.g. 2.5e-5"),
+    )
+    full_lr: float = documented(
+        1.0e-6,
+        "Warm-up learning rate of the full deltas of criterion `full_pruning`.",
+        source="paper §4.3 (full fine-tuning)",
+        unit="per step",
+        bound=above(0, "a learning rate above 0, e.g. 1e-6"),
+    )
+    init: str = documented(
+        "default",
+        "Initial values: `default` is A kaiming, B = 0, e = 1; `adalora` is e = 0, A and B from N(0, 0.02²), trained "
+        "at `probe.adalora.lr`.",
+        source="own choice: Eq. 7 leaves it open",
+        choices=("default", "adalora"),
+    )
+    controls: bool = documented(
+        True,
+        "Also measure what `lora_drop`, `gradient_norm` and `snip` need: one more, unmasked pass per validation batch.",
+        source="own choice: every score needs controls beside it",
+    )
+    adalora: AdaLoraConfig = documented(AdaLoraConfig, "AdaLoRA.", source="arXiv 2303.10512")
+    autolora: AutoLoraConfig = documented(AutoLoraConfig, "AutoLoRA.", source="arXiv 2403.09113")
+    seed: int = documented(
+        0, "Seed of the adapters, the data order, the split and the partitions.", source="own choice"
+    )
