@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 
 from hybrid_lora_plugin.errors import WeightSyncError
-from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.sync.wire import MANIFEST, read_header
 from hybrid_lora_plugin.verl_backend.receiver.logprob_check import Base, compare
 
 LENGTH = 63
@@ -48,11 +48,11 @@ def main(out: str) -> None:
         trainer.train(2, *rates)
         for rounding in ("nearest", "stochastic"):
             trainer.begin_run("logprobs", rounding)
-            source = trainer._source
-            sent = sync_mode("merge").outgoing(trainer.model, trainer.scaling, source.dtype, "cpu", source.rounding)
-            live.load_weights((name, tensor.clone()) for name, tensor in sent)
+            (name, header), *sent = [(name, tensor.clone()) for name, tensor in trainer._stream()]
+            live.load_weights((name, tensor) for name, tensor in sent if name != MANIFEST)
             try:
-                seen[f"{case}, {rounding}"] = compare(trainer._fixed_prompt(), log_probs(), base, "bfloat16")
+                prompt = read_header(name, header).fixed_prompt
+                seen[f"{case}, {rounding}"] = compare(prompt, log_probs(), base, "bfloat16")
             except WeightSyncError as error:
                 seen[f"{case}, {rounding}"] = {"error": str(error)}
     Path(out).write_text(json.dumps(seen))
