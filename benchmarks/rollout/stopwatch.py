@@ -73,15 +73,14 @@ def watch_trainer() -> Stopwatch:
     from verl.workers.rollout.vllm_rollout.bucketed_weight_transfer import BucketedWeightSender
     from verl.workers.rollout.vllm_rollout.vllm_rollout import ServerAdapter
 
-    from hybrid_lora_plugin.sync import base_weights, digest, hybrid_weights, merge
+    from hybrid_lora_plugin.sync import base_weights, digest, hybrid_weights
     from hybrid_lora_plugin.verl_backend import transport
     from hybrid_lora_plugin.verl_backend.engine import HybridLoraEngine
     from hybrid_lora_plugin.verl_backend.sender import server_adapter
 
     watch = Stopwatch()
     watch.watch(hybrid_weights, "whole", "gather")
-    watch.watch(merge, "whole", "gather")
-    watch.watch(merge, "merge_weight", "merge")
+    watch.watch(hybrid_weights, "merge_weight", "merge")
     watch.watch(torch.distributed.tensor.DTensor, "full_tensor", "gather")
     watch.watch(fsdp_utils, "backup_base_model_weights", "verl: back up base weights")
     watch.watch(fsdp_utils, "fsdp_merge_unmerge", "verl: merge in place")
