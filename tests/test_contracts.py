@@ -238,6 +238,7 @@ def test_files_of_the_table_exist_and_name_the_symbol():
 
 def test_no_symbol_is_listed_twice_and_every_feature_is_explained():
     assert [symbol for symbol, times in Counter(c.symbol for c in CONTRACTS).items() if times > 1] == []
+    assert len(set(BEHAVIOURS)) == len(BEHAVIOURS), "a behaviour is listed twice"
     assert {record.feature for record in (*CONTRACTS, *BEHAVIOURS)} == set(FEATURES)
     assert {contract.kind for contract in CONTRACTS} == {"public", "private"}
 

@@ -1156,19 +1156,6 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     Behaviour(
         "server",
         _SERVER,
-        "a sleep at level 1 brings back all that was allocated while the model was loaded, at level 2 its buffers only",
-        "tests/test_sync_faults.py::test_after_every_sleep_a_sync_leaves_the_right_weights",
-    ),
-    Behaviour(
-        "server",
-        _SERVER,
-        "verl puts engines to sleep before a checkpoint is loaded, and wakes their weights before a sync and their "
-        "cache after it",
-        "tests/test_sync_verl.py::test_verl_still_wakes_weights_then_syncs_then_wakes_the_cache",
-    ),
-    Behaviour(
-        "server",
-        _SERVER,
         "`resume_engine_generation` runs before verl opens the gate for requests",
         "tests/test_contracts.py::test_verl_still_resumes_its_engine_before_it_opens_the_gate",
     ),
