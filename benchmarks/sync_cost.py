@@ -245,6 +245,8 @@ class Benchmark:
         say("memory of one sync")
         result["memory"] = {variant.key: self.prepare(variant).sync_memory() for variant in CHECKED}
         result["seconds"] = self.times()
+        # Generation takes longest: what is known so far is kept, should it not end.
+        save_figures(shape.output, "sync_cost_without_speeds", result)
         result["speeds"] = self.speeds()
         return result
 

@@ -61,6 +61,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         self.hybrid = requirements.check_engine(model_config, engine_config, checkpoint_config)
         requirements.check_sharding(engine_config.strategy, engine_config.fsdp_size, torch.distributed.get_world_size())
+        requirements.require_rates(self.hybrid)
         self._ranks = Ranks(torch.device(get_device_id()))
         if self.hybrid.allocation:
             # Rank 0's, for all: other nodes need not see the file, and none waits for one that cannot read it.
@@ -138,8 +139,8 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
 
     def _build_optimizer(self, module):
         groups = trainable_groups(module)
-        rates = {"lora": self.optimizer_config.lr, "full": self.hybrid.full_lr}
-        # LoRA first: verl logs the first group's rate as actor/lr, and that is the rate its own config names.
+        rates = {"lora": self.hybrid.lora.lr, "full": self.hybrid.full_lr}
+        # LoRA first, as in every checkpoint; verl logs the first group's rate as actor/lr.
         return build_optimizer(
             [
                 {"params": [parameter for _, parameter in groups[kind]], "lr": rates[kind], "name": kind}

@@ -22,7 +22,8 @@ from hybrid_lora_plugin.errors import ConfigurationError, HybridLoraError, expla
 def check_configuration(config: DictConfig) -> HybridLoraConfig:
     """Everything that can be known to fail before a worker exists.
 
-    Paths in ``hybrid_lora`` are made absolute in ``config``: workers may start in another folder.
+    ``config`` is settled first (``run_settings``), and paths in ``hybrid_lora`` are made absolute in it: workers may
+    start in another folder.
 
     Returns:
         The checked ``hybrid_lora`` node; without an ``allocation`` the run has to probe first.
@@ -31,7 +32,7 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
         ConfigurationError: an option, the allocation, or a verl setting cannot be used.
         ImportError: this plugin was not written for the installed verl.
     """
-    from hybrid_lora_plugin.verl_backend import registration, requirements
+    from hybrid_lora_plugin.verl_backend import registration, requirements, run_settings
 
     registration.register()
     if "algorithm" not in config or "rollout" not in config.get("actor_rollout_ref", {}):
@@ -40,8 +41,11 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
             "verl.trainer.main_ppo",
             see="not-a-reinforcement-learning-run",
         )
+    decided = run_settings.settle(config)
     hybrid = requirements.hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
     requirements.check_run(config)
+    for line in decided:
+        print(f"hybrid_lora: {line}")
     if (OmegaConf.select(config, "trainer.save_freq") or -1) > 0:
         folder = str(OmegaConf.select(config, "trainer.default_local_dir"))
         OmegaConf.update(config, "hybrid_lora.checkpoint_dir", folder)

@@ -15,6 +15,8 @@ from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.verl_backend.given_settings import verls_configuration
+from hybrid_lora_plugin.verl_backend.optimizer_settings import check_optimizer
 from hybrid_lora_plugin.verl_backend.sender import waits
 from hybrid_lora_plugin.verl_backend.vllm_arguments import check_vllm_arguments
 
@@ -46,6 +48,22 @@ def hybrid_config(node: Mapping[str, Any]) -> HybridLoraConfig:
     return config
 
 
+def require_rates(config: HybridLoraConfig) -> None:
+    """Refuse a ``hybrid_lora`` node whose learning rates nobody settled.
+
+    Raises:
+        ConfigurationError: the run was composed without the check that Hydra makes when verl's own commands start.
+    """
+    if config.full_lr is None or config.lora.lr is None:
+        name = "full_lr" if config.full_lr is None else "lora.lr"
+        raise ConfigurationError(
+            f"hybrid_lora.{name}: None in a worker, so this configuration was not checked on the driver; start the run "
+            "by a command of verl's, or call hybrid_lora_plugin.verl_backend.preflight.check_configuration(config) "
+            "first",
+            see="configuration-not-checked",
+        )
+
+
 def _is_fp32(value: Any) -> bool:
     return value is None or str(value).removeprefix("torch.") in ("fp32", "float32", "float")
 
@@ -63,6 +81,18 @@ class Rule(NamedTuple):
 
 #: by setting; one that a caller does not know is not checked
 _RULES: dict[str, Rule] = {
+    # What the run trains with, before the strategy: a file of another engine may say fsdp2 there.
+    "model_engine": Rule(
+        lambda v: v in (None, "dp"),
+        "dp, verl's FSDP, and leave out what belongs to the other engine: in a file of yours "
+        "`defaults: [ppo_trainer, _self_]`, on the command line model_engine=dp and no --config-name of that engine",
+        see="strategy-not-supported",
+    ),
+    ACTOR + "_target_": Rule(
+        lambda v: v is None or str(v).rpartition(".")[2] == "FSDPActorConfig",
+        "verl.workers.config.FSDPActorConfig, verl's FSDP actor, which model_engine=dp chooses",
+        see="strategy-not-supported",
+    ),
     ACTOR + "strategy": Rule(
         lambda v: v in ("fsdp", "fsdp2"),
         "fsdp2 or fsdp, the strategies this version supports: leave it out or give "
@@ -143,6 +173,14 @@ _RULES: dict[str, Rule] = {
         "all-linear: the allocation decides which modules get LoRA",
         see="lora-setting-of-verl-not-usable",
     ),
+    **{
+        MODEL + name: Rule(
+            lambda v: not v,
+            "null: the allocation decides which modules get LoRA, so it would have no effect",
+            see="lora-setting-of-verl-not-usable",
+        )
+        for name in ("exclude_modules", "target_parameters")
+    },
     MODEL + "external_lib": Rule(
         lambda v: v == ENGINE_MODULE or ENGINE_MODULE in (v or []),
         f"a list that names it too, [YOUR_LIB,{ENGINE_MODULE}]: without it workers train plain LoRA",
@@ -320,6 +358,19 @@ def check_waits(sync_timeout: float, sync_check: str, nccl_timeout: float | None
         )
 
 
+def _check_other_lora(config) -> None:
+    """Refuse settings of ``model.lora``, which are Megatron's: here they would have no effect."""
+    verls = verls_configuration("ppo_trainer").actor_rollout_ref.model.lora
+    for name, default in verls.items():
+        value = OmegaConf.select(config, f"{MODEL}lora.{name}", default=default)
+        if name != "merge" and value != default:
+            raise ConfigurationError(
+                f"{MODEL}lora.{name}: {value!r} has no effect, because it is for verl's Megatron engine; leave it "
+                "out, hybrid_lora.lora has rank, alpha and dropout",
+                see="lora-setting-of-verl-not-usable",
+            )
+
+
 def check_run(config) -> None:
     """``check`` on a whole composed verl configuration (OmegaConf)."""
 
@@ -327,10 +378,15 @@ def check_run(config) -> None:
         value = OmegaConf.select(config, name, default=None)
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
+    _check_other_lora(config)
+    optimizer = (
+        setting(f"{ACTOR}optim.{name}") for name in ("optimizer_impl", "optimizer", "override_optimizer_config")
+    )
     rules = _RULES | _PARTIAL_RULES | _BUILDING_RULES | _ADAPTER_RULES | _RECEIVER_MERGE_RULES
     settings = {name: setting(name) for name in rules}
     check(settings)
     check_sync(settings, setting("hybrid_lora.sync"))
+    check_optimizer(ACTOR + "optim.", *optimizer)
     check_vllm_arguments(setting(ROLLOUT + "engine_kwargs.vllm"), setting(MODEL + "override_config"))
     ranks = int(OmegaConf.select(config, "trainer.nnodes") or 1) * int(
         OmegaConf.select(config, "trainer.n_gpus_per_node") or 1

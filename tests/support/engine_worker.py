@@ -105,7 +105,7 @@ def build_engine(arguments: dict):
             "lora": {
                 "merge": True,
                 "rollout_dtype": arguments.get("rollout_dtype", "float32"),
-                "hybrid": hybrid | {"lora": {"rank": 4, "alpha": 8}},
+                "hybrid": {"full_lr": 1e-6} | hybrid | {"lora": {"rank": 4, "alpha": 8, "lr": 1e-2}},
             },
         }
     attention = arguments.get("attention", "sdpa")

@@ -1,0 +1,140 @@
+"""Settle what a user's command and the plugin both have a say in, before anything is checked.
+
+A value that somebody gave wins, wherever it stands, or is refused by ``requirements``; a default of the plugin takes
+the place of verl's defaults only. What is decided here is told, a line for each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from hybrid_lora_plugin.config import HybridLoraConfig
+from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.training.learning_rates import Rate, learning_rates
+from hybrid_lora_plugin.verl_backend.given_settings import Given, given_settings, verls_configuration
+from hybrid_lora_plugin.verl_backend.requirements import ACTOR, ENGINE_MODULE, MODEL, ROLLOUT
+
+GROUP = Path(__file__).parent.parent / "conf" / "hybrid_lora" / "enabled.yaml"
+RATE, STRATEGY = ACTOR + "optim.lr", ACTOR + "strategy"
+#: modules that verl imports, which both sides may add to
+MODULES = (MODEL + "external_lib", ROLLOUT + "checkpoint_engine.custom_backend_module")
+#: set by the group, where a value of the user's own comes first
+OWN_FIRST = (ROLLOUT + "load_format", MODEL + "lora.merge")
+#: verl's name of an adapter's setting, and the plugin's
+ADAPTER = {MODEL + "lora_rank": "hybrid_lora.lora.rank", MODEL + "lora_alpha": "hybrid_lora.lora.alpha"}
+
+
+def settle(config: DictConfig) -> list[str]:
+    """Bring ``config`` to what its user gave, and both learning rates with it.
+
+    Args:
+        config: a composed run with ``+hybrid_lora=enabled``; changed in place.
+
+    Returns:
+        What was decided, in lines for the user.
+
+    Raises:
+        ConfigurationError: two settings contradict each other.
+    """
+    options = [f"hybrid_lora.{name}" for name in _leaves(HybridLoraConfig)]
+    names = [*options, *MODULES, *OWN_FIRST, *ADAPTER, RATE, STRATEGY]
+    given = given_settings(config, names, _set_by_group(config))
+    for name in (*options, *OWN_FIRST):
+        # The group was composed after a file that sets it.
+        if name in given:
+            _put(config, name, given[name].value)
+    lines = [_settle_modules(config, name, given.get(name)) for name in MODULES]
+    trained = "lora" if _positive(given.get(MODEL + "lora_rank")) else "full"
+    lines += _settle_adapter(config, given, trained)
+    if STRATEGY in given:
+        _put(config, STRATEGY, given[STRATEGY].value)
+    elif OmegaConf.select(config, STRATEGY) == "fsdp":
+        _put(config, STRATEGY, "fsdp2")
+    lines.append(_settle_rates(config, given, trained))
+    return [line for line in lines if line]
+
+
+def _settle_modules(config: DictConfig, name: str, given: Given | None) -> str:
+    theirs = [] if given is None or not given.value else given.value
+    modules = [theirs] if isinstance(theirs, str) else list(theirs)
+    others = [module for module in modules if module != ENGINE_MODULE]
+    if not others:
+        _put(config, name, ENGINE_MODULE)
+        return ""
+    _put(config, name, [*others, ENGINE_MODULE])
+    return f"{name}: {', '.join(others)} ({given.where}) and the plugin's {ENGINE_MODULE}"
+
+
+def _settle_adapter(config: DictConfig, given: dict[str, Given], trained: str) -> Iterator[str]:
+    for name, option in ADAPTER.items():
+        theirs, ours = given.get(name), given.get(option)
+        # 0 is how a command says that it trains no LoRA.
+        if theirs is not None and not (name.endswith("lora_rank") and not theirs.value):
+            if ours is not None and ours.value != theirs.value:
+                raise ConfigurationError(
+                    f"{option}: {ours.value!r} ({ours.where}) and {name}={theirs.value!r} ({theirs.where}) contradict "
+                    f"each other; give one of them",
+                    see="two-settings-contradict",
+                )
+            _put(config, option, theirs.value)
+            yield f"{option}={theirs.value} ({name}, {theirs.where})"
+        elif trained == "lora" and ours is None and name.endswith("lora_alpha"):
+            # What the command trained with before: verl's default, whatever the rank is.
+            verls = OmegaConf.select(verls_configuration("ppo_trainer"), name)
+            _put(config, option, verls)
+            yield f"{option}={verls} (verl's default of {name})"
+        _put(config, name, OmegaConf.select(config, option))
+
+
+def _settle_rates(config: DictConfig, given: dict[str, Given], trained: str) -> str:
+    def rate(name: str) -> Rate | None:
+        value = given[name].value if name in given else None
+        if value is None:
+            return None
+        try:
+            return Rate(float(value), f"{name}, {given[name].where}")
+        except (TypeError, ValueError) as error:
+            raise ConfigurationError(
+                f"{name}: {value!r} is no learning rate; give a number above 0, e.g. 1e-6", see="option-not-usable"
+            ) from error
+
+    rates = learning_rates(rate("hybrid_lora.full_lr"), rate("hybrid_lora.lora.lr"), rate(RATE), trained)
+    _put(config, "hybrid_lora.full_lr", rates.full.value)
+    _put(config, "hybrid_lora.lora.lr", rates.lora.value)
+    return str(rates)
+
+
+def _positive(given: Given | None) -> bool:
+    return given is not None and isinstance(given.value, int) and given.value > 0
+
+
+def _put(config: DictConfig, name: str, value: Any) -> None:
+    with open_dict(config):
+        OmegaConf.update(config, name, value, force_add=True)
+
+
+def _leaves(kind: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all options of a configuration dataclass."""
+    for spec in dataclasses.fields(kind):
+        part = spec.default_factory if spec.default_factory is not dataclasses.MISSING else None
+        if isinstance(part, type) and dataclasses.is_dataclass(part):
+            yield from _leaves(part, f"{prefix}{spec.name}.")
+        else:
+            yield prefix + spec.name
+
+
+def _set_by_group(config: DictConfig) -> DictConfig:
+    """What the group sets: the defaults of all options, and verl's settings as they follow from this run's options."""
+    group = OmegaConf.load(GROUP)
+    del group["defaults"], group["hydra"]
+    around = {"hybrid_lora": OmegaConf.to_container(config.hybrid_lora)}
+    rollout = {"actor_rollout_ref": {"rollout": {"dtype": OmegaConf.select(config, ROLLOUT + "dtype")}}}
+    group = OmegaConf.merge(around, rollout, group)
+    OmegaConf.resolve(group)
+    group.hybrid_lora = OmegaConf.structured(HybridLoraConfig)
+    return group
