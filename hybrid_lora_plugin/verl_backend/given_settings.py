@@ -96,7 +96,7 @@ def _files(config: DictConfig) -> Iterator[tuple[str | None, DictConfig]]:
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
-    from hydra.types import RunMode
+    from hydra._internal.defaults_list import create_defaults_list
 
     search_path = ConfigSearchPathImpl()
     for source in config.hydra.runtime.config_sources:
@@ -104,9 +104,13 @@ def _files(config: DictConfig) -> Iterator[tuple[str | None, DictConfig]]:
     loader = ConfigLoaderImpl(config_search_path=search_path)
     name = config.hydra.job.config_name
     overrides = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
-    defaults = loader.compute_defaults_list(config_name=name, overrides=overrides, run_mode=RunMode.RUN).defaults
-    for default in defaults:
-        loaded = loader._load_single_config(default=default, repo=loader.repository)
+    # Each file is read once.
+    parsed, files = loader._parse_overrides_and_create_caching_repo(name, overrides)
+    listed = create_defaults_list(
+        repo=files, config_name=name, overrides_list=parsed, prepend_hydra=True, skip_missing=False
+    )
+    for default in listed.defaults:
+        loaded = loader._load_single_config(default=default, repo=files)
         if loaded.provider in ("hydra", "hybrid_lora") or str(loaded.path).startswith("structured:"):
             continue
         if _is_verls(loaded.path) and not (default.primary and default.config_path not in VERLS_OWN):

@@ -44,19 +44,23 @@ def settle(config: DictConfig) -> list[str]:
     options = [f"hybrid_lora.{name}" for name in _leaves(HybridLoraConfig)]
     names = [*options, *MODULES, *OWN_FIRST, *ADAPTER, RATE, STRATEGY]
     given = given_settings(config, names, _set_by_group(config))
-    for name in (*options, *OWN_FIRST):
+    for name, found in given.items():
         # The group was composed after a file that sets it.
-        if name in given:
-            _put(config, name, given[name].value)
+        _put(config, name, found.value)
+    # As they come out, where a file or an argument refers to another setting or to the environment.
+    given = {name: Given(_selected(config, name), found.where) for name, found in given.items()}
     lines = [_settle_modules(config, name, given.get(name)) for name in MODULES]
     trained = "lora" if _positive(given.get(MODEL + "lora_rank")) else "full"
     lines += _settle_adapter(config, given, trained)
-    if STRATEGY in given:
-        _put(config, STRATEGY, given[STRATEGY].value)
-    elif OmegaConf.select(config, STRATEGY) == "fsdp":
+    if STRATEGY not in given and _selected(config, STRATEGY) == "fsdp":
         _put(config, STRATEGY, "fsdp2")
     lines.append(_settle_rates(config, given, trained))
     return [line for line in lines if line]
+
+
+def _selected(config: DictConfig, name: str) -> Any:
+    value = OmegaConf.select(config, name)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
 
 def _settle_modules(config: DictConfig, name: str, given: Given | None) -> str:
@@ -97,11 +101,14 @@ def _settle_rates(config: DictConfig, given: dict[str, Given], trained: str) -> 
         if value is None:
             return None
         try:
-            return Rate(float(value), f"{name}, {given[name].where}")
-        except (TypeError, ValueError) as error:
+            number = float("nan" if isinstance(value, bool) else value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if not number > 0:
             raise ConfigurationError(
                 f"{name}: {value!r} is no learning rate; give a number above 0, e.g. 1e-6", see="option-not-usable"
-            ) from error
+            )
+        return Rate(number, f"{name}, {given[name].where}")
 
     rates = learning_rates(rate("hybrid_lora.full_lr"), rate("hybrid_lora.lora.lr"), rate(RATE), trained)
     _put(config, "hybrid_lora.full_lr", rates.full.value)
