@@ -198,7 +198,7 @@ def test_a_file_beside_verls_own_is_a_teams(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module.verl, "__file__", str(tmp_path / "__init__.py"))
     config = from_team(tmp_path, "actor_rollout_ref: {actor: {strategy: fsdp}}\n", ON)
-    given = given_settings(config, [f"{ACTOR}.strategy", f"{ACTOR}.optim.lr"], OmegaConf.create())
+    given = given_settings(config, [f"{ACTOR}.strategy", f"{ACTOR}.optim.lr"], lambda name: None)
     assert {name: found.where for name, found in given.items()} == {f"{ACTOR}.strategy": "team.yaml"}
 
 

@@ -37,6 +37,8 @@ REFUSING = (
     "verl_backend/engine.py",
     "verl_backend/preflight.py",
     "verl_backend/requirements.py",
+    "verl_backend/optimizer_settings.py",
+    "verl_backend/run_settings.py",
     "verl_backend/vllm_arguments.py",
     "verl_backend/checkpoint_files.py",
     "verl_backend/probe/policy.py",

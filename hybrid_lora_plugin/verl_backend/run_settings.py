@@ -7,7 +7,7 @@ the place of verl's defaults only. What is decided here is told, a line for each
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +43,7 @@ def settle(config: DictConfig) -> list[str]:
     """
     options = [f"hybrid_lora.{name}" for name in _leaves(HybridLoraConfig)]
     names = [*options, *MODULES, *OWN_FIRST, *ADAPTER, RATE, STRATEGY]
-    given = given_settings(config, names, _set_by_group(config))
+    given = given_settings(config, names, _plugin_defaults(config))
     for name, found in given.items():
         # The group was composed after a file that sets it.
         _put(config, name, found.value)
@@ -77,6 +77,9 @@ def _settle_modules(config: DictConfig, name: str, given: Given | None) -> str:
 def _settle_adapter(config: DictConfig, given: dict[str, Given], trained: str) -> Iterator[str]:
     for name, option in ADAPTER.items():
         theirs, ours = given.get(name), given.get(option)
+        if theirs is not None and theirs.value and not _positive(theirs):
+            # Refused by ``requirements``, under the name that it was given by.
+            continue
         # 0 is how a command says that it trains no LoRA.
         if theirs is not None and not (name.endswith("lora_rank") and not theirs.value):
             if ours is not None and ours.value != theirs.value:
@@ -117,7 +120,7 @@ def _settle_rates(config: DictConfig, given: dict[str, Given], trained: str) -> 
 
 
 def _positive(given: Given | None) -> bool:
-    return given is not None and isinstance(given.value, int) and given.value > 0
+    return given is not None and isinstance(given.value, int | float) and given.value > 0
 
 
 def _put(config: DictConfig, name: str, value: Any) -> None:
@@ -135,13 +138,15 @@ def _leaves(kind: type, prefix: str = "") -> Iterator[str]:
             yield prefix + spec.name
 
 
-def _set_by_group(config: DictConfig) -> DictConfig:
-    """What the group sets: the defaults of all options, and verl's settings as they follow from this run's options."""
+def _plugin_defaults(config: DictConfig) -> Callable[[str], Any]:
+    """Name -> the plugin's default: an option's own, or what the group makes of the options for a setting of verl's."""
+    options = OmegaConf.create({"hybrid_lora": OmegaConf.structured(HybridLoraConfig)})
     group = OmegaConf.load(GROUP)
     del group["defaults"], group["hydra"]
-    around = {"hybrid_lora": OmegaConf.to_container(config.hybrid_lora)}
-    rollout = {"actor_rollout_ref": {"rollout": {"dtype": OmegaConf.select(config, ROLLOUT + "dtype")}}}
-    group = OmegaConf.merge(around, rollout, group)
-    OmegaConf.resolve(group)
-    group.hybrid_lora = OmegaConf.structured(HybridLoraConfig)
-    return group
+    group = OmegaConf.merge({"hybrid_lora": OmegaConf.to_container(config.hybrid_lora)}, group)
+
+    def default_of(name: str) -> Any:
+        source = options if name.startswith("hybrid_lora.") else group
+        return OmegaConf.select(source, name, throw_on_resolution_failure=False)
+
+    return default_of
