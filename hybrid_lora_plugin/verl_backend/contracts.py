@@ -177,6 +177,7 @@ _SERVER = "verl_backend/receiver/server.py"
 _PLATFORM = "verl_backend/cpu/platform.py"
 _REQUIREMENTS = "verl_backend/requirements.py"
 _PREFLIGHT = "verl_backend/preflight.py"
+_MODEL_CHECK = "verl_backend/model_check.py"
 _LORA_LINEAR = "training/lora_linear.py"
 _LAYOUT = "verl_backend/receiver/vllm_layout.py"
 _APPLY = "training/apply.py"
@@ -271,6 +272,7 @@ _TRAINING_ENGINE = [
         ("path", _BOTH_ENGINES, "base model, recorded with a checkpoint and an artifact"),
         ("local_path", (_ENGINE, _POLICY, "verl_backend/probe/sft.py"), "folder whose weight files are read"),
         ("trust_remote_code", (_POLICY, "verl_backend/probe/sft.py"), "passed on to the probe"),
+        ("hf_config", _ENGINE, "tells a model that is refused before its weights are read"),
         (
             "lora",
             (_REGISTER, _REQUIREMENTS, _SOURCE, _ADAPTER, _SERVER),
@@ -435,8 +437,9 @@ _TRAIN = [
         ("PreTrainedModel", _PATCHES, "class whose cast is narrowed to parameters"),
         ("PreTrainedModel.to", _PATCHES, "the cast that verl calls"),
         ("PreTrainedModel.enable_input_require_grads", _BOTH_ENGINES, "gradient for checkpointed layers"),
-        ("AutoConfig", (_LOADING, _PREFLIGHT), "config of a checkpoint"),
-        ("AutoConfig.from_pretrained", (_LOADING, _PREFLIGHT), "config of a checkpoint"),
+        ("PreTrainedModel.get_output_embeddings", "linear_account.py", "which linear module is the head"),
+        ("AutoConfig", (_LOADING, _MODEL_CHECK), "config of a checkpoint"),
+        ("AutoConfig.from_pretrained", (_LOADING, _MODEL_CHECK), "config of a checkpoint"),
         ("AutoTokenizer", (_LOADING, "training/export.py"), "tokenizer of a checkpoint"),
         ("AutoTokenizer.from_pretrained", (_LOADING, "training/export.py"), "tokenizer of a checkpoint"),
         (
@@ -637,6 +640,7 @@ _RECEIVER = [
             _LAYOUT,
             "where q, k and v lie in it",
         ),
+        ("QKVParallelLinear.output_sizes", _LAYOUT, "rows of the parts of a packed one"),
         ("MergedColumnParallelLinear", _LAYOUT, "gate and up in one parameter"),
         ("MergedColumnParallelLinear.output_sizes", _LAYOUT, "where gate and up lie in it"),
         ("ColumnParallelLinear", _LAYOUT, "rows are sharded"),
@@ -680,6 +684,18 @@ _RECEIVER = [
     ),
     *_of(
         "receiver",
+        "vllm.model_executor.models.phi3",
+        "Phi3ForCausalLM",
+        ("packed_modules_mapping", _LAYOUT, "that its own weights are packed"),
+    ),
+    *_of(
+        "receiver",
+        "vllm.model_executor.models.glm4",
+        "Glm4ForCausalLM",
+        ("packed_modules_mapping", _LAYOUT, "into which adapters a packed one is cut"),
+    ),
+    *_of(
+        "receiver",
         "vllm.model_executor.model_loader.utils",
         "",
         ("process_weights_after_loading", _MODEL, "what vLLM does after a load", "model model_config target_device"),
@@ -701,7 +717,7 @@ _RECEIVER = [
         "receiver",
         "vllm.lora.layers.base_linear",
         "BaseLinearLayerWithLoRA",
-        ("lora_a_stacked lora_b_stacked", _MODEL, "live factors by slot, read back"),
+        ("lora_a_stacked lora_b_stacked", (_MODEL, _LAYOUT), "live factors by slot, read back"),
         ("base_layer", _LAYOUT, "the layer inside"),
     ),
 ]

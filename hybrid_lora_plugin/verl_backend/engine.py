@@ -22,6 +22,7 @@ from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.storage import allocation_file, load_allocation
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError, explained
+from hybrid_lora_plugin.model_families import refuse_config
 from hybrid_lora_plugin.names import plain_name, wire_name
 from hybrid_lora_plugin.probing.distributed import Ranks
 from hybrid_lora_plugin.sync.base_weights import base_digests, stored_dtypes
@@ -99,6 +100,8 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
     # -- building ---------------------------------------------------------------------------------------------
 
     def _build_module(self):
+        # Before its weights are read; modules of it are looked at when the allocation is applied.
+        refuse_config(self.model_config.hf_config)
         # verl holds a whole model in one type; only what trains needs fp32, and is made so with its adapters.
         given = self.engine_config
         # Rank 0's: a machine without the checkpoint's files could not tell.

@@ -64,18 +64,10 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
 
 
 def _local_model(config: DictConfig) -> tuple[Any, list] | None:
-    """Config and candidates of the model; one on a hub or on HDFS is only fetched by the workers, which check it."""
-    path = os.path.expanduser(str(OmegaConf.select(config, "actor_rollout_ref.model.path")))
-    if not os.path.isdir(path):
-        return None
-    from transformers import AutoConfig
+    """Config and candidates of the model, which is refused here where it can be; None where only the workers see it."""
+    from hybrid_lora_plugin.verl_backend.model_check import checked_model
 
-    from hybrid_lora_plugin.candidates import find_candidates_from_config
-
-    trust = bool(OmegaConf.select(config, "actor_rollout_ref.model.trust_remote_code", default=False))
-    model_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-    with explained(otherwise="model-without-known-modules"):
-        return model_config, find_candidates_from_config(model_config)
+    return checked_model(config)
 
 
 def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
