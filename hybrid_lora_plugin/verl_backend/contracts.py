@@ -373,6 +373,7 @@ _TRAINING_ENGINE = [
         "verl.utils.checkpoint.checkpoint_manager",
         "BaseCheckpointManager",
         ("should_load_model should_load_optimizer should_load_extra", _ENGINE, "which files a resume reads"),
+        ("checkpoint_load_contents", _ENGINE, "whether a resume reads weights"),
         ("checkpoint_save_contents", _HF_OUTPUT, "what verl saves; hf_model is taken out and saved by the engine"),
     ),
     *_of(
@@ -1022,6 +1023,12 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         _HF_OUTPUT,
         "the merger reads `world_size` in `fsdp_config.json` and puts it into the name of the first file it opens",
         "tests/test_engine.py::test_verls_merger_ends_with_a_line_that_names_the_export",
+    ),
+    Behaviour(
+        "engine",
+        "verl_backend/earlier_checkpoint.py",
+        "shards are named by kind, number of ranks and rank; a LoRA run adds `lora_train_meta.json`",
+        "tests/test_own_disks.py::test_a_checkpoint_of_a_run_without_hybrid_lora_is_refused_before_ray",
     ),
     Behaviour(
         "train",

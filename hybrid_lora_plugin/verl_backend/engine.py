@@ -44,6 +44,7 @@ from hybrid_lora_plugin.training.reference import BaseSnapshot, adapters_off
 from hybrid_lora_plugin.training.rounding import Rounding
 from hybrid_lora_plugin.verl_backend import hugging_face_output, requirements
 from hybrid_lora_plugin.verl_backend.checkpoint_files import require_shards, require_writable
+from hybrid_lora_plugin.verl_backend.earlier_checkpoint import require_hybrid, require_weights
 from hybrid_lora_plugin.verl_backend.patches import only_parameters_cast
 from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
 from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import TrainerLogProbs
@@ -345,6 +346,8 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
     def _compare_setting(self, kept: Path) -> None:
         """Refuse a checkpoint of another model, and say on rank 0 where rollouts will be rounded otherwise."""
         if not kept.is_dir():
+            # Another node's disk may be the one that has it, and then that of the shards too.
+            require_hybrid(kept.parent)
             return
         require_same_setting(kept, self.allocation, self.model_config.lora_rank, self.model_config.lora_alpha)
         rounding = Rounding(self.hybrid.sync_rounding, self.hybrid.sync_seed)
@@ -354,6 +357,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
 
     def _require_shards(self, folder: str) -> None:
         manager = self.checkpoint_manager
+        require_weights(manager.checkpoint_load_contents, Path(folder))
         loaded = {
             "model": manager.should_load_model,
             "optim": manager.should_load_optimizer,
