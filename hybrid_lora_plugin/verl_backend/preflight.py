@@ -33,6 +33,7 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
         ImportError: this plugin was not written for the installed verl.
     """
     from hybrid_lora_plugin.verl_backend import registration, requirements, run_settings
+    from hybrid_lora_plugin.verl_backend.earlier_checkpoint import check_earlier_checkpoint
 
     registration.register()
     if "algorithm" not in config or "rollout" not in config.get("actor_rollout_ref", {}):
@@ -60,6 +61,8 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
             allocation.check_model(*model)
     else:
         _check_probe(config, hybrid)
+    if hybrid.phase == "train":
+        check_earlier_checkpoint(config, hybrid)
     return hybrid
 
 
