@@ -1099,6 +1099,13 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         "tests/test_sync_verl.py::test_extension_adds_no_name_that_vllm_or_verl_use",
     ),
     Behaviour(
+        "engine",
+        "verl_backend/run_kinds.py",
+        "`sft_trainer` reads its model, and with it `external_lib`, in each rank before it looks for an engine, and "
+        "saves the engine's checkpoint into `global_step_N` itself",
+        "tests/test_sft_run.py::test_a_resumed_run_ends_with_the_same_weights_bit_for_bit",
+    ),
+    Behaviour(
         "receiver",
         _MODEL,
         "`_update_weights` with `base_sync_done=False` loads whole weights, also in an engine that runs adapters",

@@ -32,21 +32,17 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
         ConfigurationError: an option, the allocation, or a verl setting cannot be used.
         ImportError: this plugin was not written for the installed verl.
     """
-    from hybrid_lora_plugin.verl_backend import registration, requirements, run_settings
+    from hybrid_lora_plugin.verl_backend import registration, requirements, run_kinds, run_settings
 
     registration.register()
-    if "algorithm" not in config or "rollout" not in config.get("actor_rollout_ref", {}):
-        raise ConfigurationError(
-            "+hybrid_lora=enabled: this is not the configuration of a reinforcement learning run; use it with "
-            "verl.trainer.main_ppo",
-            see="not-a-reinforcement-learning-run",
-        )
+    kind = run_kinds.kind_of_run(config)
     decided = run_settings.settle(config)
     hybrid = requirements.hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
     requirements.check_run(config)
     for line in decided:
-        print(f"hybrid_lora: {line}")
-    if (OmegaConf.select(config, "trainer.save_freq") or -1) > 0:
+        _tell(line)
+    # SFT's trainer saves its last step whatever the frequency, which may be a word.
+    if not kind.samples or (OmegaConf.select(config, "trainer.save_freq") or -1) > 0:
         folder = str(OmegaConf.select(config, "trainer.default_local_dir"))
         OmegaConf.update(config, "hybrid_lora.checkpoint_dir", folder)
     if hybrid.allocation:
@@ -63,16 +59,25 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
     return hybrid
 
 
+def _tell(line: str) -> None:
+    """A line for the user; of several ranks that torchrun starts, the first says it."""
+    if int(os.environ.get("RANK") or 0) == 0:
+        print(f"hybrid_lora: {line}")
+
+
 def _local_model(config: DictConfig) -> tuple[Any, list] | None:
     """Config and candidates of the model; one on a hub or on HDFS is only fetched by the workers, which check it."""
-    path = os.path.expanduser(str(OmegaConf.select(config, "actor_rollout_ref.model.path")))
+    from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, kind_of_run
+
+    kind = kind_of_run(config)
+    path = os.path.expanduser(str(kind.select(config, MODEL + "path")))
     if not os.path.isdir(path):
         return None
     from transformers import AutoConfig
 
     from hybrid_lora_plugin.candidates import find_candidates_from_config
 
-    trust = bool(OmegaConf.select(config, "actor_rollout_ref.model.trust_remote_code", default=False))
+    trust = bool(kind.select(config, MODEL + "trust_remote_code", default=False))
     model_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     with explained(otherwise="model-without-known-modules"):
         return model_config, find_candidates_from_config(model_config)
@@ -88,7 +93,14 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
         data_of_run,
         has_earlier_allocation,
     )
+    from hybrid_lora_plugin.verl_backend.run_kinds import kind_of_run
 
+    if hybrid.probe.objective == "policy" and not kind_of_run(config).samples:
+        raise ConfigurationError(
+            "hybrid_lora.probe.objective: 'policy' needs rollouts, and this run has none; give sft with "
+            "hybrid_lora.probe.files=[rows.jsonl], or hybrid_lora.allocation=FOLDER",
+            see="policy-probe-not-possible",
+        )
     checkpoints = os.path.abspath(str(OmegaConf.select(config, "trainer.default_local_dir")))
     hybrid.output_dir = os.path.abspath(hybrid.output_dir or os.path.join(checkpoints, "allocation"))
     OmegaConf.update(config, "hybrid_lora.output_dir", hybrid.output_dir)
@@ -101,7 +113,7 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
             return
         resumed = allocation_of_checkpoint(config)
         if resumed is not None:
-            print(f"hybrid_lora: resuming under the allocation of the checkpoint, {resumed}")
+            _tell(f"resuming under the allocation of the checkpoint, {resumed}")
             hybrid.allocation = str(resumed)
             OmegaConf.update(config, "hybrid_lora.allocation", hybrid.allocation)
             return
