@@ -116,14 +116,6 @@ def test_accepted_overrides_pass_the_preflight_and_the_path_becomes_absolute(acc
     assert config.actor_rollout_ref.model.lora.hybrid.allocation == str(artifact)
 
 
-def test_trainer_without_rollouts_is_refused():
-    search = f"hydra.searchpath=[file://{ROOT / 'recipes'}]"
-    with initialize_config_module("verl.trainer.config", version_base=None):
-        config = compose("sft_trainer_engine", overrides=[search, "+hybrid_lora=enabled"])
-    with pytest.raises(ConfigurationError, match="verl.trainer.main_ppo"):
-        check_configuration(config)
-
-
 REFUSED = {
     "missing artifact": (["hybrid_lora.allocation=/nowhere/at/all"], ["/nowhere/at/all", "hybrid-lora-probe"]),
     "no artifact and nothing to probe with": (

@@ -174,6 +174,7 @@ _TRANSPORT = "verl_backend/transport.py"
 _WORKER = "verl_backend/receiver/worker.py"
 _MODEL = "verl_backend/receiver/vllm_model.py"
 _SERVER = "verl_backend/receiver/server.py"
+_REPLICA = "verl_backend/receiver/replica.py"
 _PLATFORM = "verl_backend/cpu/platform.py"
 _REQUIREMENTS = "verl_backend/requirements.py"
 _PREFLIGHT = "verl_backend/preflight.py"
@@ -249,9 +250,10 @@ _REGISTRATION = [
     *_of(
         "register",
         "verl.workers.rollout.replica",
-        "RolloutReplicaRegistry",
-        ("", _REGISTER, "where verl looks for a replica"),
-        ("register", _REGISTER, "puts the replica there", "name loader"),
+        "",
+        ("", "verl_backend/registration.py", "the module whose import registers the replica"),
+        ("RolloutReplicaRegistry", "verl_backend/registration.py", "where verl looks for a replica"),
+        ("RolloutReplicaRegistry.register", "verl_backend/registration.py", "puts it there", "name loader"),
     ),
     *_of(
         "register",
@@ -757,14 +759,22 @@ _SERVER_SIDE = [
         ("engine", _SERVER, "vLLM's engine"),
         ("node_rank", _SERVER, "the first node holds the engine"),
         ("config", _SERVER, "settings of the rollout"),
-        ("model_config", _SERVER, "the hybrid_lora node"),
+        ("model_config", (_SERVER, _PATCHES), "the hybrid_lora node"),
+        ("", _PATCHES, "verl's own server, which is refused for a model under Hybrid-LoRA"),
+        ("_validate_configs", _PATCHES, "called as soon as a server has read its model"),
+    ),
+    *_of(
+        "server",
+        "verl.workers.rollout.vllm_rollout.vllm_async_server",
+        "",
+        ("", _PATCHES, "module of the server"),
     ),
     *_of(
         "server",
         "verl.workers.rollout.vllm_rollout.vllm_async_server",
         "vLLMReplica",
-        ("", _SERVER, "base class of the replica"),
-        ("__init__", _SERVER, "how verl makes one", "replica_rank config model_config"),
+        ("", (_SERVER, _REPLICA), "base class of the replica, and itself for another model"),
+        ("__init__", (_SERVER, _REPLICA), "how verl makes one", "replica_rank config model_config"),
         ("server_class", _SERVER, "the actor class it starts"),
         ("is_reward_model is_teacher_model", _SERVER, "these keep verl's own server"),
     ),
@@ -1150,6 +1160,13 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         "tests/test_sync_verl.py::test_extension_adds_no_name_that_vllm_or_verl_use",
     ),
     Behaviour(
+        "engine",
+        "verl_backend/run_kinds.py",
+        "`sft_trainer` reads its model, and with it `external_lib`, in each rank before it looks for an engine, and "
+        "saves the engine's checkpoint into `global_step_N` itself",
+        "tests/test_sft_run.py::test_a_resumed_run_ends_with_the_same_weights_bit_for_bit",
+    ),
+    Behaviour(
         "receiver",
         _MODEL,
         "`_update_weights` with `base_sync_done=False` loads whole weights, also in an engine that runs adapters",
@@ -1166,6 +1183,12 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         _MODEL,
         "q, k, v and gate, up lie in this order in one parameter, an embedding is padded at its end",
         "tests/test_sync_faults.py::test_merge_and_receiver_merge_leave_the_same_bits_in_vllm",
+    ),
+    Behaviour(
+        "server",
+        _PATCHES,
+        "a server reads its model, which imports `external_lib`, and calls `_validate_configs` while it is made",
+        "tests/test_sync_verl.py::test_a_server_of_verls_own_is_refused_for_a_hybrid_model_while_it_is_made",
     ),
     Behaviour(
         "server",

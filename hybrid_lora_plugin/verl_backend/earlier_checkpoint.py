@@ -7,6 +7,7 @@ for it in the process that drives the workers, so mostly on this machine.
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -18,9 +19,11 @@ from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE, load_allocati
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError, explained, with_reference
 from hybrid_lora_plugin.training.checkpoint import FOLDER, require_same_setting
+from hybrid_lora_plugin.verl_backend.run_kinds import ACTOR, MODEL, REINFORCEMENT_LEARNING, RunKind, kind_of_run, tell
 
 #: verl's file beside the checkpoints that names the step of the last one
 TRACKER = "latest_checkpointed_iteration.txt"
+LOAD_CONTENTS = ACTOR + "checkpoint.load_contents"
 START_AFRESH = "to start afresh give trainer.default_local_dir=NEW, or trainer.resume_mode=disable"
 _SHARD = re.compile(r".+_world_size_(\d+)_rank_(\d+)\.pt")
 
@@ -37,11 +40,12 @@ def checkpoint_to_resume(config: DictConfig) -> Path | None:
             f"trainer.resume_mode: {mode!r} is no mode of verl's; give auto, disable or resume_path",
             see="resume-setting-not-usable",
         )
-    if mode == "resume_path":
-        path = OmegaConf.select(config, "trainer.resume_from_path")
+    path = OmegaConf.select(config, "trainer.resume_from_path")
+    # The trainer on labelled rows takes a path by either mode.
+    if mode == "resume_path" or (mode == "auto" and path and not kind_of_run(config).samples):
         if "global_step_" not in str(path):
             raise ConfigurationError(
-                f"trainer.resume_from_path: {path!r} with trainer.resume_mode=resume_path; give a folder global_step_N",
+                f"trainer.resume_from_path: {path!r} with trainer.resume_mode={mode}; give a folder global_step_N",
                 see="resume-setting-not-usable",
             )
         return Path(str(path))
@@ -81,12 +85,13 @@ def check_earlier_checkpoint(config: DictConfig, hybrid: HybridLoraConfig) -> No
     require_hybrid(actor)
     if not _holds_first_ranks_part(actor):
         return
-    contents = OmegaConf.select(config, "actor_rollout_ref.actor.checkpoint.load_contents")
-    require_weights(["model"] if contents is None else list(contents), actor)
-    _require_same_ranks(actor, config)
+    kind = kind_of_run(config)
+    contents = kind.select(config, LOAD_CONTENTS)
+    require_weights(["model"] if contents is None else list(contents), actor, kind)
+    _require_same_ranks(actor, config, kind)
     allocation = _allocation(hybrid)
     if allocation is not None:
-        rank, alpha = (OmegaConf.select(config, f"actor_rollout_ref.model.lora_{name}") for name in ("rank", "alpha"))
+        rank, alpha = (kind.select(config, f"{MODEL}lora_{name}") for name in ("rank", "alpha"))
         require_same_setting(actor / FOLDER, allocation, rank, alpha)
 
 
@@ -119,34 +124,39 @@ def require_hybrid(actor: Path) -> None:
     )
 
 
-def require_weights(contents: Collection[str], actor: Path) -> None:
+def require_weights(contents: Collection[str], actor: Path, kind: RunKind = REINFORCEMENT_LEARNING) -> None:
     """Refuse to resume a checkpoint without its weights: the base model would train on under the checkpoint's step.
 
     Args:
         contents: ``actor_rollout_ref.actor.checkpoint.load_contents``, which follows ``save_contents``.
         actor: folder of the actor's checkpoint.
+        kind: of the run, for the setting's name.
 
     Raises:
         ConfigurationError: ``model`` is not among them.
     """
     if "model" not in contents:
         raise ConfigurationError(
-            f"actor_rollout_ref.actor.checkpoint.load_contents: {list(contents)} leaves out the weights of "
+            f"{kind.place(LOAD_CONTENTS)}: {list(contents)} leaves out the weights of "
             f"{str(actor)!r}, and the base model would go on from that step; add model if the checkpoint has it, or "
             f"{START_AFRESH}",
             see="resume-without-weights",
         )
 
 
-def _require_same_ranks(actor: Path, config: DictConfig) -> None:
-    nodes, devices = (OmegaConf.select(config, f"trainer.{name}") for name in ("nnodes", "n_gpus_per_node"))
-    ranks = int(nodes or 1) * int(devices or 1)
+def _require_same_ranks(actor: Path, config: DictConfig, kind: RunKind) -> None:
+    if kind.samples:
+        nodes, devices = (OmegaConf.select(config, f"trainer.{name}") for name in ("nnodes", "n_gpus_per_node"))
+        ranks = int(nodes or 1) * int(devices or 1)
+        said = f"trainer.n_gpus_per_node: {devices} on trainer.nnodes={nodes} makes {ranks} ranks"
+    else:
+        ranks = int(os.environ.get("WORLD_SIZE") or 1)
+        said = f"torchrun: {ranks} ranks"
     saved = {int(found[1]) for file in actor.iterdir() if (found := _SHARD.fullmatch(file.name))}
     if saved and ranks not in saved:
         raise ConfigurationError(
-            f"trainer.n_gpus_per_node: {devices} on trainer.nnodes={nodes} makes {ranks} ranks, and the checkpoint in "
-            f"{str(actor)!r} has the shards of {min(saved)}, of which each rank resumes its own; start that many, or "
-            f"{START_AFRESH}",
+            f"{said}, and the checkpoint in {str(actor)!r} has the shards of {min(saved)}, of which each rank resumes "
+            f"its own; start that many, or {START_AFRESH}",
             see="checkpoint-of-another-number-of-ranks",
         )
 
@@ -177,11 +187,11 @@ def _warn_of_mixing(config: DictConfig) -> None:
     if step is None:
         return
     warning = (
-        f"hybrid_lora: WARNING: trainer.resume_mode: this run starts afresh, and its checkpoints go to "
+        f"WARNING: trainer.resume_mode: this run starts afresh, and its checkpoints go to "
         f"{str(checkpoints)!r}, among those of an earlier run, of which global_step_{step} is the last: those of the "
         f"same steps and {TRACKER} are overwritten; give trainer.default_local_dir=NEW to keep both"
     )
-    print(with_reference(warning, "checkpoints-of-two-runs-in-one-folder"), flush=True)
+    tell(with_reference(warning, "checkpoints-of-two-runs-in-one-folder"))
 
 
 def _checkpoints(config: DictConfig) -> Path:

@@ -48,6 +48,7 @@ from hybrid_lora_plugin.verl_backend.checkpoint_files import require_shards, req
 from hybrid_lora_plugin.verl_backend.earlier_checkpoint import require_hybrid, require_weights
 from hybrid_lora_plugin.verl_backend.patches import only_parameters_cast
 from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
+from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, kind_of_model
 from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import TrainerLogProbs
 from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource, rollout_dtype
 
@@ -62,7 +63,9 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         self.hybrid = requirements.check_engine(model_config, engine_config, checkpoint_config)
-        requirements.check_sharding(engine_config.strategy, engine_config.fsdp_size, torch.distributed.get_world_size())
+        self._kind = kind_of_model(model_config)
+        ranks = torch.distributed.get_world_size()
+        requirements.check_sharding(engine_config.strategy, engine_config.fsdp_size, ranks, self._kind)
         requirements.require_rates(self.hybrid)
         self._ranks = Ranks(torch.device(get_device_id()))
         if self.hybrid.allocation:
@@ -357,6 +360,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         rounding = Rounding(self.hybrid.sync_rounding, self.hybrid.sync_seed)
         difference = other_rounding(kept, str(rollout_dtype(self.model_config)).removeprefix("torch."), rounding)
         if difference:
+            difference = self._kind.text(difference)
             print(f"hybrid_lora: WARNING: {difference} [docs/weight-sync.md#rollouts-in-16-bits]", flush=True)
 
     def _require_shards(self, folder: str) -> None:
@@ -376,9 +380,9 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         changed = [name for name, sums in self._frozen_sums().items() if sums != base[name]]
         if changed:
             raise ConfigurationError(
-                f"actor_rollout_ref.model.path: {self.model_config.path!r} is not the base model of the checkpoint in "
-                f"{str(local_path)!r}, first difference {plain_name(changed[0])!r}; give the model the run "
-                "started from",
+                f"{self._kind.place(MODEL + 'path')}: {self.model_config.path!r} is not the base model of the "
+                f"checkpoint in {str(local_path)!r}, first difference {plain_name(changed[0])!r}; give the model the "
+                "run started from",
                 see="checkpoint-of-another-base-model",
             )
 

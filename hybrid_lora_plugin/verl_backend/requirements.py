@@ -1,10 +1,12 @@
 """What Hybrid-LoRA needs of a verl configuration, checked on the driver and again in every worker.
 
-``check`` takes settings by their full verl names, so that a message names what the user can type.
+``check`` takes settings by their full names in a reinforcement learning run; ``run_kinds`` says where another kind of
+run has them, so that a message names what its user can type.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -17,10 +19,18 @@ from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.verl_backend.given_settings import verls_configuration
 from hybrid_lora_plugin.verl_backend.optimizer_settings import check_optimizer
+from hybrid_lora_plugin.verl_backend.run_kinds import (
+    ACTOR,
+    MODEL,
+    REINFORCEMENT_LEARNING,
+    ROLLOUT,
+    RunKind,
+    kind_of_model,
+    kind_of_run,
+)
 from hybrid_lora_plugin.verl_backend.sender import waits
 from hybrid_lora_plugin.verl_backend.vllm_arguments import check_vllm_arguments
 
-ACTOR, MODEL, ROLLOUT = "actor_rollout_ref.actor.", "actor_rollout_ref.model.", "actor_rollout_ref.rollout."
 ENGINE_MODULE = "hybrid_lora_plugin.verl_backend.engine_registration"
 
 
@@ -214,6 +224,14 @@ _RULES: dict[str, Rule] = {
 }
 
 
+#: in place of those above in SFT
+_SFT_RULES: dict[str, Rule] = {
+    ACTOR + "_target_": Rule(
+        lambda v: v is None or str(v).rpartition(".")[2] == "FSDPEngineConfig",
+        "verl.workers.config.FSDPEngineConfig, verl's FSDP: engine=fsdp optim=fsdp, the defaults",
+        see="strategy-not-supported",
+    ),
+}
 _RECEIVER_MERGE_RULES: dict[str, Rule] = {
     ROLLOUT + "full_determinism": Rule(
         lambda v: not v,
@@ -284,23 +302,29 @@ def check_sync(settings: Mapping[str, Any], sync: str) -> None:
             )
 
 
-def check(settings: Mapping[str, Any]) -> None:
+def check(settings: Mapping[str, Any], kind: RunKind = REINFORCEMENT_LEARNING) -> None:
     """Refuse the first setting that Hybrid-LoRA cannot run with.
 
     Args:
-        settings: values by full verl name; those without a rule are ignored.
+        settings: values by full verl name; those without a rule, or that the kind of run does not have, are ignored.
+        kind: of the run.
 
     Raises:
         ConfigurationError: naming the setting, its value and a usable one.
     """
-    for name, rule in _RULES.items():
-        if name in settings and not rule.usable(settings[name]):
+    for name, rule in _rules(kind).items():
+        if name in settings and kind.place(name) and not rule.usable(settings[name]):
             raise ConfigurationError(
-                f"{name}: {settings[name]!r} does not work with hybrid_lora; give {rule.wanted}", see=rule.see
+                f"{kind.place(name)}: {settings[name]!r} does not work with hybrid_lora; give {kind.text(rule.wanted)}",
+                see=rule.see,
             )
 
 
-def check_sharding(strategy: str, fsdp_size: int, ranks: int) -> None:
+def _rules(kind: RunKind) -> dict[str, Rule]:
+    return _RULES if kind.samples else _RULES | _SFT_RULES
+
+
+def check_sharding(strategy: str, fsdp_size: int, ranks: int, kind: RunKind = REINFORCEMENT_LEARNING) -> None:
     """Refuse FSDP1 in groups of one rank: torch 2.13 reduces no gradient there, and every rank trains a model of its
     own.
 
@@ -308,14 +332,15 @@ def check_sharding(strategy: str, fsdp_size: int, ranks: int) -> None:
         strategy: fsdp or fsdp2.
         fsdp_size: ranks that share one copy of the weights; below 1 all of them.
         ranks: of the trainer.
+        kind: of the run.
 
     Raises:
         ConfigurationError: naming what works.
     """
     if strategy == "fsdp" and fsdp_size == 1 and ranks > 1:
         raise ConfigurationError(
-            f"{ACTOR}fsdp_config.fsdp_size: 1 with strategy=fsdp on {ranks} ranks never reduces gradients; give "
-            f"{ACTOR}strategy=fsdp2, or an fsdp_size of -1 or at least 2",
+            f"{kind.place(ACTOR + 'fsdp_config.fsdp_size')}: 1 with strategy=fsdp on {ranks} ranks never reduces "
+            f"gradients; give {kind.place(ACTOR + 'strategy')}=fsdp2, or an fsdp_size of -1 or at least 2",
             see="strategy-not-supported",
         )
 
@@ -343,43 +368,56 @@ def check_waits(sync_timeout: float, sync_check: str, nccl_timeout: float | None
         )
 
 
-def _check_other_lora(config) -> None:
+def _check_other_lora(config, kind: RunKind) -> None:
     """Refuse settings of ``model.lora``, which are Megatron's: here they would have no effect."""
-    verls = verls_configuration("ppo_trainer").actor_rollout_ref.model.lora
-    for name, default in verls.items():
-        value = OmegaConf.select(config, f"{MODEL}lora.{name}", default=default)
+    place = kind.place(MODEL + "lora")
+    for name, default in OmegaConf.select(verls_configuration(kind.primary), place).items():
+        value = OmegaConf.select(config, f"{place}.{name}", default=default)
         if name != "merge" and value != default:
             raise ConfigurationError(
-                f"{MODEL}lora.{name}: {value!r} has no effect, because it is for verl's Megatron engine; leave it "
+                f"{place}.{name}: {value!r} has no effect, because it is for verl's Megatron engine; leave it "
                 "out, hybrid_lora.lora has rank, alpha and dropout",
                 see="lora-setting-of-verl-not-usable",
             )
 
 
 def check_run(config) -> None:
-    """``check`` on a whole composed verl configuration (OmegaConf)."""
+    """``check`` on a whole composed verl configuration (OmegaConf), and what else can be known of one.
+
+    Raises:
+        ConfigurationError: naming the setting, its value and a usable one.
+    """
+    kind = kind_of_run(config)
 
     def setting(name: str) -> Any:
-        value = OmegaConf.select(config, name, default=None)
+        value = kind.select(config, name)
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
-    _check_other_lora(config)
+    _check_other_lora(config, kind)
     optimizer = (
         setting(f"{ACTOR}optim.{name}") for name in ("optimizer_impl", "optimizer", "override_optimizer_config")
     )
     rules = _RULES | _PARTIAL_RULES | _BUILDING_RULES | _ADAPTER_RULES | _RECEIVER_MERGE_RULES
     settings = {name: setting(name) for name in rules}
-    check(settings)
+    check(settings, kind)
+    check_optimizer(kind.place(ACTOR + "optim."), *optimizer)
+    fsdp_size = int(kind.select(config, ACTOR + "fsdp_config.fsdp_size", default=-1))
+    check_sharding(settings[ACTOR + "strategy"], fsdp_size, _ranks(config, kind), kind)
+    if not kind.samples:
+        return
     check_sync(settings, setting("hybrid_lora.sync"))
-    check_optimizer(ACTOR + "optim.", *optimizer)
     check_vllm_arguments(setting(ROLLOUT + "engine_kwargs.vllm"), setting(MODEL + "override_config"))
-    ranks = int(OmegaConf.select(config, "trainer.nnodes") or 1) * int(
-        OmegaConf.select(config, "trainer.n_gpus_per_node") or 1
-    )
-    fsdp_size = OmegaConf.select(config, ACTOR + "fsdp_config.fsdp_size", default=-1)
-    check_sharding(settings[ACTOR + "strategy"], int(fsdp_size), ranks)
     timeouts = ("hybrid_lora.sync_timeout", "hybrid_lora.sync_check", "actor_rollout_ref.nccl_timeout")
     check_waits(*(setting(name) for name in timeouts))
+
+
+def _ranks(config, kind: RunKind) -> int:
+    if not kind.samples and "WORLD_SIZE" in os.environ:
+        # torchrun's: its trainer reads neither of the two below.
+        return int(os.environ["WORLD_SIZE"])
+    return int(OmegaConf.select(config, "trainer.nnodes") or 1) * int(
+        OmegaConf.select(config, "trainer.n_gpus_per_node") or 1
+    )
 
 
 def check_engine(model_config, engine_config, checkpoint_config) -> HybridLoraConfig:
@@ -387,6 +425,7 @@ def check_engine(model_config, engine_config, checkpoint_config) -> HybridLoraCo
     node = model_config.lora["hybrid"]
     hybrid = hybrid_config(OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node))
     precision = engine_config.mixed_precision or {}
+    kind = kind_of_model(model_config)
     settings = {
         ACTOR + "strategy": engine_config.strategy,
         ACTOR + "fsdp_config.model_dtype": engine_config.model_dtype,
@@ -399,6 +438,7 @@ def check_engine(model_config, engine_config, checkpoint_config) -> HybridLoraCo
         MODEL + "lora_adapter_path": model_config.lora_adapter_path,
         MODEL + "target_modules": model_config.target_modules,
     }
-    check(settings)
-    check_sync(settings, hybrid.sync)
+    check(settings, kind)
+    if kind.samples:
+        check_sync(settings, hybrid.sync)
     return hybrid

@@ -7,17 +7,20 @@ the place of verl's defaults only. What is decided here is told, a line for each
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
 
-from hybrid_lora_plugin.config import HybridLoraConfig
+from hybrid_lora_plugin.config import HybridLoraConfig, SyncConfig
 from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.sync.base_weights import stored_dtypes
 from hybrid_lora_plugin.training.learning_rates import Rate, learning_rates
 from hybrid_lora_plugin.verl_backend.given_settings import Given, given_settings, verls_configuration
-from hybrid_lora_plugin.verl_backend.requirements import ACTOR, ENGINE_MODULE, MODEL, ROLLOUT
+from hybrid_lora_plugin.verl_backend.requirements import ENGINE_MODULE
+from hybrid_lora_plugin.verl_backend.run_kinds import ACTOR, KIND, MODEL, ROLLOUT, RunKind, kind_of_run
 
 GROUP = Path(__file__).parent.parent / "conf" / "hybrid_lora" / "enabled.yaml"
 RATE, STRATEGY = ACTOR + "optim.lr", ACTOR + "strategy"
@@ -41,26 +44,92 @@ def settle(config: DictConfig) -> list[str]:
     Raises:
         ConfigurationError: two settings contradict each other.
     """
+    kind = kind_of_run(config)
+    lines = [] if kind.samples else [_settle_place(config, kind)]
     options = [f"hybrid_lora.{name}" for name in _leaves(HybridLoraConfig)]
-    names = [*options, *MODULES, *OWN_FIRST, *ADAPTER, RATE, STRATEGY]
-    given = given_settings(config, names, _plugin_defaults(config))
+    # Where this kind of run has them.
+    modules, own_first = ([kind.place(name) for name in names if kind.place(name)] for names in (MODULES, OWN_FIRST))
+    adapter = {kind.place(name): option for name, option in ADAPTER.items()}
+    rate, strategy = kind.place(RATE), kind.place(STRATEGY)
+    names = [*options, *modules, *own_first, *adapter, rate, strategy]
+    given = given_settings(config, names, _plugin_defaults(config, kind))
     for name, found in given.items():
         # The group was composed after a file that sets it.
         _put(config, name, found.value)
     # As they come out, where a file or an argument refers to another setting or to the environment.
     given = {name: Given(_selected(config, name), found.where) for name, found in given.items()}
-    lines = [_settle_modules(config, name, given.get(name)) for name in MODULES]
-    trained = "lora" if _positive(given.get(MODEL + "lora_rank")) else "full"
-    lines += _settle_adapter(config, given, trained)
-    if STRATEGY not in given and _selected(config, STRATEGY) == "fsdp":
-        _put(config, STRATEGY, "fsdp2")
-    lines.append(_settle_rates(config, given, trained))
+    lines += [_settle_modules(config, name, given.get(name)) for name in modules]
+    trained = "lora" if _positive(given.get(kind.place(MODEL + "lora_rank"))) else "full"
+    lines += _settle_adapter(config, given, trained, adapter, kind)
+    if strategy not in given and _selected(config, strategy) == "fsdp":
+        _put(config, strategy, "fsdp2")
+    lines.append(_settle_rates(config, given, trained, rate))
+    if not kind.samples:
+        lines.append(_without_effect(given))
     return [line for line in lines if line]
 
 
 def _selected(config: DictConfig, name: str) -> Any:
     value = OmegaConf.select(config, name)
     return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _no_default(name: str) -> None:
+    """The plugin has no default of a setting."""
+
+
+def _settle_place(config: DictConfig, kind: RunKind) -> str:
+    """Move what the group sets for a model to where a run without rollouts has its model, and drop the rest of it."""
+    # Without Hydra's node nobody can tell it from what the group sets.
+    given = given_settings(config, ["actor_rollout_ref"], _no_default) if "hydra" in config else {}
+    for found in given.values():
+        name = _first_leaf(found.value, "actor_rollout_ref")
+        instead = kind.place(name)
+        raise ConfigurationError(
+            f"{name}: it is set ({found.where}), and {kind.command} reads no such setting; "
+            + (f"give {instead}" if instead else "leave it out"),
+            see="option-not-usable",
+        )
+    group = OmegaConf.load(GROUP).actor_rollout_ref.model
+    dtype, line = _exported_dtype(config, kind)
+    group.lora.rollout_dtype = dtype
+    with open_dict(config):
+        config.model.lora = OmegaConf.merge(config.model.get("lora") or {}, group.lora)
+        del config["actor_rollout_ref"]
+    _put(config, kind.place(KIND), kind.name)
+    return line
+
+
+def _exported_dtype(config: DictConfig, kind: RunKind) -> tuple[str, str]:
+    """Type of exported weights where no rollout engine has one, and a line that says so."""
+    name = kind.place(ROLLOUT + "dtype")
+    given = given_settings(config, [name], _no_default).get(name)
+    if given is not None and given.value is not None:
+        dtype, where = str(given.value), f"{name}, {given.where}"
+    else:
+        path = os.path.expanduser(str(OmegaConf.select(config, "model.path")))
+        half = os.path.isdir(path) and stored_dtypes(path) == {"F16"}
+        dtype = "float16" if half else "bfloat16"
+        where = "the checkpoint's" if half else f"no rollout engine has one; or give +{name}=float32"
+    return dtype, f"exported weights: {dtype} ({where}), unless hybrid-lora-export is given a dtype"
+
+
+def _first_leaf(value: Any, name: str) -> str:
+    while isinstance(value, dict) and value:
+        part, value = next(iter(value.items()))
+        name = f"{name}.{part}"
+    return name
+
+
+def _without_effect(given: dict[str, Given]) -> str:
+    """A line on options for the rollout engine that a run without one was given."""
+    # These two also say how exported weights are rounded.
+    options = {f"hybrid_lora.{spec.name}" for spec in dataclasses.fields(SyncConfig)} - {
+        "hybrid_lora.sync_rounding",
+        "hybrid_lora.sync_seed",
+    }
+    named = sorted(options & given.keys())
+    return f"without effect, as there is no rollout engine: {', '.join(named)}" if named else ""
 
 
 def _settle_modules(config: DictConfig, name: str, given: Given | None) -> str:
@@ -74,8 +143,10 @@ def _settle_modules(config: DictConfig, name: str, given: Given | None) -> str:
     return f"{name}: {', '.join(others)} ({given.where}) and the plugin's {ENGINE_MODULE}"
 
 
-def _settle_adapter(config: DictConfig, given: dict[str, Given], trained: str) -> Iterator[str]:
-    for name, option in ADAPTER.items():
+def _settle_adapter(
+    config: DictConfig, given: dict[str, Given], trained: str, adapter: dict[str, str], kind: RunKind
+) -> Iterator[str]:
+    for name, option in adapter.items():
         theirs, ours = given.get(name), given.get(option)
         if theirs is not None and theirs.value and not _positive(theirs):
             # Refused by ``requirements``, under the name that it was given by.
@@ -92,13 +163,13 @@ def _settle_adapter(config: DictConfig, given: dict[str, Given], trained: str) -
             yield f"{option}={theirs.value} ({name}, {theirs.where})"
         elif trained == "lora" and ours is None and name.endswith("lora_alpha"):
             # What the command trained with before: verl's default, whatever the rank is.
-            verls = OmegaConf.select(verls_configuration("ppo_trainer"), name)
+            verls = OmegaConf.select(verls_configuration(kind.primary), name)
             _put(config, option, verls)
             yield f"{option}={verls} (verl's default of {name})"
         _put(config, name, OmegaConf.select(config, option))
 
 
-def _settle_rates(config: DictConfig, given: dict[str, Given], trained: str) -> str:
+def _settle_rates(config: DictConfig, given: dict[str, Given], trained: str, own: str) -> str:
     def rate(name: str) -> Rate | None:
         value = given[name].value if name in given else None
         if value is None:
@@ -113,7 +184,7 @@ def _settle_rates(config: DictConfig, given: dict[str, Given], trained: str) -> 
             )
         return Rate(number, f"{name}, {given[name].where}")
 
-    rates = learning_rates(rate("hybrid_lora.full_lr"), rate("hybrid_lora.lora.lr"), rate(RATE), trained)
+    rates = learning_rates(rate("hybrid_lora.full_lr"), rate("hybrid_lora.lora.lr"), rate(own), trained)
     _put(config, "hybrid_lora.full_lr", rates.full.value)
     _put(config, "hybrid_lora.lora.lr", rates.lora.value)
     return str(rates)
@@ -138,12 +209,14 @@ def _leaves(kind: type, prefix: str = "") -> Iterator[str]:
             yield prefix + spec.name
 
 
-def _plugin_defaults(config: DictConfig) -> Callable[[str], Any]:
+def _plugin_defaults(config: DictConfig, kind: RunKind) -> Callable[[str], Any]:
     """Name -> the plugin's default: an option's own, or what the group makes of the options for a setting of verl's."""
     options = OmegaConf.create({"hybrid_lora": OmegaConf.structured(HybridLoraConfig)})
     group = OmegaConf.load(GROUP)
     del group["defaults"], group["hydra"]
     group = OmegaConf.merge({"hybrid_lora": OmegaConf.to_container(config.hybrid_lora)}, group)
+    if not kind.samples:
+        group.model = group.pop("actor_rollout_ref").model
 
     def default_of(name: str) -> Any:
         source = options if name.startswith("hybrid_lora.") else group

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from hybrid_lora_plugin.allocation.budget_modes import BudgetRecord, budget_mode
 from hybrid_lora_plugin.allocation.schema import Allocation
@@ -28,6 +28,7 @@ from hybrid_lora_plugin.probing.provenance import probe_record
 from hybrid_lora_plugin.scoring import get_criterion
 from hybrid_lora_plugin.verl_backend.earlier_checkpoint import actor_folder, checkpoint_to_resume, require_hybrid
 from hybrid_lora_plugin.verl_backend.probe.policy_settings import policy_settings
+from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, kind_of_run
 
 
 def has_earlier_allocation(
@@ -65,8 +66,9 @@ def data_of_run(config: DictConfig, hybrid: HybridLoraConfig) -> dict[str, Any]:
 
     What is not on this machine (a model on a hub, rows that were removed since) is left out.
     """
-    path = str(OmegaConf.select(config, "actor_rollout_ref.model.path"))
-    data: dict[str, Any] = {"checkpoint": checkpoint_fingerprint(path)}
+    kind = kind_of_run(config)
+    path = str(kind.select(config, MODEL + "path"))
+    data: dict[str, Any] = {"checkpoint": checkpoint_fingerprint(path), "model": kind.place(MODEL + "path")}
     if hybrid.probe.objective == "policy":
         data["settings"] = policy_settings(config, hybrid)
     elif all(Path(file).exists() for file in hybrid.probe.files):
@@ -158,4 +160,4 @@ def _data(kept: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str
         files = [{"name": file["name"], "sha256": file["sha256"]} for file in kept["files"]]
         yield "hybrid_lora.probe.files", files, now["files"]
     if now.get("checkpoint") and kept.get("checkpoint"):
-        yield "actor_rollout_ref.model.path (digest of its weights)", kept["checkpoint"], now["checkpoint"]
+        yield f"{now.get('model', MODEL + 'path')} (digest of its weights)", kept["checkpoint"], now["checkpoint"]
