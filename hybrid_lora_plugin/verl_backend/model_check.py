@@ -45,6 +45,12 @@ def checked_model(config: DictConfig) -> tuple[Any, list[Candidate]] | None:
     print("hybrid_lora: linear modules: number, parameters, share of the model")
     for line in account_text(candidates, frozen_linear(model, candidates), parameters):
         print(f"hybrid_lora:   {line}")
+    kernel = OmegaConf.select(config, MODEL + "override_config.attn_implementation")
+    if kernel == "sdpa" and getattr(model_config, "attn_logit_softcapping", None):
+        print(
+            f"hybrid_lora: WARNING: {MODEL}override_config.attn_implementation: sdpa leaves out the cap on "
+            "attention logits that the rollout engine applies; give flash_attention_2 or eager [docs/models.md]"
+        )
     if said := untried(model_config):
         print(f"hybrid_lora: {said}")
     return model_config, candidates
