@@ -179,7 +179,7 @@ def architecture_of(config: Any) -> str:
 
 
 def model_fingerprint(config: Any) -> str:
-    """SHA-256 over the fields of a Hugging Face config that select_modules which weights the candidates are.
+    """SHA-256 over the fields of a Hugging Face config that decide which weights the candidates are.
 
     The same for one checkpoint whatever precision, attention kernel, token ids, path or transformers
     version it is loaded with; verl's workers recompute it from their own config object.

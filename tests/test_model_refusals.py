@@ -10,12 +10,12 @@ import torch
 import transformers
 from torch import nn
 
+from hybrid_lora_plugin.base_checkpoint import check_model_folder
 from hybrid_lora_plugin.candidates import FUSED_TYPES, find_candidates, find_candidates_from_config, meta_model
 from hybrid_lora_plugin.config import ModelConfig
 from hybrid_lora_plugin.errors import ConfigurationError, split_reference
 from hybrid_lora_plugin.linear_account import account_markdown, account_text, frozen_linear
 from hybrid_lora_plugin.model_families import FAMILIES, refuse_config, untried
-from hybrid_lora_plugin.model_folder import check_model_folder
 from hybrid_lora_plugin.probing.loading import check_model
 from tests.support.tiny_families import SIZES
 from tests.support.verl_processes import ROOT
@@ -234,7 +234,8 @@ def run_of(path, **rollout):
     from omegaconf import OmegaConf
 
     rollout = {"load_format": "safetensors", "tensor_model_parallel_size": 1} | rollout
-    return OmegaConf.create({"actor_rollout_ref": {"model": {"path": str(path)}, "rollout": rollout}})
+    node = {"model": {"path": str(path)}, "rollout": rollout}
+    return OmegaConf.create({"algorithm": {}, "actor_rollout_ref": node})
 
 
 @pytest.fixture

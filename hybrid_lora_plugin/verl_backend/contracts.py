@@ -174,10 +174,12 @@ _TRANSPORT = "verl_backend/transport.py"
 _WORKER = "verl_backend/receiver/worker.py"
 _MODEL = "verl_backend/receiver/vllm_model.py"
 _SERVER = "verl_backend/receiver/server.py"
+_REPLICA = "verl_backend/receiver/replica.py"
 _PLATFORM = "verl_backend/cpu/platform.py"
 _REQUIREMENTS = "verl_backend/requirements.py"
 _PREFLIGHT = "verl_backend/preflight.py"
 _MODEL_CHECK = "verl_backend/model_check.py"
+_HF_OUTPUT = "verl_backend/hugging_face_output.py"
 _LORA_LINEAR = "training/lora_linear.py"
 _LAYOUT = "verl_backend/receiver/vllm_layout.py"
 _APPLY = "training/apply.py"
@@ -248,9 +250,10 @@ _REGISTRATION = [
     *_of(
         "register",
         "verl.workers.rollout.replica",
-        "RolloutReplicaRegistry",
-        ("", _REGISTER, "where verl looks for a replica"),
-        ("register", _REGISTER, "puts the replica there", "name loader"),
+        "",
+        ("", "verl_backend/registration.py", "the module whose import registers the replica"),
+        ("RolloutReplicaRegistry", "verl_backend/registration.py", "where verl looks for a replica"),
+        ("RolloutReplicaRegistry.register", "verl_backend/registration.py", "puts it there", "name loader"),
     ),
     *_of(
         "register",
@@ -270,8 +273,16 @@ _TRAINING_ENGINE = [
         "verl.workers.config.model",
         "HFModelConfig",
         ("path", _BOTH_ENGINES, "base model, recorded with a checkpoint and an artifact"),
-        ("local_path", (_ENGINE, _POLICY, "verl_backend/probe/sft.py"), "folder whose weight files are read"),
-        ("trust_remote_code", (_POLICY, "verl_backend/probe/sft.py"), "passed on to the probe"),
+        (
+            "local_path",
+            (_ENGINE, _HF_OUTPUT, _POLICY, "verl_backend/probe/sft.py"),
+            "folder whose weight files are read",
+        ),
+        (
+            "trust_remote_code",
+            (_HF_OUTPUT, _POLICY, "verl_backend/probe/sft.py"),
+            "passed on to the probe, and for hf_model",
+        ),
         ("hf_config", _ENGINE, "tells a model that is refused before its weights are read"),
         (
             "lora",
@@ -280,7 +291,7 @@ _TRAINING_ENGINE = [
         ),
         ("lora_rank lora_alpha", (_ENGINE, _REQUIREMENTS, _SOURCE), "rank and alpha of the adapters"),
         ("lora_adapter_path target_modules", _REQUIREMENTS, "refused where they say something else"),
-        ("tokenizer", (_PROMPT, _SERVER), "encodes the fixed prompts"),
+        ("tokenizer", (_PROMPT, _SERVER, _HF_OUTPUT), "encodes the fixed prompts; its chat template is saved"),
     ),
     *_of(
         "engine",
@@ -357,7 +368,7 @@ _TRAINING_ENGINE = [
         ("model_config", _BOTH_ENGINES, "the model's settings"),
         ("engine_config", _ENGINE, "the strategy's settings; replaced while the model loads"),
         ("optimizer_config", _BOTH_ENGINES, "passed to build_optimizer"),
-        ("checkpoint_manager", _ENGINE, "tells which of a checkpoint's files a resume reads"),
+        ("checkpoint_manager", _ENGINE, "tells which of a checkpoint's files a resume reads; saves no hf_model"),
         ("_is_offload_param", _ENGINE, "whether FSDP1's weights lie on the host"),
         ("_autocast_dtype", _POLICY, "precision that the artifact records"),
     ),
@@ -366,6 +377,8 @@ _TRAINING_ENGINE = [
         "verl.utils.checkpoint.checkpoint_manager",
         "BaseCheckpointManager",
         ("should_load_model should_load_optimizer should_load_extra", _ENGINE, "which files a resume reads"),
+        ("checkpoint_load_contents", _ENGINE, "whether a resume reads weights"),
+        ("checkpoint_save_contents", _HF_OUTPUT, "what verl saves; hf_model is taken out and saved by the engine"),
     ),
     *_of(
         "engine",
@@ -747,14 +760,22 @@ _SERVER_SIDE = [
         ("engine", _SERVER, "vLLM's engine"),
         ("node_rank", _SERVER, "the first node holds the engine"),
         ("config", _SERVER, "settings of the rollout"),
-        ("model_config", _SERVER, "the hybrid_lora node"),
+        ("model_config", (_SERVER, _PATCHES), "the hybrid_lora node"),
+        ("", _PATCHES, "verl's own server, which is refused for a model under Hybrid-LoRA"),
+        ("_validate_configs", _PATCHES, "called as soon as a server has read its model"),
+    ),
+    *_of(
+        "server",
+        "verl.workers.rollout.vllm_rollout.vllm_async_server",
+        "",
+        ("", _PATCHES, "module of the server"),
     ),
     *_of(
         "server",
         "verl.workers.rollout.vllm_rollout.vllm_async_server",
         "vLLMReplica",
-        ("", _SERVER, "base class of the replica"),
-        ("__init__", _SERVER, "how verl makes one", "replica_rank config model_config"),
+        ("", (_SERVER, _REPLICA), "base class of the replica, and itself for another model"),
+        ("__init__", (_SERVER, _REPLICA), "how verl makes one", "replica_rank config model_config"),
         ("server_class", _SERVER, "the actor class it starts"),
         ("is_reward_model is_teacher_model", _SERVER, "these keep verl's own server"),
     ),
@@ -1020,6 +1041,30 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
     ),
     Behaviour(
         "engine",
+        _HF_OUTPUT,
+        "the checkpoint manager writes configuration and tokenizer to `huggingface`, and no weights without `hf_model`",
+        "tests/test_engine.py::test_hf_model_in_a_checkpoint_is_what_the_export_writes",
+    ),
+    Behaviour(
+        "engine",
+        _HF_OUTPUT,
+        "the merger reads `world_size` in `fsdp_config.json` and puts it into the name of the first file it opens",
+        "tests/test_engine.py::test_verls_merger_ends_with_a_line_that_names_the_export",
+    ),
+    Behaviour(
+        "engine",
+        "verl_backend/earlier_checkpoint.py",
+        "shards are named by kind, number of ranks and rank; a LoRA run adds `lora_train_meta.json`",
+        "tests/test_own_disks.py::test_a_checkpoint_of_a_run_without_hybrid_lora_is_refused_before_ray",
+    ),
+    Behaviour(
+        "train",
+        "training/model_folder.py",
+        "`save_pretrained` writes no weights of an empty state, and else fills its files in the order of `file_order`",
+        "tests/test_training.py::test_a_folder_written_one_weight_at_a_time_is_transformers_own",
+    ),
+    Behaviour(
+        "engine",
         _ENGINE,
         "FSDP1 keeps a gathered copy until its handle reshards",
         "tests/test_sharding.py::test_reference_is_the_base_model",
@@ -1116,6 +1161,13 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         "tests/test_sync_verl.py::test_extension_adds_no_name_that_vllm_or_verl_use",
     ),
     Behaviour(
+        "engine",
+        "verl_backend/run_kinds.py",
+        "`sft_trainer` reads its model, and with it `external_lib`, in each rank before it looks for an engine, and "
+        "saves the engine's checkpoint into `global_step_N` itself",
+        "tests/test_sft_run.py::test_a_resumed_run_ends_with_the_same_weights_bit_for_bit",
+    ),
+    Behaviour(
         "receiver",
         _MODEL,
         "`_update_weights` with `base_sync_done=False` loads whole weights, also in an engine that runs adapters",
@@ -1132,6 +1184,12 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         _MODEL,
         "q, k, v and gate, up lie in this order in one parameter, an embedding is padded at its end",
         "tests/test_sync_faults.py::test_merge_and_receiver_merge_leave_the_same_bits_in_vllm",
+    ),
+    Behaviour(
+        "server",
+        _PATCHES,
+        "a server reads its model, which imports `external_lib`, and calls `_validate_configs` while it is made",
+        "tests/test_sync_verl.py::test_a_server_of_verls_own_is_refused_for_a_hybrid_model_while_it_is_made",
     ),
     Behaviour(
         "server",

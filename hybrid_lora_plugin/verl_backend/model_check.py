@@ -5,14 +5,14 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
+from hybrid_lora_plugin.base_checkpoint import check_model_folder
 from hybrid_lora_plugin.candidates import FUSED_TYPES, Candidate, find_candidates, meta_model
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.linear_account import account_text, frozen_linear
 from hybrid_lora_plugin.model_families import untried
-from hybrid_lora_plugin.model_folder import check_model_folder
-from hybrid_lora_plugin.verl_backend.requirements import MODEL, ROLLOUT
+from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, ROLLOUT, kind_of_run, tell
 
 
 def checked_model(config: DictConfig) -> tuple[Any, list[Candidate]] | None:
@@ -29,12 +29,13 @@ def checked_model(config: DictConfig) -> tuple[Any, list[Candidate]] | None:
     Raises:
         ConfigurationError: it cannot be trained, or its weights cannot be loaded or read back by the rollout engine.
     """
-    path = os.path.expanduser(str(OmegaConf.select(config, MODEL + "path")))
-    trust = bool(OmegaConf.select(config, MODEL + "trust_remote_code", default=False))
+    kind = kind_of_run(config)
+    path = os.path.expanduser(str(kind.select(config, MODEL + "path")))
+    trust = bool(kind.select(config, MODEL + "trust_remote_code", default=False))
     local = os.path.isdir(path)
     if local:
-        check_model_folder(path, safetensors=OmegaConf.select(config, ROLLOUT + "load_format") == "safetensors")
-    model_config = _config_of(path, trust, local)
+        check_model_folder(path, safetensors=kind.select(config, ROLLOUT + "load_format") == "safetensors")
+    model_config = _config_of(path, trust, local, kind.place(MODEL + "path"))
     if model_config is None:
         return None
     with explained(otherwise="model-without-known-modules"):
@@ -42,46 +43,43 @@ def checked_model(config: DictConfig) -> tuple[Any, list[Candidate]] | None:
         candidates = find_candidates(model)
     _refuse_split_packed(config, candidates)
     parameters = sum(parameter.numel() for parameter in model.parameters())
-    print("hybrid_lora: linear modules: number, parameters, share of the model")
+    tell("linear modules: number, parameters, share of the model")
     for line in account_text(candidates, frozen_linear(model, candidates), parameters):
-        print(f"hybrid_lora:   {line}")
-    kernel = OmegaConf.select(config, MODEL + "override_config.attn_implementation")
-    if kernel == "sdpa" and getattr(model_config, "attn_logit_softcapping", None):
-        print(
-            f"hybrid_lora: WARNING: {MODEL}override_config.attn_implementation: sdpa leaves out the cap on "
-            "attention logits that the rollout engine applies; give flash_attention_2 or eager [docs/models.md]"
+        tell(f"  {line}")
+    kernel = kind.select(config, MODEL + "override_config.attn_implementation")
+    if kind.samples and kernel == "sdpa" and getattr(model_config, "attn_logit_softcapping", None):
+        tell(
+            f"WARNING: {MODEL}override_config.attn_implementation: sdpa leaves out the cap on attention logits that the "
+            "rollout engine applies; give flash_attention_2 or eager [docs/models.md]"
         )
     if said := untried(model_config):
-        print(f"hybrid_lora: {said}")
+        tell(said)
     return model_config, candidates
 
 
-def _config_of(path: str, trust: bool, local: bool) -> Any:
+def _config_of(path: str, trust: bool, local: bool, name: str) -> Any:
     from transformers import AutoConfig
 
     if not local and "://" in path:
-        return _left_to_workers(path, "it is not on this machine")
+        return _left_to_workers(name, path, "it is not on this machine")
     try:
         found = AutoConfig.from_pretrained(path, trust_remote_code=trust)
     except Exception as error:
         if local:
             raise
         # A hub has many ways to be out of reach.
-        return _left_to_workers(path, (str(error).strip().splitlines() or [type(error).__name__])[0])
+        return _left_to_workers(name, path, (str(error).strip().splitlines() or [type(error).__name__])[0])
     if not local and getattr(found, "auto_map", None):
-        return _left_to_workers(path, "it brings code of its own, which is not fetched here")
+        return _left_to_workers(name, path, "it brings code of its own, which is not fetched here")
     return found
 
 
-def _left_to_workers(path: str, reason: str) -> None:
-    print(
-        f"hybrid_lora: {MODEL}path: {path!r} cannot be checked on the driver ({reason}); the workers check it when "
-        f"they have loaded it"
-    )
+def _left_to_workers(name: str, path: str, reason: str) -> None:
+    tell(f"{name}: {path!r} cannot be checked on the driver ({reason}); the workers check it when they have loaded it")
 
 
 def _refuse_split_packed(config: DictConfig, candidates: list[Candidate]) -> None:
-    workers = int(OmegaConf.select(config, ROLLOUT + "tensor_model_parallel_size") or 1)
+    workers = int(kind_of_run(config).select(config, ROLLOUT + "tensor_model_parallel_size") or 1)
     packed = sorted({candidate.type for candidate in candidates} & FUSED_TYPES.keys())
     if workers > 1 and packed:
         raise ConfigurationError(

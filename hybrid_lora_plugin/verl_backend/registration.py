@@ -1,4 +1,5 @@
-"""Put the loss, the advantage and the CPU platform into verl's registries; importing this module does it.
+"""Put the loss, the advantage, the rollout replica and the CPU platform into verl's registries; importing this module
+does it.
 
 verl imports it in every process through the ``verl.plugins`` entry point and logs a failure at DEBUG level
 only. Nothing of verl is imported here that ``import verl`` has not loaded: its algorithms take about a second, not
@@ -21,8 +22,10 @@ from hybrid_lora_plugin.errors import with_reference
 #: verl versions whose hooks this plugin was read and tested against.
 SUPPORTED_VERL = SpecifierSet(">=0.9.1,<0.10", prereleases=True)
 
-#: where verl keeps both registries
+#: where verl keeps the registries of both
 ALGORITHMS = "verl.trainer.ppo.core_algos"
+#: where it keeps the one of rollout replicas
+REPLICAS = "verl.workers.rollout.replica"
 
 _registered = False
 
@@ -46,8 +49,7 @@ def require_supported_verl(version: str) -> None:
 
 
 def register() -> None:
-    """Register the platform, and loss and advantage for when verl's algorithms are imported; a second call does
-    nothing.
+    """Register the platform, and the rest for when verl's own modules of it are imported; a second call does nothing.
 
     Raises:
         ImportError: verl is outside the supported range; a run without ``hybrid_lora`` is then left alone.
@@ -61,6 +63,7 @@ def register() -> None:
         from hybrid_lora_plugin.verl_backend.cpu import platform  # noqa: F401  registers itself
 
     wrapt.register_post_import_hook(_algorithms_imported, ALGORITHMS)
+    wrapt.register_post_import_hook(_replicas_imported, REPLICAS)
     _registered = True
 
 
@@ -83,6 +86,17 @@ def _algorithms_imported(_) -> None:
         # As verl does with plugins: a run that asks for neither goes on. One with +hybrid_lora=enabled fails in its
         # engine.
         logging.getLogger(__name__).warning("hybrid_lora: loss and advantage are not registered: %s", error)
+
+
+def _replicas_imported(replicas) -> None:
+    # verl asks for the class when it starts servers, in whichever process that is.
+    replicas.RolloutReplicaRegistry.register("vllm", _load_replica)
+
+
+def _load_replica() -> type:
+    from hybrid_lora_plugin.verl_backend.receiver.replica import ReplicaForModel
+
+    return ReplicaForModel
 
 
 register()
