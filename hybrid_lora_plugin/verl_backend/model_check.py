@@ -49,8 +49,8 @@ def checked_model(config: DictConfig) -> tuple[Any, list[Candidate]] | None:
     kernel = kind.select(config, MODEL + "override_config.attn_implementation")
     if kind.samples and kernel == "sdpa" and getattr(model_config, "attn_logit_softcapping", None):
         tell(
-            f"WARNING: {MODEL}override_config.attn_implementation: sdpa leaves out the cap on attention logits that the "
-            "rollout engine applies; give flash_attention_2 or eager [docs/models.md]"
+            f"WARNING: {MODEL}override_config.attn_implementation: sdpa leaves out the cap on attention logits that "
+            "the rollout engine applies; give flash_attention_2 or eager [docs/models.md]"
         )
     if said := untried(model_config):
         tell(said)
