@@ -103,7 +103,7 @@ def test_verls_default_rate_is_told_from_the_same_rate_that_was_given():
     assert (lora.hybrid_lora.lora.lr, given.hybrid_lora.lora.lr) == (2.5e-5, 1e-6)
 
 
-@pytest.mark.parametrize("rate", ["fast", "[1e-6]", "true"])
+@pytest.mark.parametrize("rate", ["fast", "[1e-6]", "true", "0", "-1e-6"])
 def test_a_rate_that_is_no_number_is_refused_by_name(rate):
     with pytest.raises(ConfigurationError, match="optim.lr"):
         settle(composed(ON, f"{ACTOR}.optim.lr={rate}"))
@@ -171,6 +171,19 @@ def test_the_command_line_wins_over_a_teams_file(tmp_path):
     assert value(config, f"{MODEL}.external_lib") == ["other", ENGINE_MODULE]
 
 
+def test_a_value_that_refers_to_another_counts_as_what_it_comes_out_as(tmp_path, monkeypatch):
+    monkeypatch.setenv("RATE", "3e-7")
+    text = """
+base: {rate: 3.0e-6, rank: 8}
+actor_rollout_ref:
+  model: {lora_rank: "${base.rank}"}
+  actor: {optim: {lr: "${base.rate}"}}
+"""
+    config = from_team(tmp_path, text, ON, "hybrid_lora.full_lr=${oc.env:RATE}")
+    settle(config)
+    assert (config.hybrid_lora.lora.rank, config.hybrid_lora.full_lr, config.hybrid_lora.lora.lr) == (8, 3e-7, 3e-6)
+
+
 def test_what_nobody_gave_is_the_plugins_default():
     config = composed(ON)
     assert settle(config) == ["learning rates: full modules 1e-06 (the paper's), LoRA 2.5e-05 (the paper's)"]
@@ -185,7 +198,7 @@ def test_a_file_beside_verls_own_is_a_teams(tmp_path, monkeypatch):
 
     monkeypatch.setattr(module.verl, "__file__", str(tmp_path / "__init__.py"))
     config = from_team(tmp_path, "actor_rollout_ref: {actor: {strategy: fsdp}}\n", ON)
-    given = given_settings(config, [f"{ACTOR}.strategy", f"{ACTOR}.optim.lr"], OmegaConf.create())
+    given = given_settings(config, [f"{ACTOR}.strategy", f"{ACTOR}.optim.lr"], lambda name: None)
     assert {name: found.where for name, found in given.items()} == {f"{ACTOR}.strategy": "team.yaml"}
 
 

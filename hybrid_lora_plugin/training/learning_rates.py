@@ -1,4 +1,4 @@
-"""The two learning rates of a run, from what its user gave (paper §4.3: 1e-6 for full modules, 25 times that for LoRA)."""
+"""The two learning rates of a run, from what its user gave (paper §4.3: 1e-6 for full modules, LoRA 25 times that)."""
 
 from __future__ import annotations
 

@@ -178,6 +178,8 @@ _REPLICA = "verl_backend/receiver/replica.py"
 _PLATFORM = "verl_backend/cpu/platform.py"
 _REQUIREMENTS = "verl_backend/requirements.py"
 _PREFLIGHT = "verl_backend/preflight.py"
+_MODEL_CHECK = "verl_backend/model_check.py"
+_HF_OUTPUT = "verl_backend/hugging_face_output.py"
 _LORA_LINEAR = "training/lora_linear.py"
 _LAYOUT = "verl_backend/receiver/vllm_layout.py"
 _APPLY = "training/apply.py"
@@ -271,8 +273,17 @@ _TRAINING_ENGINE = [
         "verl.workers.config.model",
         "HFModelConfig",
         ("path", _BOTH_ENGINES, "base model, recorded with a checkpoint and an artifact"),
-        ("local_path", (_ENGINE, _POLICY, "verl_backend/probe/sft.py"), "folder whose weight files are read"),
-        ("trust_remote_code", (_POLICY, "verl_backend/probe/sft.py"), "passed on to the probe"),
+        (
+            "local_path",
+            (_ENGINE, _HF_OUTPUT, _POLICY, "verl_backend/probe/sft.py"),
+            "folder whose weight files are read",
+        ),
+        (
+            "trust_remote_code",
+            (_HF_OUTPUT, _POLICY, "verl_backend/probe/sft.py"),
+            "passed on to the probe, and for hf_model",
+        ),
+        ("hf_config", _ENGINE, "tells a model that is refused before its weights are read"),
         (
             "lora",
             (_REGISTER, _REQUIREMENTS, _SOURCE, _ADAPTER, _SERVER),
@@ -280,7 +291,7 @@ _TRAINING_ENGINE = [
         ),
         ("lora_rank lora_alpha", (_ENGINE, _REQUIREMENTS, _SOURCE), "rank and alpha of the adapters"),
         ("lora_adapter_path target_modules", _REQUIREMENTS, "refused where they say something else"),
-        ("tokenizer", (_PROMPT, _SERVER), "encodes the fixed prompts"),
+        ("tokenizer", (_PROMPT, _SERVER, _HF_OUTPUT), "encodes the fixed prompts; its chat template is saved"),
     ),
     *_of(
         "engine",
@@ -357,7 +368,7 @@ _TRAINING_ENGINE = [
         ("model_config", _BOTH_ENGINES, "the model's settings"),
         ("engine_config", _ENGINE, "the strategy's settings; replaced while the model loads"),
         ("optimizer_config", _BOTH_ENGINES, "passed to build_optimizer"),
-        ("checkpoint_manager", _ENGINE, "tells which of a checkpoint's files a resume reads"),
+        ("checkpoint_manager", _ENGINE, "tells which of a checkpoint's files a resume reads; saves no hf_model"),
         ("_is_offload_param", _ENGINE, "whether FSDP1's weights lie on the host"),
         ("_autocast_dtype", _POLICY, "precision that the artifact records"),
     ),
@@ -366,6 +377,8 @@ _TRAINING_ENGINE = [
         "verl.utils.checkpoint.checkpoint_manager",
         "BaseCheckpointManager",
         ("should_load_model should_load_optimizer should_load_extra", _ENGINE, "which files a resume reads"),
+        ("checkpoint_load_contents", _ENGINE, "whether a resume reads weights"),
+        ("checkpoint_save_contents", _HF_OUTPUT, "what verl saves; hf_model is taken out and saved by the engine"),
     ),
     *_of(
         "engine",
@@ -437,8 +450,9 @@ _TRAIN = [
         ("PreTrainedModel", _PATCHES, "class whose cast is narrowed to parameters"),
         ("PreTrainedModel.to", _PATCHES, "the cast that verl calls"),
         ("PreTrainedModel.enable_input_require_grads", _BOTH_ENGINES, "gradient for checkpointed layers"),
-        ("AutoConfig", (_LOADING, _PREFLIGHT), "config of a checkpoint"),
-        ("AutoConfig.from_pretrained", (_LOADING, _PREFLIGHT), "config of a checkpoint"),
+        ("PreTrainedModel.get_output_embeddings", "linear_account.py", "which linear module is the head"),
+        ("AutoConfig", (_LOADING, _MODEL_CHECK), "config of a checkpoint"),
+        ("AutoConfig.from_pretrained", (_LOADING, _MODEL_CHECK), "config of a checkpoint"),
         ("AutoTokenizer", (_LOADING, "training/export.py"), "tokenizer of a checkpoint"),
         ("AutoTokenizer.from_pretrained", (_LOADING, "training/export.py"), "tokenizer of a checkpoint"),
         (
@@ -639,6 +653,7 @@ _RECEIVER = [
             _LAYOUT,
             "where q, k and v lie in it",
         ),
+        ("QKVParallelLinear.output_sizes", _LAYOUT, "rows of the parts of a packed one"),
         ("MergedColumnParallelLinear", _LAYOUT, "gate and up in one parameter"),
         ("MergedColumnParallelLinear.output_sizes", _LAYOUT, "where gate and up lie in it"),
         ("ColumnParallelLinear", _LAYOUT, "rows are sharded"),
@@ -682,6 +697,18 @@ _RECEIVER = [
     ),
     *_of(
         "receiver",
+        "vllm.model_executor.models.phi3",
+        "Phi3ForCausalLM",
+        ("packed_modules_mapping", _LAYOUT, "that its own weights are packed"),
+    ),
+    *_of(
+        "receiver",
+        "vllm.model_executor.models.glm4",
+        "Glm4ForCausalLM",
+        ("packed_modules_mapping", _LAYOUT, "into which adapters a packed one is cut"),
+    ),
+    *_of(
+        "receiver",
         "vllm.model_executor.model_loader.utils",
         "",
         ("process_weights_after_loading", _MODEL, "what vLLM does after a load", "model model_config target_device"),
@@ -703,7 +730,7 @@ _RECEIVER = [
         "receiver",
         "vllm.lora.layers.base_linear",
         "BaseLinearLayerWithLoRA",
-        ("lora_a_stacked lora_b_stacked", _MODEL, "live factors by slot, read back"),
+        ("lora_a_stacked lora_b_stacked", (_MODEL, _LAYOUT), "live factors by slot, read back"),
         ("base_layer", _LAYOUT, "the layer inside"),
     ),
 ]
@@ -1010,6 +1037,30 @@ BEHAVIOURS: tuple[Behaviour, ...] = (
         _ENGINE,
         "`get_per_tensor_param` returns a stream and an adapter's configuration; None makes verl send merged weights",
         "tests/test_engine.py::test_synced_weights_are_the_fp32_merge_of_the_untouched_base",
+    ),
+    Behaviour(
+        "engine",
+        _HF_OUTPUT,
+        "the checkpoint manager writes configuration and tokenizer to `huggingface`, and no weights without `hf_model`",
+        "tests/test_engine.py::test_hf_model_in_a_checkpoint_is_what_the_export_writes",
+    ),
+    Behaviour(
+        "engine",
+        _HF_OUTPUT,
+        "the merger reads `world_size` in `fsdp_config.json` and puts it into the name of the first file it opens",
+        "tests/test_engine.py::test_verls_merger_ends_with_a_line_that_names_the_export",
+    ),
+    Behaviour(
+        "engine",
+        "verl_backend/earlier_checkpoint.py",
+        "shards are named by kind, number of ranks and rank; a LoRA run adds `lora_train_meta.json`",
+        "tests/test_own_disks.py::test_a_checkpoint_of_a_run_without_hybrid_lora_is_refused_before_ray",
+    ),
+    Behaviour(
+        "train",
+        "training/model_folder.py",
+        "`save_pretrained` writes no weights of an empty state, and else fills its files in the order of `file_order`",
+        "tests/test_training.py::test_a_folder_written_one_weight_at_a_time_is_transformers_own",
     ),
     Behaviour(
         "engine",

@@ -7,7 +7,7 @@ equals verl's default may have been meant or not. Composing once more, file by f
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -40,7 +40,7 @@ class Given(NamedTuple):
     where: str
 
 
-def given_settings(config: DictConfig, names: Iterable[str], group: DictConfig) -> dict[str, Given]:
+def given_settings(config: DictConfig, names: Iterable[str], default_of: Callable[[str], Any]) -> dict[str, Given]:
     """Those of ``names`` that the run's user gave, with the value that counts.
 
     Without Hydra's own node, as ``hydra.compose`` returns a configuration by default, nobody can tell who set a value:
@@ -49,10 +49,10 @@ def given_settings(config: DictConfig, names: Iterable[str], group: DictConfig) 
     Args:
         config: as composed by Hydra.
         names: dotted names of settings.
-        group: what the plugin's own group sets.
+        default_of: name -> the plugin's own default of a setting, None where it has none.
     """
     if "hydra" not in config:
-        return _other_than_defaults(config, names, group)
+        return _other_than_defaults(config, names, default_of)
     names = list(names)
     given: dict[str, Given] = {}
     for file, content in _files(config):
@@ -96,7 +96,7 @@ def _files(config: DictConfig) -> Iterator[tuple[str | None, DictConfig]]:
     """
     from hydra._internal.config_loader_impl import ConfigLoaderImpl
     from hydra._internal.config_search_path_impl import ConfigSearchPathImpl
-    from hydra.types import RunMode
+    from hydra._internal.defaults_list import create_defaults_list
 
     search_path = ConfigSearchPathImpl()
     for source in config.hydra.runtime.config_sources:
@@ -104,9 +104,13 @@ def _files(config: DictConfig) -> Iterator[tuple[str | None, DictConfig]]:
     loader = ConfigLoaderImpl(config_search_path=search_path)
     name = config.hydra.job.config_name
     overrides = [*config.hydra.overrides.hydra, *config.hydra.overrides.task]
-    defaults = loader.compute_defaults_list(config_name=name, overrides=overrides, run_mode=RunMode.RUN).defaults
-    for default in defaults:
-        loaded = loader._load_single_config(default=default, repo=loader.repository)
+    # Each file is read once.
+    parsed, files = loader._parse_overrides_and_create_caching_repo(name, overrides)
+    listed = create_defaults_list(
+        repo=files, config_name=name, overrides_list=parsed, prepend_hydra=True, skip_missing=False
+    )
+    for default in listed.defaults:
+        loaded = loader._load_single_config(default=default, repo=files)
         if loaded.provider in ("hydra", "hybrid_lora") or str(loaded.path).startswith("structured:"):
             continue
         if _is_verls(loaded.path) and not (default.primary and default.config_path not in VERLS_OWN):
@@ -132,12 +136,12 @@ def _overrides(config: DictConfig) -> Iterator[tuple[str, Any]]:
         yield override.key_or_group, override.value()
 
 
-def _other_than_defaults(config: DictConfig, names: Iterable[str], group: DictConfig) -> dict[str, Given]:
+def _other_than_defaults(config: DictConfig, names: Iterable[str], default_of) -> dict[str, Given]:
     verls = verls_configuration("ppo_trainer" if "algorithm" in config else "sft_trainer_engine")
     given = {}
     for name in names:
-        value = OmegaConf.select(config, name)
-        if value != OmegaConf.select(verls, name) and value != OmegaConf.select(group, name):
+        value = OmegaConf.select(config, name, throw_on_resolution_failure=False)
+        if value != OmegaConf.select(verls, name) and value != default_of(name):
             given[name] = Given(OmegaConf.to_container(value) if OmegaConf.is_config(value) else value, "configuration")
     return given
 

@@ -29,18 +29,17 @@ def check_optimizer(prefix: str, implementation: str, optimizer: str, more: Mapp
     Raises:
         ConfigurationError: naming the setting and what works.
     """
-    see = "optimizer-not-supported"
     if implementation != "torch.optim":
         raise ConfigurationError(
             f"{prefix}optimizer_impl: {implementation!r} does not work with hybrid_lora, which was tried with "
             f"torch.optim alone; give {prefix}optimizer_impl=torch.optim",
-            see=see,
+            see="optimizer-not-supported",
         )
     if optimizer not in OPTIMIZERS:
         raise ConfigurationError(
             f"{prefix}optimizer: {optimizer!r} does not work with hybrid_lora; give one of {', '.join(OPTIMIZERS)}, "
             "which train full modules and LoRA at rates of their own",
-            see=see,
+            see="optimizer-not-supported",
         )
     known = set(inspect.signature(getattr(torch.optim, optimizer)).parameters) - {"params", "lr"}
     for name, value in (more or {}).items():
@@ -48,11 +47,11 @@ def check_optimizer(prefix: str, implementation: str, optimizer: str, more: Mapp
             raise ConfigurationError(
                 f"{prefix}override_optimizer_config.lr: {value!r} would have no effect; give hybrid_lora.full_lr and "
                 "hybrid_lora.lora.lr",
-                see=see,
+                see="optimizer-not-supported",
             )
         if name not in known:
             raise ConfigurationError(
                 f"{prefix}override_optimizer_config.{name}: {value!r} is no setting of torch.optim.{optimizer}; give "
                 f"one of {', '.join(sorted(known))}",
-                see=see,
+                see="optimizer-not-supported",
             )

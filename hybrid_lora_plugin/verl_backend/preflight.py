@@ -33,6 +33,7 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
         ImportError: this plugin was not written for the installed verl.
     """
     from hybrid_lora_plugin.verl_backend import registration, requirements, run_kinds, run_settings
+    from hybrid_lora_plugin.verl_backend.earlier_checkpoint import check_earlier_checkpoint
 
     registration.register()
     kind = run_kinds.kind_of_run(config)
@@ -40,7 +41,7 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
     hybrid = requirements.hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
     requirements.check_run(config)
     for line in decided:
-        _tell(line)
+        run_kinds.tell(line)
     # SFT's trainer saves its last step whatever the frequency, which may be a word.
     if not kind.samples or (OmegaConf.select(config, "trainer.save_freq") or -1) > 0:
         folder = str(OmegaConf.select(config, "trainer.default_local_dir"))
@@ -56,31 +57,16 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
             allocation.check_model(*model)
     else:
         _check_probe(config, hybrid)
+    if hybrid.phase == "train":
+        check_earlier_checkpoint(config, hybrid)
     return hybrid
 
 
-def _tell(line: str) -> None:
-    """A line for the user; of several ranks that torchrun starts, the first says it."""
-    if int(os.environ.get("RANK") or 0) == 0:
-        print(f"hybrid_lora: {line}")
-
-
 def _local_model(config: DictConfig) -> tuple[Any, list] | None:
-    """Config and candidates of the model; one on a hub or on HDFS is only fetched by the workers, which check it."""
-    from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, kind_of_run
+    """Config and candidates of the model, which is refused here where it can be; None where only the workers see it."""
+    from hybrid_lora_plugin.verl_backend.model_check import checked_model
 
-    kind = kind_of_run(config)
-    path = os.path.expanduser(str(kind.select(config, MODEL + "path")))
-    if not os.path.isdir(path):
-        return None
-    from transformers import AutoConfig
-
-    from hybrid_lora_plugin.candidates import find_candidates_from_config
-
-    trust = bool(kind.select(config, MODEL + "trust_remote_code", default=False))
-    model_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-    with explained(otherwise="model-without-known-modules"):
-        return model_config, find_candidates_from_config(model_config)
+    return checked_model(config)
 
 
 def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
@@ -93,7 +79,7 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
         data_of_run,
         has_earlier_allocation,
     )
-    from hybrid_lora_plugin.verl_backend.run_kinds import kind_of_run
+    from hybrid_lora_plugin.verl_backend.run_kinds import kind_of_run, tell
 
     if hybrid.probe.objective == "policy" and not kind_of_run(config).samples:
         raise ConfigurationError(
@@ -113,7 +99,7 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
             return
         resumed = allocation_of_checkpoint(config)
         if resumed is not None:
-            _tell(f"resuming under the allocation of the checkpoint, {resumed}")
+            tell(f"resuming under the allocation of the checkpoint, {resumed}")
             hybrid.allocation = str(resumed)
             OmegaConf.update(config, "hybrid_lora.allocation", hybrid.allocation)
             return

@@ -122,12 +122,6 @@ _RULES: dict[str, Rule] = {
         "changes or splits them",
         see="checkpoint-engine-changes-tensors",
     ),
-    ROLLOUT + "checkpoint_engine.custom_backend_module": Rule(
-        lambda v: v is None or _names(v, ENGINE_MODULE) or v == ENGINE_MODULE,
-        f"a list that names the plugin's too, [YOUR_MODULE,{ENGINE_MODULE}]: engines apart from the trainer load it "
-        f"there",
-        see="set-by-the-plugin",
-    ),
     ROLLOUT + "disaggregation.enabled": Rule(
         lambda v: not v,
         "false: engines split into prefill and decode are not supported by any sync mode",
@@ -200,11 +194,6 @@ _RULES: dict[str, Rule] = {
         )
         for name in ("exclude_modules", "target_parameters")
     },
-    MODEL + "external_lib": Rule(
-        lambda v: v == ENGINE_MODULE or ENGINE_MODULE in (v or []),
-        f"a list that names it too, [YOUR_LIB,{ENGINE_MODULE}]: without it workers train plain LoRA",
-        see="set-by-the-plugin",
-    ),
     ACTOR + "fsdp_config.model_dtype": Rule(
         _is_fp32,
         "fp32, the type of what trains: in bfloat16 a step of 1e-6 leaves 98 % of the fully tuned weights unchanged "
@@ -289,10 +278,6 @@ _ADAPTER_RULES: dict[str, Rule] = {
         see="setting-does-not-fit-the-sync-mode",
     ),
 }
-
-
-def _names(value: Any, wanted: str) -> bool:
-    return not isinstance(value, str) and wanted in value
 
 
 def check_sync(settings: Mapping[str, Any], sync: str) -> None:

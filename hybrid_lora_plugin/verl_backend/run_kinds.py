@@ -6,6 +6,7 @@ place, or does not have it. So a rule is written once, and a message names what 
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from typing import Any
 
@@ -115,3 +116,9 @@ def kind_of_run(config: DictConfig) -> RunKind:
 def kind_of_model(model_config: Any) -> RunKind:
     """The kind of run that a worker with verl's ``HFModelConfig`` belongs to."""
     return KINDS[model_config.lora.get("run") or REINFORCEMENT_LEARNING.name]
+
+
+def tell(line: str) -> None:
+    """A line for the user before a run starts; of several ranks that torchrun starts, the first says it."""
+    if int(os.environ.get("RANK") or 0) == 0:
+        print(f"hybrid_lora: {line}", flush=True)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -52,17 +52,16 @@ def settle(config: DictConfig) -> list[str]:
     adapter = {kind.place(name): option for name, option in ADAPTER.items()}
     rate, strategy = kind.place(RATE), kind.place(STRATEGY)
     names = [*options, *modules, *own_first, *adapter, rate, strategy]
-    given = given_settings(config, names, _set_by_group(config, kind))
-    for name in (*options, *own_first):
+    given = given_settings(config, names, _plugin_defaults(config, kind))
+    for name, found in given.items():
         # The group was composed after a file that sets it.
-        if name in given:
-            _put(config, name, given[name].value)
+        _put(config, name, found.value)
+    # As they come out, where a file or an argument refers to another setting or to the environment.
+    given = {name: Given(_selected(config, name), found.where) for name, found in given.items()}
     lines += [_settle_modules(config, name, given.get(name)) for name in modules]
     trained = "lora" if _positive(given.get(kind.place(MODEL + "lora_rank"))) else "full"
     lines += _settle_adapter(config, given, trained, adapter, kind)
-    if strategy in given:
-        _put(config, strategy, given[strategy].value)
-    elif OmegaConf.select(config, strategy) == "fsdp":
+    if strategy not in given and _selected(config, strategy) == "fsdp":
         _put(config, strategy, "fsdp2")
     lines.append(_settle_rates(config, given, trained, rate))
     if not kind.samples:
@@ -70,10 +69,19 @@ def settle(config: DictConfig) -> list[str]:
     return [line for line in lines if line]
 
 
+def _selected(config: DictConfig, name: str) -> Any:
+    value = OmegaConf.select(config, name)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _no_default(name: str) -> None:
+    """The plugin has no default of a setting."""
+
+
 def _settle_place(config: DictConfig, kind: RunKind) -> str:
     """Move what the group sets for a model to where a run without rollouts has its model, and drop the rest of it."""
     # Without Hydra's node nobody can tell it from what the group sets.
-    given = given_settings(config, ["actor_rollout_ref"], OmegaConf.create()) if "hydra" in config else {}
+    given = given_settings(config, ["actor_rollout_ref"], _no_default) if "hydra" in config else {}
     for found in given.values():
         name = _first_leaf(found.value, "actor_rollout_ref")
         instead = kind.place(name)
@@ -95,7 +103,7 @@ def _settle_place(config: DictConfig, kind: RunKind) -> str:
 def _exported_dtype(config: DictConfig, kind: RunKind) -> tuple[str, str]:
     """Type of exported weights where no rollout engine has one, and a line that says so."""
     name = kind.place(ROLLOUT + "dtype")
-    given = given_settings(config, [name], OmegaConf.create()).get(name)
+    given = given_settings(config, [name], _no_default).get(name)
     if given is not None and given.value is not None:
         dtype, where = str(given.value), f"{name}, {given.where}"
     else:
@@ -140,6 +148,9 @@ def _settle_adapter(
 ) -> Iterator[str]:
     for name, option in adapter.items():
         theirs, ours = given.get(name), given.get(option)
+        if theirs is not None and theirs.value and not _positive(theirs):
+            # Refused by ``requirements``, under the name that it was given by.
+            continue
         # 0 is how a command says that it trains no LoRA.
         if theirs is not None and not (name.endswith("lora_rank") and not theirs.value):
             if ours is not None and ours.value != theirs.value:
@@ -164,11 +175,14 @@ def _settle_rates(config: DictConfig, given: dict[str, Given], trained: str, own
         if value is None:
             return None
         try:
-            return Rate(float(value), f"{name}, {given[name].where}")
-        except (TypeError, ValueError) as error:
+            number = float("nan" if isinstance(value, bool) else value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if not number > 0:
             raise ConfigurationError(
                 f"{name}: {value!r} is no learning rate; give a number above 0, e.g. 1e-6", see="option-not-usable"
-            ) from error
+            )
+        return Rate(number, f"{name}, {given[name].where}")
 
     rates = learning_rates(rate("hybrid_lora.full_lr"), rate("hybrid_lora.lora.lr"), rate(own), trained)
     _put(config, "hybrid_lora.full_lr", rates.full.value)
@@ -177,7 +191,7 @@ def _settle_rates(config: DictConfig, given: dict[str, Given], trained: str, own
 
 
 def _positive(given: Given | None) -> bool:
-    return given is not None and isinstance(given.value, int) and given.value > 0
+    return given is not None and isinstance(given.value, int | float) and given.value > 0
 
 
 def _put(config: DictConfig, name: str, value: Any) -> None:
@@ -195,15 +209,17 @@ def _leaves(kind: type, prefix: str = "") -> Iterator[str]:
             yield prefix + spec.name
 
 
-def _set_by_group(config: DictConfig, kind: RunKind) -> DictConfig:
-    """What the group sets: the defaults of all options, and verl's settings as they follow from this run's options."""
+def _plugin_defaults(config: DictConfig, kind: RunKind) -> Callable[[str], Any]:
+    """Name -> the plugin's default: an option's own, or what the group makes of the options for a setting of verl's."""
+    options = OmegaConf.create({"hybrid_lora": OmegaConf.structured(HybridLoraConfig)})
     group = OmegaConf.load(GROUP)
     del group["defaults"], group["hydra"]
-    around = {"hybrid_lora": OmegaConf.to_container(config.hybrid_lora)}
-    rollout = {"actor_rollout_ref": {"rollout": {"dtype": kind.select(config, ROLLOUT + "dtype")}}}
-    group = OmegaConf.merge(around, rollout, group)
-    OmegaConf.resolve(group)
-    group.hybrid_lora = OmegaConf.structured(HybridLoraConfig)
+    group = OmegaConf.merge({"hybrid_lora": OmegaConf.to_container(config.hybrid_lora)}, group)
     if not kind.samples:
         group.model = group.pop("actor_rollout_ref").model
-    return group
+
+    def default_of(name: str) -> Any:
+        source = options if name.startswith("hybrid_lora.") else group
+        return OmegaConf.select(source, name, throw_on_resolution_failure=False)
+
+    return default_of

@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from hybrid_lora_plugin.allocation.budget_modes import BudgetRecord, budget_mode
 from hybrid_lora_plugin.allocation.schema import Allocation
@@ -26,6 +26,7 @@ from hybrid_lora_plugin.probing.loading import checkpoint_fingerprint
 from hybrid_lora_plugin.probing.method import warmup_rate
 from hybrid_lora_plugin.probing.provenance import probe_record
 from hybrid_lora_plugin.scoring import get_criterion
+from hybrid_lora_plugin.verl_backend.earlier_checkpoint import actor_folder, checkpoint_to_resume, require_hybrid
 from hybrid_lora_plugin.verl_backend.probe.policy_settings import policy_settings
 from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, kind_of_run
 
@@ -81,18 +82,12 @@ def allocation_of_checkpoint(config: DictConfig) -> Path | None:
     Raises:
         ConfigurationError: there is a checkpoint to resume, and no allocation in it.
     """
-    mode, kind = OmegaConf.select(config, "trainer.resume_mode", default="auto"), kind_of_run(config)
-    # SFT's trainer takes a path by either mode.
-    named = not kind.samples and OmegaConf.select(config, "trainer.resume_from_path")
-    if mode == "resume_path" or (mode == "auto" and named):
-        folder = Path(str(OmegaConf.select(config, "trainer.resume_from_path")))
-    else:
-        checkpoints = Path(str(OmegaConf.select(config, "trainer.default_local_dir")))
-        tracker = checkpoints / "latest_checkpointed_iteration.txt"
-        if mode == "disable" or not tracker.is_file():
-            return None
-        folder = checkpoints / f"global_step_{tracker.read_text().strip()}"
-    kept = folder / kind.actor_folder / "hybrid_lora" / ALLOCATION_FILE
+    folder = checkpoint_to_resume(config)
+    if folder is None:
+        return None
+    actor = actor_folder(folder)
+    require_hybrid(actor)
+    kept = actor / "hybrid_lora" / ALLOCATION_FILE
     if not kept.is_file():
         raise ConfigurationError(
             f"hybrid_lora.allocation: None, and the checkpoint to resume in {folder} holds no "
