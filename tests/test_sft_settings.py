@@ -10,6 +10,7 @@ from hydra import compose, initialize_config_dir, initialize_config_module  # no
 from omegaconf import OmegaConf  # noqa: E402
 
 from hybrid_lora_plugin.errors import ConfigurationError  # noqa: E402
+from hybrid_lora_plugin.verl_backend.earlier_checkpoint import TRACKER  # noqa: E402
 from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
 from hybrid_lora_plugin.verl_backend.requirements import _RULES, ENGINE_MODULE  # noqa: E402
 from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, REINFORCEMENT_LEARNING, SFT, kind_of_run  # noqa: E402
@@ -48,6 +49,14 @@ def test_the_model_gets_what_the_group_sets_for_an_actor_and_nothing_else_is_add
     assert model["lora"]["hybrid"]["checkpoint_dir"] == config.trainer.default_local_dir
     assert "learning rates: full modules 1e-06 (the paper's), LoRA 2.5e-05" in said
     assert "exported weights: bfloat16 (no rollout engine has one" in said
+
+
+@pytest.mark.parametrize("frequency", ["-1", "after_each_epoch"])
+def test_starting_afresh_among_older_checkpoints_is_said(checked, tmp_path, frequency):
+    afresh = (f"trainer.default_local_dir={tmp_path}", "trainer.resume_mode=disable", f"trainer.save_freq={frequency}")
+    assert "WARNING" not in checked(*afresh)[1]
+    (tmp_path / TRACKER).write_text("3")
+    assert "among those of an earlier run, of which global_step_3 is the last" in checked(*afresh)[1]
 
 
 def test_rates_and_adapters_of_the_command_keep_their_meaning(checked):

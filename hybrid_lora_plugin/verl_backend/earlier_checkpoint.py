@@ -180,7 +180,8 @@ def _allocation(hybrid: HybridLoraConfig) -> Allocation | None:
 
 def _warn_of_mixing(config: DictConfig) -> None:
     """Say it where a run that starts afresh would write its checkpoints among those of another one."""
-    if (OmegaConf.select(config, "trainer.save_freq") or -1) <= 0:
+    # SFT's trainer saves its last step whatever the frequency, which may be a word.
+    if kind_of_run(config).samples and (OmegaConf.select(config, "trainer.save_freq") or -1) <= 0:
         return
     checkpoints = _checkpoints(config)
     step = _last_step(checkpoints)
