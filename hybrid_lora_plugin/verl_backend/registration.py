@@ -1,7 +1,7 @@
 """Put the loss, the advantage and the CPU platform into verl's registries; importing this module does it.
 
-verl imports it in every process through the ``verl.plugins`` entry point and logs a failure at DEBUG level
-only. Nothing of verl is imported here that ``import verl`` has not loaded: its algorithms take about a second, not
+verl imports it in every process through the ``verl.plugins`` entry point, unless ``VERL_USE_EXTERNAL_PLUGINS`` leaves
+it out, and logs a failure at DEBUG level only. Nothing of verl is imported here that ``import verl`` has not loaded: its algorithms take about a second, not
 every process needs them, and loss and advantage are registered when one imports them. The engine is registered by
 ``engine_registration``, which a run that asks for Hybrid-LoRA names in ``actor_rollout_ref.model.external_lib``: there
 a failure stops the worker with its message.
