@@ -110,6 +110,12 @@ class TrainingConfig(SelectionConfig):
         source="plugin",
         choices=("train", "probe"),
     )
+    allow_untested: bool = documented(
+        False,
+        "Whether to go on with a verl outside the tested range, 0.9.1 and later 0.9, where every symbol that the run "
+        "needs is there.",
+        source="own choice",
+    )
     probe: ProbeConfig = documented(ProbeConfig, "Probing run.", source="paper Algorithm 1")
     full_lr: float = documented(
         1.0e-6,

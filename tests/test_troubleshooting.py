@@ -39,6 +39,7 @@ REFUSING = (
     "verl_backend/requirements.py",
     "verl_backend/vllm_arguments.py",
     "verl_backend/checkpoint_files.py",
+    "verl_backend/doctor/gate.py",
     "verl_backend/probe/policy.py",
     "verl_backend/probe/policy_engine.py",
     "verl_backend/probe/resume.py",

@@ -29,6 +29,8 @@ class EngineForModel(FSDPEngineWithLMHead):
         hybrid = model_config.lora.get("hybrid")
         wanted = FSDPEngineWithLMHead
         if hybrid:
+            # The driver has asked for more, of the libraries that it has itself.
+            registration.require_supported_verl(registration.installed_verl(), bool(hybrid.get("allow_untested")))
             wanted = _probing_engine() if hybrid.get("phase") == "probe" else HybridLoraEngine
         # An instance of another class: Python does not call __init__ on it again.
         engine = object.__new__(wanted)

@@ -28,10 +28,12 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
         The checked ``hybrid_lora`` node; without an ``allocation`` the run has to probe first.
 
     Raises:
-        ConfigurationError: an option, the allocation, or a verl setting cannot be used.
-        ImportError: this plugin was not written for the installed verl.
+        ConfigurationError: an option, the allocation, or a verl setting cannot be used, or the installed libraries lack
+            what the run needs.
+        ImportError: the installed verl is untested, and nobody allows it.
     """
     from hybrid_lora_plugin.verl_backend import registration, requirements
+    from hybrid_lora_plugin.verl_backend.doctor import gate
 
     registration.register()
     if "algorithm" not in config or "rollout" not in config.get("actor_rollout_ref", {}):
@@ -42,6 +44,7 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
         )
     hybrid = requirements.hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
     requirements.check_run(config)
+    gate.require_features(config, hybrid)
     if (OmegaConf.select(config, "trainer.save_freq") or -1) > 0:
         folder = str(OmegaConf.select(config, "trainer.default_local_dir"))
         OmegaConf.update(config, "hybrid_lora.checkpoint_dir", folder)
