@@ -77,6 +77,14 @@ ROLLOUT = "verl.workers.rollout.vllm_rollout"
             id="literal",
         ),
         pytest.param(
+            "verl.utils.import_utils",
+            "def load_extern_object\\(",
+            "def (",
+            ["registration", "policy_probe"],
+            "load_extern_object: a file on the way to it cannot be read (SyntaxError: ",
+            id="text of another Python",
+        ),
+        pytest.param(
             "verl.utils.torch_functional",
             "def get_constant_schedule_with_warmup",
             "def get_constant_schedule",

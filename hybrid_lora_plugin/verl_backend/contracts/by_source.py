@@ -202,7 +202,11 @@ def check_source(contract: Contract, sources: Sources) -> str | None:
         return f"{contract.symbol}: {contract.library} is not there"
     if not is_relied_on(contract, sources.version(contract.library)):
         return None
-    said = [_check(contract, name, sources) for name in (contract.name, *contract.also)]
+    try:
+        said = [_check(contract, name, sources) for name in (contract.name, *contract.also)]
+    except (SyntaxError, UnicodeDecodeError) as error:
+        # Of a newer Python, or no text at all.
+        return f"{contract.symbol}: a file on the way to it cannot be read ({type(error).__name__}: {error})"
     if None in said:
         return None
     return said[0] + "".join(f", nor {name}" for name in contract.also)
