@@ -83,7 +83,7 @@ def measure(variant: Variant, seed: int, arguments: argparse.Namespace) -> dict:
             f"hybrid_lora.sync_seed={seed}",
             f"hybrid_lora.full_lr={full}",
             f"actor_rollout_ref.model.path={model}",
-            f"actor_rollout_ref.actor.optim.lr={lora}",
+            f"hybrid_lora.lora.lr={lora}",
             f"actor_rollout_ref.actor.data_loader_seed={seed}",
             f"actor_rollout_ref.rollout.dtype={arguments.dtype}",
             f"actor_rollout_ref.rollout.seed={seed}",

@@ -1,8 +1,8 @@
 """Which linear modules take part (paper Eq. 2): names, layer, type, component and parameter count.
 
 Candidates are found by structure, not by a list per model family: linear leaves of the decoder stack
-named ``<prefix>.layers.<i>.<self_attn|mlp>.<type>_proj``. Qwen2, Qwen2.5, Qwen3, Llama and SmolLM2 are
-built that way. Everything here works on the meta device.
+named ``<prefix>.layers.<i>.<self_attn|mlp>.<type>_proj``. ``model_families`` says which families are built that way,
+and refuses models with other parts. Everything here works on the meta device.
 """
 
 from __future__ import annotations
@@ -17,12 +17,25 @@ import torch
 from torch import nn
 
 from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.model_families import FAMILIES, refuse_config, refuse_structure
 
-# The order in which ties are broken and the heat map is drawn.
-TYPE_ORDER = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
+# The order in which ties are broken and the heat map is drawn. A type that packs others stands behind them.
+TYPE_ORDER = (
+    "q_proj",
+    "k_proj",
+    "v_proj",
+    "qkv_proj",
+    "o_proj",
+    "gate_proj",
+    "up_proj",
+    "gate_up_proj",
+    "down_proj",
+)
+#: what each type that packs several projections into one weight holds, one below the other
+FUSED_TYPES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 COMPONENT_OF_TYPE = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "o_proj"), "attention"),
-    **dict.fromkeys(("gate_proj", "up_proj", "down_proj"), "mlp"),
+    **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"), "attention"),
+    **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "down_proj"), "mlp"),
 }
 _CONTAINER_OF_COMPONENT = {"attention": "self_attn", "mlp": "mlp"}
 _NAME = re.compile(r"^(?P<stack>(?:.+\.)?layers)\.(?P<layer>\d+)\.(?P<container>self_attn|mlp)\.(?P<type>\w+_proj)$")
@@ -83,8 +96,10 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
         The M candidates.
 
     Raises:
-        ConfigurationError: the model has none, or has more than one stack of layers that matches.
+        ConfigurationError: the model has none, or has more than one stack of layers that matches, or is of a kind that
+            ``model_families`` refuses.
     """
+    refuse_structure(model)
     found: dict[str, list[Candidate]] = {}
     for name, module in model.named_modules():
         match = _NAME.match(name)
@@ -104,13 +119,16 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
     if not found:
         raise ConfigurationError(
             f"model: {type(model).__name__} has no linear module named "
-            f"<prefix>.layers.<i>.self_attn.{{q,k,v,o}}_proj or <prefix>.layers.<i>.mlp.{{gate,up,down}}_proj; "
-            f"give a decoder built that way (Qwen2, Qwen2.5, Qwen3, Llama, SmolLM2)"
+            f"<prefix>.layers.<i>.self_attn.{{q,k,v,qkv,o}}_proj or "
+            f"<prefix>.layers.<i>.mlp.{{gate,up,gate_up,down}}_proj; "
+            f"give a decoder built that way ({', '.join(FAMILIES.values())})",
+            see="model-without-known-modules",
         )
     if len(found) > 1:
         raise ConfigurationError(
             f"model: {type(model).__name__} has several stacks of candidate layers ({', '.join(sorted(found))}); "
-            f"give a text-only causal language model"
+            f"give a text-only causal language model",
+            see="model-without-known-modules",
         )
     (candidates,) = found.values()
     return sorted(candidates, key=tie_break)
@@ -134,9 +152,14 @@ def meta_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
     Args:
         config: a ``transformers.PretrainedConfig``.
         trust_remote_code: as in transformers.
+
+    Raises:
+        ConfigurationError: it describes a model that ``model_families.refuse_config`` refuses.
     """
     from transformers import AutoModelForCausalLM
 
+    # Some of these have no causal language model of that name.
+    refuse_config(config)
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
 
@@ -156,7 +179,7 @@ def architecture_of(config: Any) -> str:
 
 
 def model_fingerprint(config: Any) -> str:
-    """SHA-256 over the fields of a Hugging Face config that select_modules which weights the candidates are.
+    """SHA-256 over the fields of a Hugging Face config that decide which weights the candidates are.
 
     The same for one checkpoint whatever precision, attention kernel, token ids, path or transformers
     version it is loaded with; verl's workers recompute it from their own config object.

@@ -53,6 +53,7 @@ __all__ = [
     "ProbeConfig",
     "SelectionConfig",
     "SyncConfig",
+    "TrainedAdapterConfig",
     "TrainingConfig",
 ]
 
@@ -79,6 +80,20 @@ class AdapterConfig:
         "Dropout on the adapter input while training.",
         source="verl default",
         bound=Bound(lambda value: 0 <= value < 1, "a dropout in [0, 1), e.g. 0.0"),
+    )
+
+
+@dataclass
+class TrainedAdapterConfig(AdapterConfig):
+    """The LoRA adapters of a verl run."""
+
+    lr: float | None = documented(
+        None,
+        "Learning rate of the LoRA modules; null follows `actor_rollout_ref.actor.optim.lr` where your command trains "
+        "LoRA by `actor_rollout_ref.model.lora_rank`, else it is 25 times `hybrid_lora.full_lr`.",
+        source="paper §4.3: 2.5e-5, 25 times that of full modules",
+        unit="per step",
+        bound=above(0, "a learning rate above 0, e.g. 2.5e-5"),
     )
 
 
@@ -117,14 +132,15 @@ class TrainingConfig(SelectionConfig):
         source="own choice",
     )
     probe: ProbeConfig = documented(ProbeConfig, "Probing run.", source="paper Algorithm 1")
-    full_lr: float = documented(
-        1.0e-6,
-        "Learning rate of the fully fine-tuned modules; that of LoRA is actor_rollout_ref.actor.optim.lr.",
+    full_lr: float | None = documented(
+        None,
+        "Learning rate of the fully fine-tuned modules; null follows `actor_rollout_ref.actor.optim.lr`, the rate of "
+        "your own full fine-tuning, or a 25th of `hybrid_lora.lora.lr`; where none is given it is the paper's 1e-6.",
         source="paper §4.3",
         unit="per step",
         bound=above(0, "a learning rate above 0, e.g. 1e-6"),
     )
-    lora: AdapterConfig = documented(AdapterConfig, "LoRA adapters.", source="paper §4.3")
+    lora: TrainedAdapterConfig = documented(TrainedAdapterConfig, "LoRA adapters.", source="paper §4.3")
     frozen_dtype: str = documented(
         "auto",
         "Dtype that frozen weights are held in: `auto` is the checkpoint's own where that has two bytes, which loses "

@@ -8,13 +8,13 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig, Qwen2Config, Qwen3Config
 
 from hybrid_lora_plugin.candidates import (
-    TYPE_ORDER,
     architecture_of,
     find_candidates,
     find_candidates_from_config,
     model_fingerprint,
 )
 from hybrid_lora_plugin.errors import ConfigurationError
+from tests.support.drawn_allocations import TYPES
 from tests.support.tiny_models import tiny_qwen2_config
 
 QWEN25 = {
@@ -47,7 +47,7 @@ def test_qwen25_candidate_counts_are_reproduced_exactly_on_the_meta_device(size)
 
 def test_candidates_come_in_layer_and_type_order_with_plain_names():
     candidates = find_candidates_from_config(tiny_qwen2_config(50, layers=12))
-    assert [(c.layer, c.type) for c in candidates] == [(layer, type_) for layer in range(12) for type_ in TYPE_ORDER]
+    assert [(c.layer, c.type) for c in candidates] == [(layer, type_) for layer in range(12) for type_ in TYPES]
     assert candidates[0].name == "model.layers.0.self_attn.q_proj"
     assert candidates[0].component == "attention" and candidates[0].parameters == 32 * 32 + 32
     assert candidates[6].name == "model.layers.0.mlp.down_proj"
@@ -68,7 +68,7 @@ def test_llama_smollm_and_qwen3_are_found_by_the_same_structure(kind):
         head_dim=8,
     )
     candidates = find_candidates_from_config(config)
-    assert len(candidates) == 21 and {c.type for c in candidates} == set(TYPE_ORDER)
+    assert len(candidates) == 21 and {c.type for c in candidates} == set(TYPES)
 
 
 def test_a_model_without_candidates_is_refused_with_what_was_looked_for():

@@ -9,11 +9,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from hybrid_lora_plugin.allocation import allocate
-from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE, TYPE_ORDER, Candidate
+from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE, Candidate
 from hybrid_lora_plugin.config import CRITERIA, BudgetConfig, ControlConfig
 from hybrid_lora_plugin.scoring import Measured, ScoringError, get_criterion, register_criterion, score_modules
 from hybrid_lora_plugin.scoring import registry as registry_module
 from hybrid_lora_plugin.scoring.controls import even_order
+from tests.support.drawn_allocations import TYPES
 
 LAYERS, BATCHES = 3, 5
 WIDTHS = {"k_proj": (8, 4), "v_proj": (8, 4), "gate_proj": (8, 20), "up_proj": (8, 20), "down_proj": (20, 8)}
@@ -23,7 +24,7 @@ def make_candidates(layers=LAYERS):
     return [
         Candidate(f"model.layers.{layer}.{type_}", layer, type_, COMPONENT_OF_TYPE[type_], w_in * w_out, w_in, w_out)
         for layer in range(layers)
-        for type_ in TYPE_ORDER
+        for type_ in TYPES
         for w_in, w_out in [WIDTHS.get(type_, (8, 8))]
     ]
 

@@ -73,6 +73,17 @@ def test_a_symbol_that_every_run_needs_refuses_every_run(feature):
         gate.require_features(*a_run(), without(feature))
 
 
+def test_a_run_without_rollouts_needs_no_server_and_no_sync():
+    """SFT, whose trainer saves its last step whatever the frequency."""
+    settings = {"model": {"path": "model"}, "trainer": {"save_freq": "after_each_epoch", "resume_mode": "disable"}}
+    config, hybrid = OmegaConf.create(settings), HybridLoraConfig(allocation="allocation", sync="adapter")
+    for feature in ("server", "adapter", "logprobs"):
+        gate.require_features(config, hybrid, without(feature))
+    for feature in ("engine", "registration", "checkpoint"):
+        with pytest.raises(ConfigurationError, match="gone"):
+            gate.require_features(config, hybrid, without(feature))
+
+
 def test_policy_probe_and_checkpoints_are_asked_for_by_their_settings(tmp_path):
     config, hybrid = a_run(allocation=None)
     hybrid.probe.objective = "policy"

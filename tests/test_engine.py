@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 import math
+import shutil
 
 import pytest
 import torch
@@ -19,6 +21,7 @@ from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
 from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
 from tests.support.engine_worker import make_batch  # noqa: E402
+from tests.support.folders import assert_same_files  # noqa: E402
 from tests.support.tiny_models import make_tiny_qwen2  # noqa: E402
 from tests.support.verl_processes import run_engine  # noqa: E402
 
@@ -195,6 +198,57 @@ def test_exported_checkpoint_is_bit_equal_to_what_was_synced(result, tmp_path):
         export_checkpoint(result["folder"] / "checkpoint", tmp_path / "out").folder
     )
     assert all(torch.equal(tensor, result["synced"][name]) for name, tensor in exported.state_dict().items())
+
+
+@pytest.mark.parametrize("saved", ["checkpoint", "bfloat16"])
+def test_hf_model_in_a_checkpoint_is_what_the_export_writes(result, saved, tmp_path):
+    """For a rollout in float32, and in bfloat16 from a float32 base, where full modules are rounded from its values."""
+    exported = export_checkpoint(result["folder"] / saved, tmp_path / "out").folder
+    assert_same_files(result["folder"] / saved / "huggingface", exported)
+    model, loading = AutoModelForCausalLM.from_pretrained(
+        result["folder"] / saved / "huggingface", output_loading_info=True
+    )
+    assert not any(loading.values()) and str(model.dtype) == "torch." + saved.replace("checkpoint", "float32")
+
+
+@pytest.fixture
+def merge_by_verl(one, tmp_path):
+    """verl's merger on a checkpoint of ours, with what it reads as the number of ranks."""
+    from verl.model_merger.base_model_merger import ModelMergerConfig
+    from verl.model_merger.fsdp_model_merger import FSDPModelMerger
+
+    def merge(world_size=None):
+        checkpoint = tmp_path / "actor"
+        shutil.copytree(one["folder"] / "checkpoint", checkpoint)
+        if world_size is not None:
+            (checkpoint / "fsdp_config.json").write_text(json.dumps({"FSDP_version": 2, "world_size": world_size}))
+        (tmp_path / "merged").mkdir()
+        config = ModelMergerConfig(
+            operation="merge",
+            backend="fsdp",
+            local_dir=str(checkpoint),
+            target_dir=str(tmp_path / "merged"),
+            hf_model_config_path=str(checkpoint / "huggingface"),
+        )
+        FSDPModelMerger(config).merge_and_save()
+        return tmp_path / "merged"
+
+    return merge
+
+
+def test_verls_merger_ends_with_a_line_that_names_the_export(merge_by_verl, tmp_path):
+    with pytest.raises(FileNotFoundError, match=r"leave the adapters out: run hybrid-lora-export instead.+rank_0.pt"):
+        merge_by_verl()
+    assert list((tmp_path / "merged").iterdir()) == []
+
+
+def test_verls_merger_would_leave_the_adapters_out(merge_by_verl, setting):
+    """Why it must end: what it writes loads without a word, and is another model than the trained one."""
+    merged, loading = AutoModelForCausalLM.from_pretrained(merge_by_verl(world_size=1), output_loading_info=True)
+    assert not any(loading.values())
+    state, base = merged.state_dict(), AutoModelForCausalLM.from_pretrained(setting[1]).state_dict()
+    for module in load_allocation(setting[2]).lora_names:
+        assert torch.equal(state[f"{module}.weight"].float(), base[f"{module}.weight"].bfloat16().float())
 
 
 def test_each_kind_of_module_has_its_own_learning_rate_and_gradient_norm(result):

@@ -53,7 +53,7 @@ def test_command_line_passes_the_preflight_and_verls_own_validation(name, machin
     if RUNS[name].sync:
         hybrid = check_configuration(config)
         assert hybrid.sync == RUNS[name].sync and config.actor_rollout_ref.model.lora.hybrid.sync == hybrid.sync
-        assert (config.actor_rollout_ref.actor.optim.lr, hybrid.full_lr) == (2.5e-5, 1e-6), "the paper's"
+        assert (hybrid.lora.lr, hybrid.full_lr) == (2.5e-5, 1e-6), "the paper's"
         assert hybrid.sync_check == "digest" and hybrid.sync_rounding == "stochastic"
     else:
         assert "hybrid_lora" not in config and config.actor_rollout_ref.actor.optim.lr == 2.5e-5

@@ -14,7 +14,10 @@ VERL = {"verl", "ray", "vllm"}
 VERL_LAYERS = ("verl_backend", "cli", "conf")
 # layer -> (importable anywhere, importable inside functions only), beside the standard library and this package
 PURE = {
+    "model_families.py": ({"torch"}, set()),
+    "model_folder.py": (set(), set()),
     "candidates.py": ({"numpy", "torch"}, {"transformers"}),
+    "linear_account.py": ({"torch"}, set()),
     "scoring": ({"numpy", "torch"}, set()),
     # safetensors and Matplotlib write the artifact; whoever only reads allocation.json needs neither.
     "allocation": ({"numpy", "torch"}, {"safetensors"}),
@@ -23,20 +26,26 @@ PURE = {
 #: What stands below every folder of the package.
 CONFIG_PARTS = {"config_field", "config_selection", "config_probe", "config_sync"}
 GROUND = {"__version__", "errors", "names", "files", "seeding", "parameter_counts", "config"} | CONFIG_PARTS
+#: What tells models apart, by their modules and their files.
+MODELS = {"candidates", "linear_account", "model_families", "model_folder"}
 # What a layer may use of this package: data flow one way, from the first row to the last.
 INTERNAL = {
     **{f"config_{part}.py": {"config_field", "errors"} for part in ("selection", "probe", "sync")},
     "config.py": CONFIG_PARTS | {"errors"},
     "config_validation.py": {"config", "errors"},
-    "candidates.py": {"errors"},
+    "model_families.py": {"errors"},
+    "model_folder.py": {"errors", "model_families"},
+    "candidates.py": {"errors", "model_families"},
+    "linear_account.py": {"candidates"},
     "scoring": GROUND | {"candidates"},
-    "allocation": GROUND | {"candidates", "scoring"},
-    "report": GROUND | {"candidates", "scoring", "allocation"},
-    "probing": GROUND | {"config_validation", "candidates", "scoring", "allocation", "report"},
+    "allocation": GROUND | {"candidates", "linear_account", "scoring"},
+    "report": GROUND | {"candidates", "linear_account", "scoring", "allocation"},
+    "probing": GROUND | MODELS | {"config_validation", "scoring", "allocation", "report"},
     "training": GROUND | {"candidates", "allocation"},
     "sync": GROUND | {"training"},
     "verl_backend": GROUND
-    | {"config_validation", "candidates", "scoring", "allocation", "report", "probing", "training", "sync"},
+    | MODELS
+    | {"config_validation", "scoring", "allocation", "report", "probing", "training", "sync"},
     "cli": GROUND | {"config_validation", "scoring", "allocation", "report", "probing", "training", "verl_backend"},
 }
 

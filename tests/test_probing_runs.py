@@ -12,6 +12,7 @@ import sys
 import time
 
 import pytest
+import torch
 
 pytest.importorskip("verl", reason="verl is not installed")
 
@@ -19,6 +20,7 @@ from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa:
 from omegaconf import OmegaConf  # noqa: E402
 
 from hybrid_lora_plugin.errors import ConfigurationError  # noqa: E402
+from hybrid_lora_plugin.training.checkpoint import CheckpointDescription, save_trained  # noqa: E402
 from hybrid_lora_plugin.verl_backend import preflight  # noqa: E402
 from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
 from hybrid_lora_plugin.verl_backend.probe import policy  # noqa: E402
@@ -93,7 +95,9 @@ def test_a_run_that_resumes_keeps_the_allocation_of_its_checkpoint(how, probing,
         resume = ["trainer.resume_mode=resume_path", f"trainer.resume_from_path={step}"]
     with pytest.raises(ConfigurationError, match="checkpoint to resume in .*global_step_40 holds no actor/hybrid_lora"):
         check_configuration(composed(*probing, *resume))
-    make_allocation(tiny_qwen2, step / "actor" / "hybrid_lora")
+    text = (make_allocation(tiny_qwen2, tmp_path / "kept") / "allocation.json").read_text()
+    description = CheckpointDescription(base_model=str(tiny_qwen2), rank=4, alpha=32, global_step=40)
+    save_trained(step / "actor", {"weight": torch.ones(1)}, description, text)
     config = composed(*probing, *resume)
     assert check_configuration(config).allocation == config.hybrid_lora.allocation
     assert config.hybrid_lora.allocation == str(step / "actor" / "hybrid_lora" / "allocation.json")
@@ -137,6 +141,10 @@ def test_policy_probe_is_the_runs_own_command_with_a_phase(probing, tmp_path):
     kept = ("actor_rollout_ref.rollout", "algorithm", "reward", "actor_rollout_ref.actor")
     for node in kept:
         assert OmegaConf.select(probe, node) == OmegaConf.select(config, node), node
+    alone = [*probing, *settings, "actor_rollout_ref.actor.checkpoint.save_contents=[hf_model]"]
+    overrides = probe_overrides(composed(*alone), hybrid)
+    kept = composed(*alone, *(o for o in overrides if not o.startswith("hydra."))).actor_rollout_ref.actor.checkpoint
+    assert kept.save_contents == kept.load_contents == ["model", "optimizer", "extra"], "it must be able to go on"
 
 
 def test_a_policy_probe_runs_before_the_run_and_once(probing, tmp_path, tiny_qwen2, monkeypatch):

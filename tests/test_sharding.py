@@ -26,6 +26,7 @@ from hybrid_lora_plugin.verl_backend.requirements import check_sharding  # noqa:
 from tests.support import host_flash_attention  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
 from tests.support.engine_worker import make_batch  # noqa: E402
+from tests.support.folders import assert_same_files  # noqa: E402
 from tests.support.sharding_worker import ROWS, STEPS  # noqa: E402
 from tests.support.tiny_models import make_tiny_qwen2  # noqa: E402
 from tests.support.verl_processes import run_engine  # noqa: E402
@@ -45,6 +46,8 @@ SETTINGS = {
 SAVED = ("fsdp2-1", "fsdp-1")
 for name in SAVED:
     SETTINGS[name]["checkpoint"] = f"checkpoint-{name}"
+SETTINGS["fsdp2-1"]["save_contents"] = ["hf_model"]
+SETTINGS["fsdp-1"]["save_contents"] = ["model", "optimizer", "extra", "hf_model"]
 #: where weights stay gathered between forward and backward, every micro-batch reduces gradients, and groups of two
 #: ranks hold a copy each
 OTHERS = {
@@ -422,6 +425,7 @@ def test_exported_checkpoint_is_what_the_rollout_gets_rounded_once(runs, tmp_pat
     exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
     for weight, tensor in ours[f"{name}-synced-merge"].items():
         assert torch.equal(exported[weight], tensor.bfloat16()), weight
+    assert_same_files(ours["folder"] / SETTINGS[name]["checkpoint"] / "huggingface", folder)
 
 
 def test_two_ranks_in_groups_of_one_are_refused_under_fsdp1():

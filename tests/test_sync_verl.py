@@ -13,19 +13,22 @@ import torch
 
 pytest.importorskip("verl", reason="verl is not installed")
 
+from omegaconf import OmegaConf  # noqa: E402
 from verl.checkpoint_engine.base import CheckpointEngineManager  # noqa: E402
 from verl.trainer.ppo.v1 import trainer_base  # noqa: E402
+from verl.workers.config import RolloutConfig  # noqa: E402
 from verl.workers.engine_workers import ActorRolloutRefWorker  # noqa: E402
 from verl.workers.rollout import base as rollout_base  # noqa: E402
 from verl.workers.rollout.replica import RolloutMode, RolloutReplicaRegistry  # noqa: E402
 from verl.workers.rollout.vllm_rollout import bucketed_weight_transfer, vllm_async_server  # noqa: E402
 from verl.workers.rollout.vllm_rollout.utils import vLLMColocateWorkerExtension  # noqa: E402
 
-from hybrid_lora_plugin.errors import WeightSyncError  # noqa: E402
+from hybrid_lora_plugin.errors import ConfigurationError, WeightSyncError  # noqa: E402
 from hybrid_lora_plugin.sync.modes import sync_mode  # noqa: E402
 from hybrid_lora_plugin.sync.received import ReceivedWeights  # noqa: E402
 from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader, read_header  # noqa: E402
 from hybrid_lora_plugin.verl_backend import engine_registration, patches  # noqa: E402
+from hybrid_lora_plugin.verl_backend.receiver.replica import ReplicaForModel  # noqa: E402
 from hybrid_lora_plugin.verl_backend.receiver.server import HybridLoraHttpServer, HybridLoraReplica  # noqa: E402
 from hybrid_lora_plugin.verl_backend.receiver.vllm_model import VllmRolloutModel  # noqa: E402
 from hybrid_lora_plugin.verl_backend.receiver.worker import HybridLoraWorkerExtension  # noqa: E402
@@ -40,7 +43,36 @@ SERVER = vllm_async_server.vLLMHttpServer
 def test_registration_puts_our_rollout_side_where_verl_looks():
     engine_registration.register()
     assert rollout_base.get_rollout_class("vllm") is HybridLoraServerAdapter
-    assert RolloutReplicaRegistry.get("vllm") is HybridLoraReplica
+    assert RolloutReplicaRegistry.get("vllm") is ReplicaForModel
+
+
+@pytest.mark.parametrize("hybrid", [True, False])
+def test_replica_is_ours_for_a_hybrid_model_only(hybrid):
+    """Also where nothing has read the model: verl's experimental trainers start servers in processes that do not."""
+    lora = {"hybrid": {"sync": "merge"}} if hybrid else {}
+    model = OmegaConf.create({"path": "m", "lora": lora})
+    replica = RolloutReplicaRegistry.get("vllm")(replica_rank=0, config=RolloutConfig(name="vllm"), model_config=model)
+    assert type(replica) is (HybridLoraReplica if hybrid else vllm_async_server.vLLMReplica)
+
+
+@pytest.mark.parametrize("kind", [SERVER, HybridLoraHttpServer])
+@pytest.mark.parametrize("lora", [{"hybrid": {"sync": "merge"}}, {}], ids=["hybrid", "plain"])
+def test_a_server_of_verls_own_is_refused_for_a_hybrid_model_while_it_is_made(kind, lora):
+    made = inspect.getsource(SERVER.__init__)
+    assert made.index("self._init_model_config(") < made.index("self._validate_configs()")
+    # As in the server's own process, where reading the model imports the plugin's module.
+    patches.refuse_plain_servers()
+    server = kind.__new__(kind)
+    server.config = RolloutConfig(name="vllm", max_model_len=8)
+    server.model_config = SimpleNamespace(lora=lora, hf_config=SimpleNamespace(max_position_embeddings=16))
+    if lora and kind is SERVER:
+        with pytest.raises(ConfigurationError, match="vllm_async_server.vLLMHttpServer, which proves no weights"):
+            server._validate_configs()
+    else:
+        server._validate_configs()
+    before = SERVER._validate_configs
+    patches.refuse_plain_servers()
+    assert SERVER._validate_configs is before, "applied once"
 
 
 def test_verl_still_reads_the_model_before_it_looks_for_the_rollout_side():

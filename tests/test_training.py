@@ -21,14 +21,17 @@ from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
 from hybrid_lora_plugin.training.checkpoint import CheckpointDescription, load_trained, other_rounding, save_trained
-from hybrid_lora_plugin.training.export import export_checkpoint
+from hybrid_lora_plugin.training.export import export_checkpoint, weightless_model
 from hybrid_lora_plugin.training.lora_linear import SharedInput
 from hybrid_lora_plugin.training.memory import least_bytes, rank_bytes
 from hybrid_lora_plugin.training.merge import merge_weight
+from hybrid_lora_plugin.training.model_folder import ModelFolder, file_order
 from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot, adapters_off
 from hybrid_lora_plugin.training.rounding import Rounding
 from tests.support.allocations import make_allocation
+from tests.support.folders import assert_same_files
+from tests.support.tiny_models import make_tiny_qwen2
 
 IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
@@ -421,3 +424,35 @@ def test_unreadable_description_is_named(hybrid, tiny_qwen2, tmp_path):
     (folder / "trainables.json").write_text(json.dumps(raw | {"schema_version": 99}))
     with pytest.raises(ConfigurationError, match="schema_version is 99"):
         load_trained(folder)
+
+
+@pytest.mark.parametrize("largest_file", ["5GB", "30KB", "4KB"])
+def test_a_folder_written_one_weight_at_a_time_is_transformers_own(tiny_qwen2, tmp_path, largest_file):
+    """Files of many sizes, down to those that hold one weight; twelve layers, whose numbers sort by size."""
+    model = AutoModelForCausalLM.from_pretrained(make_tiny_qwen2(tmp_path / "base", layers=12), dtype=torch.bfloat16)
+    model.save_pretrained(tmp_path / "whole", max_shard_size=largest_file)
+    weights = {name: tensor for name, tensor in model.state_dict().items() if name != "lm_head.weight"}
+    weightless = weightless_model(tmp_path / "base", "float32", torch.bfloat16)
+    assert {tensor.device.type for tensor in weightless.state_dict().values()} == {"meta"}
+    (tmp_path / "one").mkdir()
+    folder = ModelFolder(tmp_path / "one", weightless, weights, largest_file)
+    held = []
+    for name in file_order(weights):
+        folder.add(name, weights[name])
+        held.append(sum(map(len, folder._held.values())))
+    folder.finish()
+    assert_same_files(tmp_path / "one", tmp_path / "whole")
+    files = len(list((tmp_path / "whole").glob("*.safetensors")))
+    assert (files == 1) == (largest_file == "5GB") and max(held) < len(weights) and held[-1] == 0
+
+
+def test_a_folder_without_all_weights_is_not_finished(tiny_qwen2, tmp_path):
+    weightless = weightless_model(tiny_qwen2, "float32", torch.float32)
+    names = dict(weightless.named_parameters())
+    with pytest.raises(RuntimeError, match="model.norm.weight: in the base model"):
+        ModelFolder(tmp_path, weightless, [name for name in names if name != "model.norm.weight"])
+    folder = ModelFolder(tmp_path, weightless, names)
+    for name in file_order(names)[:-1]:
+        folder.add(name, torch.zeros(names[name].shape))
+    with pytest.raises(RuntimeError, match="not all weights of the model came"):
+        folder.finish()

@@ -66,7 +66,7 @@ def build_engine(
         settings["lora"] = {
             "merge": True,
             "rollout_dtype": "bfloat16",
-            "hybrid": {"allocation": allocation, "lora": {"rank": RANK, "alpha": ALPHA}},
+            "hybrid": {"allocation": allocation, "full_lr": 1e-6, "lora": {"rank": RANK, "alpha": ALPHA, "lr": 2.5e-5}},
         }
     configurations = _configurations(model, settings, precision, strategy, checkpointing)
     torch.manual_seed(0)

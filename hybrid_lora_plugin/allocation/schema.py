@@ -14,6 +14,7 @@ from typing import Any
 from hybrid_lora_plugin.allocation.budget import FULL, LORA, BudgetRecord
 from hybrid_lora_plugin.candidates import Candidate, architecture_of, model_fingerprint
 from hybrid_lora_plugin.errors import AllocationError
+from hybrid_lora_plugin.linear_account import FrozenLinear
 from hybrid_lora_plugin.parameter_counts import ParameterCounts
 
 SCHEMA_VERSION = 2
@@ -28,6 +29,7 @@ class ModelIdentity:
         config_sha256: ``candidates.model_fingerprint``.
         candidate_parameters: weights and biases of all candidates.
         parameters: all parameters of the model, tied ones once; 0 in artifacts that do not record it.
+        frozen_linear: the linear modules that are no candidates; empty in artifacts that do not record it.
     """
 
     name_or_path: str
@@ -36,6 +38,7 @@ class ModelIdentity:
     num_layers: int
     candidate_parameters: int
     parameters: int = 0
+    frozen_linear: list[FrozenLinear] = field(default_factory=list)
 
 
 @dataclass(frozen=True)

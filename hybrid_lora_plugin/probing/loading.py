@@ -9,8 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybrid_lora_plugin.candidates import find_candidates, meta_model
 from hybrid_lora_plugin.config import ModelConfig
 from hybrid_lora_plugin.errors import ProbeError
+from hybrid_lora_plugin.model_folder import check_model_folder
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -35,6 +37,18 @@ def load_model_config(config: ModelConfig) -> Any:
     from transformers import AutoConfig
 
     return _load(AutoConfig, config, "model")
+
+
+def check_model(config: ModelConfig) -> None:
+    """Refuse a model that cannot be trained before its weights are read.
+
+    Raises:
+        ConfigurationError: its folder or its structure is refused, or its config cannot be loaded.
+    """
+    if config.path and Path(config.path).is_dir() and not config.gguf_file:
+        # transformers reads other formats too; what the rollout engine needs is asked for where there is one.
+        check_model_folder(config.path, safetensors=False)
+    find_candidates(meta_model(load_model_config(config), config.trust_remote_code))
 
 
 def load_model(config: ModelConfig, device: torch.device) -> nn.Module:

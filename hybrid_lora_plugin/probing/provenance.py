@@ -13,6 +13,7 @@ from hybrid_lora_plugin import __version__
 from hybrid_lora_plugin.allocation.schema import ModelIdentity, ProbeRecord
 from hybrid_lora_plugin.candidates import Candidate, architecture_of, model_fingerprint
 from hybrid_lora_plugin.config import ProbeCommandConfig
+from hybrid_lora_plugin.linear_account import frozen_linear
 from hybrid_lora_plugin.probing.data.batches import ProbeData
 
 # These change memory and speed, not what is measured.
@@ -62,6 +63,7 @@ def model_identity(path: str, model: nn.Module, candidates: Sequence[Candidate],
         num_layers=1 + max(candidate.layer for candidate in candidates),
         candidate_parameters=sum(candidate.parameters for candidate in candidates),
         parameters=parameters,
+        frozen_linear=frozen_linear(model, candidates),
     )
 
 

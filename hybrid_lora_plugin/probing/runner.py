@@ -23,12 +23,14 @@ from hybrid_lora_plugin.candidates import Candidate, architecture_of, find_candi
 from hybrid_lora_plugin.config import BudgetConfig, ProbeCommandConfig
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ProbeError
+from hybrid_lora_plugin.linear_account import account_text
 from hybrid_lora_plugin.probing.data.batches import ProbeData
 from hybrid_lora_plugin.probing.distributed import Ranks, place
 from hybrid_lora_plugin.probing.forward import Passes
 from hybrid_lora_plugin.probing.interrupt import ProbeInterrupted, StopRequest
 from hybrid_lora_plugin.probing.loading import (
     CheckpointWatch,
+    check_model,
     checkpoint_fingerprint,
     load_model,
     load_model_config,
@@ -108,6 +110,7 @@ def _check(config: ProbeCommandConfig, output_dir: Path, processes: int) -> None
 
 def _choose_without_probe(config: ProbeCommandConfig, output_dir: Path, progress: Progress) -> Allocation:
     """An allocation that needs neither data nor weights."""
+    check_model(config.model)
     model_config = load_model_config(config.model)
     model = meta_model(model_config, config.model.trust_remote_code)
     candidates = find_candidates(model)
@@ -173,6 +176,7 @@ class _Probe:
                 f"{self.data.dropped} rows left out: no response token within "
                 f"probe.max_length={config.probe.max_length}"
             )
+        ranks.from_first(lambda: check_model(config.model))
         self.watch = CheckpointWatch(config.model.path)
         self.model = load_model(config.model, ranks.device)
         self.candidates = find_candidates(self.model)
@@ -185,6 +189,8 @@ class _Probe:
         )
         self.dtype, parameters = self.model.dtype, parameter_count(self.model)
         self.identity = model_identity(config.model.path, self.model, self.candidates, parameters)
+        for line in account_text(self.candidates, self.identity.frozen_linear, parameters):
+            progress.note(line)
         # Rank 0 keeps the state for all: adapters and Adam moments are equal everywhere.
         self.state: PartialState | None = None
         ranks.from_first(self._take_up_state)

@@ -12,6 +12,7 @@ import numpy as np
 from hybrid_lora_plugin.allocation.budget import FULL
 from hybrid_lora_plugin.allocation.budget_modes import budget_mode
 from hybrid_lora_plugin.allocation.schema import Allocation, ModuleRecord, ProbeRecord
+from hybrid_lora_plugin.linear_account import account_markdown
 from hybrid_lora_plugin.report.caveats import CONTROLS, caveats_text, caveats_title
 from hybrid_lora_plugin.report.groups import depth_thirds, present_types
 from hybrid_lora_plugin.report.ranking import by_preference, chosen_by_rule, find_cut, spearman
@@ -60,6 +61,7 @@ def _lines(allocation: Allocation) -> list[str]:
         f"| full fine-tuning | {counts.full:,} |",
         f"| LoRA (rank {allocation.budget.lora_rank}) | {counts.lora:,} |",
         "",
+        *_linear_modules(allocation),
         "## Where full fine-tuning went",
         "",
         *_by_type_and_depth(modules, allocation.model.num_layers),
@@ -80,6 +82,14 @@ def _lines(allocation: Allocation) -> list[str]:
         "",
         "    python -m verl.trainer.main_ppo YOUR_ARGUMENTS +hybrid_lora=enabled hybrid_lora.allocation=PATH",
     ]
+
+
+def _linear_modules(allocation: Allocation) -> list[str]:
+    model = allocation.model
+    if not model.frozen_linear:
+        return []  # an artifact of an earlier version does not say
+    table = account_markdown(allocation.modules, model.frozen_linear, model.parameters)
+    return ["## Linear modules, candidates and others", "", *table, ""]
 
 
 def _settings(allocation: Allocation) -> list[str]:

@@ -7,12 +7,21 @@ from pathlib import Path
 
 from hybrid_lora_plugin.allocation.budget import FULL
 from hybrid_lora_plugin.allocation.schema import Allocation, ModuleRecord
-from hybrid_lora_plugin.candidates import TYPE_ORDER
 from hybrid_lora_plugin.report.groups import present_types, short_type
 from hybrid_lora_plugin.report.ranking import by_preference, find_cut
 
-# Seven colours that stay apart for colour-blind readers (Okabe and Ito), in TYPE_ORDER; then they repeat.
-_COLOURS = ("#0072b2", "#56b4e9", "#009e73", "#e69f00", "#cc79a7", "#8c6bb1", "#7f7f7f")
+# Colours that stay apart for colour-blind readers (Okabe and Ito). No model has a fused type beside its parts.
+_COLOURS = {
+    "q_proj": "#0072b2",
+    "k_proj": "#56b4e9",
+    "v_proj": "#009e73",
+    "qkv_proj": "#0072b2",
+    "o_proj": "#e69f00",
+    "gate_proj": "#cc79a7",
+    "up_proj": "#8c6bb1",
+    "gate_up_proj": "#cc79a7",
+    "down_proj": "#7f7f7f",
+}
 _RING = "#d40000"
 
 
@@ -48,7 +57,7 @@ def draw_scores(allocation: Allocation, file: Path) -> None:
         panel.set_axisbelow(True)
 
     types = present_types(modules)
-    legend = [Line2D([], [], marker="o", ls="", ms=4.5, color=_colour(t), label=short_type(t)) for t in types]
+    legend = [Line2D([], [], marker="o", ls="", ms=4.5, color=_COLOURS[t], label=short_type(t)) for t in types]
     legend.append(Line2D([], [], label="full fine-tuning", **_ring_style()))
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), fontsize=7, frameon=False)
     silent = len(allocation.modules) - len(modules)
@@ -95,7 +104,7 @@ def _draw_moments(axes, allocation: Allocation, modules: Sequence[ModuleRecord])
 
 def _scatter(axes, x: Sequence[float], y: Sequence[float], modules: Sequence[ModuleRecord]) -> None:
     # One call for all types: points of one type would otherwise cover those of another.
-    axes.scatter(x, y, s=15, c=[_colour(module.type) for module in modules], lw=0, zorder=2)
+    axes.scatter(x, y, s=15, c=[_COLOURS[module.type] for module in modules], lw=0, zorder=2)
     full = [index for index, module in enumerate(modules) if module.assignment == FULL]
     axes.plot([x[i] for i in full], [y[i] for i in full], zorder=3, **_ring_style())
 
@@ -117,10 +126,6 @@ def _scale(axes, set_scale, values: Sequence[float]) -> None:
 def _score_name(allocation: Allocation) -> str:
     selection = allocation.selection
     return f"'{selection.criterion}' score" + ("" if selection.normalise == "none" else f" ({selection.normalise})")
-
-
-def _colour(type_: str) -> str:
-    return _COLOURS[TYPE_ORDER.index(type_) % len(_COLOURS)]
 
 
 def _ring_style() -> dict:

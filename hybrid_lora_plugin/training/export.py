@@ -17,6 +17,7 @@ from hybrid_lora_plugin.names import wire_factor
 from hybrid_lora_plugin.training.arrival import ENOUGH, Arrival, arrival_of
 from hybrid_lora_plugin.training.checkpoint import load_trained
 from hybrid_lora_plugin.training.merge import merge_weight
+from hybrid_lora_plugin.training.model_folder import LARGEST_FILE
 from hybrid_lora_plugin.training.rounding import NEAREST, Rounding, on_grid, round_weight
 
 
@@ -69,15 +70,11 @@ def merged_model(
         ConfigurationError: the checkpoint is missing something, belongs to another base model, or has a weight that
             does not fit into float16.
     """
-    from transformers import AutoModelForCausalLM
-
     tensors, description, allocation_path = load_trained(checkpoint)
     allocation = load_allocation(allocation_path)
     base = base or description.base_model
     try:
-        # In the type that the run held it in: a checkpoint's config may name another than its tensors have.
-        held = description.base_dtype or "auto"
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=held, trust_remote_code=trust_remote_code)
+        model = _base_model(base, description.base_dtype, trust_remote_code)
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigurationError(f"base: {base!r} cannot be loaded ({reason}); give base=PATH") from error
@@ -125,6 +122,47 @@ def merged_model(
     return model, base, KeptUpdate(target, rounding, share)
 
 
+def _base_model(base: str | os.PathLike, held: str | None, trust_remote_code: bool, **options):
+    from transformers import AutoModelForCausalLM
+
+    # In the type that the run held it in: a checkpoint's config may name another than its tensors have.
+    options |= {"dtype": held or "auto", "trust_remote_code": trust_remote_code}
+    return AutoModelForCausalLM.from_pretrained(base, **options)
+
+
+def weightless_model(base: str | os.PathLike, held: str, dtype: torch.dtype, trust_remote_code: bool = False):
+    """What ``merged_model`` returns, on the meta device: everything but the weights.
+
+    Args:
+        base: Hugging Face folder or name of the base model.
+        held: type in which the run holds it.
+        dtype: of the merged weights.
+        trust_remote_code: as in transformers.
+    """
+    model = _base_model(base, held, trust_remote_code, device_map="meta").to(dtype)
+    model.config.dtype = dtype
+    return model
+
+
+def save_tokenizer(
+    base: str | os.PathLike, folder: Path, trust_remote_code: bool = False, chat_template: str | None = None
+) -> None:
+    """Write the base model's tokenizer into a folder.
+
+    Args:
+        base: Hugging Face folder or name of the base model.
+        folder: exists.
+        trust_remote_code: as in transformers.
+        chat_template: of a run, in place of its own.
+    """
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code)
+    if chat_template is not None:
+        tokenizer.chat_template = chat_template
+    tokenizer.save_pretrained(folder)
+
+
 def export_checkpoint(
     checkpoint: str | os.PathLike,
     output_dir: str | os.PathLike,
@@ -139,13 +177,11 @@ def export_checkpoint(
     Raises:
         ConfigurationError: ``output_dir`` exists, or as ``merged_model``.
     """
-    from transformers import AutoTokenizer
-
     output = Path(output_dir)
     if output.exists():
         raise ConfigurationError(f"output_dir: {str(output)!r} exists already; give a new folder or remove it")
     model, base, kept = merged_model(checkpoint, base, trust_remote_code, dtype)
     with complete_folder(output) as unfinished:
-        model.save_pretrained(unfinished)
-        AutoTokenizer.from_pretrained(base, trust_remote_code=trust_remote_code).save_pretrained(unfinished)
+        model.save_pretrained(unfinished, max_shard_size=LARGEST_FILE)
+        save_tokenizer(base, unfinished, trust_remote_code)
     return Exported(output, kept)

@@ -12,7 +12,7 @@
 ``cpu``           verl's platform for machines without an accelerator
 ``contracts``     what is relied on in verl, vLLM, PEFT and torch, symbol by symbol
 ``doctor``        which features work with what is installed, for a command and for the preflight
-``patches``       the only patches of verl, torch and vLLM, all but three of them for the CPU platform
+``patches``       the only patches of verl, torch and vLLM, all but four of them for the CPU platform
 
 A new loss, advantage or engine is one file here and one line in ``registration``.
 """

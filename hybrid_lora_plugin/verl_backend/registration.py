@@ -1,4 +1,5 @@
-"""Put the loss, the advantage and the CPU platform into verl's registries; importing this module does it.
+"""Put the loss, the advantage, the rollout replica and the CPU platform into verl's registries; importing this module
+does it.
 
 verl imports it in every process through the ``verl.plugins`` entry point, unless ``VERL_USE_EXTERNAL_PLUGINS`` leaves
 it out, and logs a failure at DEBUG level only. Nothing of verl is imported here that ``import verl`` has not loaded:
@@ -23,8 +24,10 @@ from hybrid_lora_plugin.errors import with_reference
 #: verl versions whose hooks this plugin was read and tested against.
 SUPPORTED_VERL = SpecifierSet(">=0.9.1,<0.10", prereleases=True)
 
-#: where verl keeps both registries
+#: where verl keeps the registries of both
 ALGORITHMS = "verl.trainer.ppo.core_algos"
+#: where it keeps the one of rollout replicas
+REPLICAS = "verl.workers.rollout.replica"
 
 _registered = False
 
@@ -54,8 +57,7 @@ def require_supported_verl(version: str, allow_untested: bool = False) -> None:
 
 
 def register() -> None:
-    """Register the platform, and loss and advantage for when verl's algorithms are imported; a second call does
-    nothing.
+    """Register the platform, and the rest for when verl's own modules of it are imported; a second call does nothing.
 
     In a verl outside the supported range the platform alone, which ``VERL_PLATFORM=cpu`` asks for by name: a run
     without ``hybrid_lora`` is left alone, and one with it registers the rest through ``engine_registration``.
@@ -68,6 +70,7 @@ def register() -> None:
 
     if is_supported(installed_verl()):
         wrapt.register_post_import_hook(_algorithms_imported, ALGORITHMS)
+        wrapt.register_post_import_hook(_replicas_imported, REPLICAS)
     _registered = True
 
 
@@ -83,6 +86,13 @@ def register_algorithms() -> None:
     advantages.register()
 
 
+def register_replica() -> None:
+    """Register the rollout replica now."""
+    from verl.workers.rollout import replica
+
+    _replicas_imported(replica)
+
+
 def _algorithms_imported(_) -> None:
     try:
         register_algorithms()
@@ -90,6 +100,17 @@ def _algorithms_imported(_) -> None:
         # As verl does with plugins: a run that asks for neither goes on. One with +hybrid_lora=enabled fails in its
         # engine.
         logging.getLogger(__name__).warning("hybrid_lora: loss and advantage are not registered: %s", error)
+
+
+def _replicas_imported(replicas) -> None:
+    # verl asks for the class when it starts servers, in whichever process that is.
+    replicas.RolloutReplicaRegistry.register("vllm", _load_replica)
+
+
+def _load_replica() -> type:
+    from hybrid_lora_plugin.verl_backend.receiver.replica import ReplicaForModel
+
+    return ReplicaForModel
 
 
 register()

@@ -1,10 +1,12 @@
 """What Hybrid-LoRA needs of a verl configuration, checked on the driver and again in every worker.
 
-``check`` takes settings by their full verl names, so that a message names what the user can type.
+``check`` takes settings by their full names in a reinforcement learning run; ``run_kinds`` says where another kind of
+run has them, so that a message names what its user can type.
 """
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -15,10 +17,20 @@ from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.sync.modes import sync_mode
+from hybrid_lora_plugin.verl_backend.given_settings import verls_configuration
+from hybrid_lora_plugin.verl_backend.optimizer_settings import check_optimizer
+from hybrid_lora_plugin.verl_backend.run_kinds import (
+    ACTOR,
+    MODEL,
+    REINFORCEMENT_LEARNING,
+    ROLLOUT,
+    RunKind,
+    kind_of_model,
+    kind_of_run,
+)
 from hybrid_lora_plugin.verl_backend.sender import waits
 from hybrid_lora_plugin.verl_backend.vllm_arguments import check_vllm_arguments
 
-ACTOR, MODEL, ROLLOUT = "actor_rollout_ref.actor.", "actor_rollout_ref.model.", "actor_rollout_ref.rollout."
 ENGINE_MODULE = "hybrid_lora_plugin.verl_backend.engine_registration"
 
 
@@ -46,6 +58,22 @@ def hybrid_config(node: Mapping[str, Any]) -> HybridLoraConfig:
     return config
 
 
+def require_rates(config: HybridLoraConfig) -> None:
+    """Refuse a ``hybrid_lora`` node whose learning rates nobody settled.
+
+    Raises:
+        ConfigurationError: the run was composed without the check that Hydra makes when verl's own commands start.
+    """
+    if config.full_lr is None or config.lora.lr is None:
+        name = "full_lr" if config.full_lr is None else "lora.lr"
+        raise ConfigurationError(
+            f"hybrid_lora.{name}: None in a worker, so this configuration was not checked on the driver; start the run "
+            "by a command of verl's, or call hybrid_lora_plugin.verl_backend.preflight.check_configuration(config) "
+            "first",
+            see="configuration-not-checked",
+        )
+
+
 def _is_fp32(value: Any) -> bool:
     return value is None or str(value).removeprefix("torch.") in ("fp32", "float32", "float")
 
@@ -63,6 +91,18 @@ class Rule(NamedTuple):
 
 #: by setting; one that a caller does not know is not checked
 _RULES: dict[str, Rule] = {
+    # What the run trains with, before the strategy: a file of another engine may say fsdp2 there.
+    "model_engine": Rule(
+        lambda v: v in (None, "dp"),
+        "dp, verl's FSDP, and leave out what belongs to the other engine: in a file of yours "
+        "`defaults: [ppo_trainer, _self_]`, on the command line model_engine=dp and no --config-name of that engine",
+        see="strategy-not-supported",
+    ),
+    ACTOR + "_target_": Rule(
+        lambda v: v is None or str(v).rpartition(".")[2] == "FSDPActorConfig",
+        "verl.workers.config.FSDPActorConfig, verl's FSDP actor, which model_engine=dp chooses",
+        see="strategy-not-supported",
+    ),
     ACTOR + "strategy": Rule(
         lambda v: v in ("fsdp", "fsdp2"),
         "fsdp2 or fsdp, the strategies this version supports: leave it out or give "
@@ -81,12 +121,6 @@ _RULES: dict[str, Rule] = {
         "one that carries named tensors as they are, naive, nccl, nixl or hccl, with any hybrid_lora.sync: this one "
         "changes or splits them",
         see="checkpoint-engine-changes-tensors",
-    ),
-    ROLLOUT + "checkpoint_engine.custom_backend_module": Rule(
-        lambda v: v is None or _names(v, ENGINE_MODULE) or v == ENGINE_MODULE,
-        f"a list that names the plugin's too, [YOUR_MODULE,{ENGINE_MODULE}]: engines apart from the trainer load it "
-        f"there",
-        see="set-by-the-plugin",
     ),
     ROLLOUT + "disaggregation.enabled": Rule(
         lambda v: not v,
@@ -143,11 +177,14 @@ _RULES: dict[str, Rule] = {
         "all-linear: the allocation decides which modules get LoRA",
         see="lora-setting-of-verl-not-usable",
     ),
-    MODEL + "external_lib": Rule(
-        lambda v: v == ENGINE_MODULE or ENGINE_MODULE in (v or []),
-        f"a list that names it too, [YOUR_LIB,{ENGINE_MODULE}]: without it workers train plain LoRA",
-        see="set-by-the-plugin",
-    ),
+    **{
+        MODEL + name: Rule(
+            lambda v: not v,
+            "null: the allocation decides which modules get LoRA, so it would have no effect",
+            see="lora-setting-of-verl-not-usable",
+        )
+        for name in ("exclude_modules", "target_parameters")
+    },
     ACTOR + "fsdp_config.model_dtype": Rule(
         _is_fp32,
         "fp32, the type of what trains: in bfloat16 a step of 1e-6 leaves 98 % of the fully tuned weights unchanged "
@@ -187,6 +224,14 @@ _RULES: dict[str, Rule] = {
 }
 
 
+#: in place of those above in SFT
+_SFT_RULES: dict[str, Rule] = {
+    ACTOR + "_target_": Rule(
+        lambda v: v is None or str(v).rpartition(".")[2] == "FSDPEngineConfig",
+        "verl.workers.config.FSDPEngineConfig, verl's FSDP: engine=fsdp optim=fsdp, the defaults",
+        see="strategy-not-supported",
+    ),
+}
 _RECEIVER_MERGE_RULES: dict[str, Rule] = {
     ROLLOUT + "full_determinism": Rule(
         lambda v: not v,
@@ -226,10 +271,6 @@ _ADAPTER_RULES: dict[str, Rule] = {
 }
 
 
-def _names(value: Any, wanted: str) -> bool:
-    return not isinstance(value, str) and wanted in value
-
-
 def check_sync(settings: Mapping[str, Any], sync: str) -> None:
     """Refuse a combination that the sync mode cannot carry, naming one that can.
 
@@ -261,23 +302,29 @@ def check_sync(settings: Mapping[str, Any], sync: str) -> None:
             )
 
 
-def check(settings: Mapping[str, Any]) -> None:
+def check(settings: Mapping[str, Any], kind: RunKind = REINFORCEMENT_LEARNING) -> None:
     """Refuse the first setting that Hybrid-LoRA cannot run with.
 
     Args:
-        settings: values by full verl name; those without a rule are ignored.
+        settings: values by full verl name; those without a rule, or that the kind of run does not have, are ignored.
+        kind: of the run.
 
     Raises:
         ConfigurationError: naming the setting, its value and a usable one.
     """
-    for name, rule in _RULES.items():
-        if name in settings and not rule.usable(settings[name]):
+    for name, rule in _rules(kind).items():
+        if name in settings and kind.place(name) and not rule.usable(settings[name]):
             raise ConfigurationError(
-                f"{name}: {settings[name]!r} does not work with hybrid_lora; give {rule.wanted}", see=rule.see
+                f"{kind.place(name)}: {settings[name]!r} does not work with hybrid_lora; give {kind.text(rule.wanted)}",
+                see=rule.see,
             )
 
 
-def check_sharding(strategy: str, fsdp_size: int, ranks: int) -> None:
+def _rules(kind: RunKind) -> dict[str, Rule]:
+    return _RULES if kind.samples else _RULES | _SFT_RULES
+
+
+def check_sharding(strategy: str, fsdp_size: int, ranks: int, kind: RunKind = REINFORCEMENT_LEARNING) -> None:
     """Refuse FSDP1 in groups of one rank: torch 2.13 reduces no gradient there, and every rank trains a model of its
     own.
 
@@ -285,14 +332,15 @@ def check_sharding(strategy: str, fsdp_size: int, ranks: int) -> None:
         strategy: fsdp or fsdp2.
         fsdp_size: ranks that share one copy of the weights; below 1 all of them.
         ranks: of the trainer.
+        kind: of the run.
 
     Raises:
         ConfigurationError: naming what works.
     """
     if strategy == "fsdp" and fsdp_size == 1 and ranks > 1:
         raise ConfigurationError(
-            f"{ACTOR}fsdp_config.fsdp_size: 1 with strategy=fsdp on {ranks} ranks never reduces gradients; give "
-            f"{ACTOR}strategy=fsdp2, or an fsdp_size of -1 or at least 2",
+            f"{kind.place(ACTOR + 'fsdp_config.fsdp_size')}: 1 with strategy=fsdp on {ranks} ranks never reduces "
+            f"gradients; give {kind.place(ACTOR + 'strategy')}=fsdp2, or an fsdp_size of -1 or at least 2",
             see="strategy-not-supported",
         )
 
@@ -320,25 +368,56 @@ def check_waits(sync_timeout: float, sync_check: str, nccl_timeout: float | None
         )
 
 
+def _check_other_lora(config, kind: RunKind) -> None:
+    """Refuse settings of ``model.lora``, which are Megatron's: here they would have no effect."""
+    place = kind.place(MODEL + "lora")
+    for name, default in OmegaConf.select(verls_configuration(kind.primary), place).items():
+        value = OmegaConf.select(config, f"{place}.{name}", default=default)
+        if name != "merge" and value != default:
+            raise ConfigurationError(
+                f"{place}.{name}: {value!r} has no effect, because it is for verl's Megatron engine; leave it "
+                "out, hybrid_lora.lora has rank, alpha and dropout",
+                see="lora-setting-of-verl-not-usable",
+            )
+
+
 def check_run(config) -> None:
-    """``check`` on a whole composed verl configuration (OmegaConf)."""
+    """``check`` on a whole composed verl configuration (OmegaConf), and what else can be known of one.
+
+    Raises:
+        ConfigurationError: naming the setting, its value and a usable one.
+    """
+    kind = kind_of_run(config)
 
     def setting(name: str) -> Any:
-        value = OmegaConf.select(config, name, default=None)
+        value = kind.select(config, name)
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
+    _check_other_lora(config, kind)
+    optimizer = (
+        setting(f"{ACTOR}optim.{name}") for name in ("optimizer_impl", "optimizer", "override_optimizer_config")
+    )
     rules = _RULES | _PARTIAL_RULES | _BUILDING_RULES | _ADAPTER_RULES | _RECEIVER_MERGE_RULES
     settings = {name: setting(name) for name in rules}
-    check(settings)
+    check(settings, kind)
+    check_optimizer(kind.place(ACTOR + "optim."), *optimizer)
+    fsdp_size = int(kind.select(config, ACTOR + "fsdp_config.fsdp_size", default=-1))
+    check_sharding(settings[ACTOR + "strategy"], fsdp_size, _ranks(config, kind), kind)
+    if not kind.samples:
+        return
     check_sync(settings, setting("hybrid_lora.sync"))
     check_vllm_arguments(setting(ROLLOUT + "engine_kwargs.vllm"), setting(MODEL + "override_config"))
-    ranks = int(OmegaConf.select(config, "trainer.nnodes") or 1) * int(
-        OmegaConf.select(config, "trainer.n_gpus_per_node") or 1
-    )
-    fsdp_size = OmegaConf.select(config, ACTOR + "fsdp_config.fsdp_size", default=-1)
-    check_sharding(settings[ACTOR + "strategy"], int(fsdp_size), ranks)
     timeouts = ("hybrid_lora.sync_timeout", "hybrid_lora.sync_check", "actor_rollout_ref.nccl_timeout")
     check_waits(*(setting(name) for name in timeouts))
+
+
+def _ranks(config, kind: RunKind) -> int:
+    if not kind.samples and "WORLD_SIZE" in os.environ:
+        # torchrun's: its trainer reads neither of the two below.
+        return int(os.environ["WORLD_SIZE"])
+    return int(OmegaConf.select(config, "trainer.nnodes") or 1) * int(
+        OmegaConf.select(config, "trainer.n_gpus_per_node") or 1
+    )
 
 
 def check_engine(model_config, engine_config, checkpoint_config) -> HybridLoraConfig:
@@ -346,6 +425,7 @@ def check_engine(model_config, engine_config, checkpoint_config) -> HybridLoraCo
     node = model_config.lora["hybrid"]
     hybrid = hybrid_config(OmegaConf.to_container(node, resolve=True) if OmegaConf.is_config(node) else dict(node))
     precision = engine_config.mixed_precision or {}
+    kind = kind_of_model(model_config)
     settings = {
         ACTOR + "strategy": engine_config.strategy,
         ACTOR + "fsdp_config.model_dtype": engine_config.model_dtype,
@@ -358,6 +438,7 @@ def check_engine(model_config, engine_config, checkpoint_config) -> HybridLoraCo
         MODEL + "lora_adapter_path": model_config.lora_adapter_path,
         MODEL + "target_modules": model_config.target_modules,
     }
-    check(settings)
-    check_sync(settings, hybrid.sync)
+    check(settings, kind)
+    if kind.samples:
+        check_sync(settings, hybrid.sync)
     return hybrid

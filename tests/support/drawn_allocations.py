@@ -11,10 +11,12 @@ from hybrid_lora_plugin.allocation.budget import FULL, LORA
 from hybrid_lora_plugin.allocation.budget_modes import BudgetRecord, budget_mode
 from hybrid_lora_plugin.allocation.schema import Allocation, ModelIdentity, ModuleRecord, ProbeRecord, SelectionRecord
 from hybrid_lora_plugin.allocation.storage import allocation_text
-from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE, TYPE_ORDER
+from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE, FUSED_TYPES, TYPE_ORDER
 
-# Widths as different as those of a real model, in TYPE_ORDER.
-SIZES = dict(zip(TYPE_ORDER, (400, 60, 60, 400, 1200, 1200, 1200), strict=True))
+#: of a family that packs no projections
+TYPES = tuple(type_ for type_ in TYPE_ORDER if type_ not in FUSED_TYPES)
+# Widths as different as those of a real model, in this order.
+SIZES = dict(zip(TYPES, (400, 60, 60, 400, 1200, 1200, 1200), strict=True))
 
 
 def module_name(layer: int, type_: str) -> str:
@@ -24,7 +26,7 @@ def module_name(layer: int, type_: str) -> str:
 
 def module_names(layers: int) -> list[str]:
     """Names of the ``7 layers`` candidates, in model order."""
-    return [module_name(layer, type_) for layer in range(layers) for type_ in TYPE_ORDER]
+    return [module_name(layer, type_) for layer in range(layers) for type_ in TYPES]
 
 
 def drawn_scores(layers: int, seed: int = 0, spread: float = 1.0) -> list[float]:
@@ -69,7 +71,7 @@ def make(
     modules = []
     for i, module in enumerate(names):
         layer, type_ = divmod(i, 7)
-        type_ = TYPE_ORDER[type_]
+        type_ = TYPES[type_]
         modules.append(
             ModuleRecord(
                 name=module,

@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 
 from tests.support import host_flash_attention
 
+#: contents of a checkpoint, verl's default
+SAVED = ["model", "optimizer", "extra"]
 #: of 16 rows, eight unless more are asked for
 PROMPTS = 2 * [[5, 6, 7], [8, 9], [10, 11, 12, 13], [14], [15, 16], [17, 18, 19], [20, 21], [22, 23, 24]]
 
@@ -95,6 +97,8 @@ def build_engine(arguments: dict):
     from verl.workers.engine import EngineRegistry
 
     lora, hybrid = {}, arguments.get("hybrid")
+    if arguments.get("lora_rank"):
+        lora = {"lora_rank": arguments["lora_rank"], "lora_alpha": 8}
     if arguments.get("allocation"):
         hybrid = {"allocation": arguments["allocation"], "full_lr": 1e-3}
     if hybrid:
@@ -105,7 +109,7 @@ def build_engine(arguments: dict):
             "lora": {
                 "merge": True,
                 "rollout_dtype": arguments.get("rollout_dtype", "float32"),
-                "hybrid": hybrid | {"lora": {"rank": 4, "alpha": 8}},
+                "hybrid": {"full_lr": 1e-6} | hybrid | {"lora": {"rank": 4, "alpha": 8, "lr": 1e-2}},
             },
         }
     attention = arguments.get("attention", "sdpa")
@@ -137,7 +141,7 @@ def build_engine(arguments: dict):
         model_config=model_config,
         engine_config=engine_config,
         optimizer_config=optimizer_config,
-        checkpoint_config=CheckpointConfig(),
+        checkpoint_config=CheckpointConfig(save_contents=arguments.get("save_contents", SAVED)),
     )
     engine.initialize()
     return engine
@@ -264,6 +268,7 @@ def main(path: str) -> None:
     elif not arguments.get("allocation"):
         from hybrid_lora_plugin.verl_backend.cpu import platform  # noqa: F401  a plain run still needs its platform
     out = Path(arguments["out"])
+    arguments["save_contents"] = [*SAVED, "hf_model"]
     engine = build_engine(arguments)
     loss = policy_loss(arguments.get("loss", "hybrid_gspo"))
     batch = share_of(make_batch(arguments.get("micro_batch", 2)), rank, ranks)

@@ -11,10 +11,12 @@ import os
 import shutil
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 
-from tests.support.engine_worker import build_engine, make_batch, policy_loss, share_of, train, weights_of
+from hybrid_lora_plugin.training.model_folder import ModelFolder
+from tests.support.engine_worker import SAVED, build_engine, make_batch, policy_loss, share_of, train, weights_of
 
 
 def messages(action) -> list[str]:
@@ -55,19 +57,20 @@ def main(path: str) -> None:
 
     loss, batch = policy_loss("hybrid_gspo"), share_of(make_batch(2), rank, ranks)
     train(engine, batch, loss, 1, ranks)
-    engine.save_checkpoint("checkpoints/1", global_step=1)
+    saved = "checkpoints/global_step_1/actor"
+    engine.save_checkpoint(saved, global_step=1)
     wanted = train(engine, batch, loss, 1, ranks), weights_of(engine)
     results["files"] = [None] * ranks
-    torch.distributed.all_gather_object(results["files"], sorted(file.name for file in Path("checkpoints/1").iterdir()))
-    engine = build_engine(settings(checkpoint_dir="checkpoints"))
-    engine.load_checkpoint("checkpoints/1", del_local_after_load=False)
+    torch.distributed.all_gather_object(results["files"], sorted(file.name for file in Path(saved).iterdir()))
+    engine = build_engine(settings(checkpoint_dir="checkpoints") | {"save_contents": [*SAVED, "hf_model"]})
+    engine.load_checkpoint(saved, del_local_after_load=False)
     steps, end = train(engine, batch, loss, 1, ranks), weights_of(engine)
     results["resumed"] = steps == wanted[0] and all(torch.equal(end[name], wanted[1][name]) for name in end)
 
     def load() -> None:
-        engine.load_checkpoint("checkpoints/1", del_local_after_load=False)
+        engine.load_checkpoint(saved, del_local_after_load=False)
 
-    parts, allocation = Path("checkpoints/1"), engine.allocation
+    parts, allocation = Path(saved), engine.allocation
     for name in ("model", "optim"):
         file = parts / f"{name}_world_size_{ranks}_rank_{rank}.pt"
         if rank == 1:
@@ -78,10 +81,21 @@ def main(path: str) -> None:
     object.__setattr__(engine.model_config, "lora_alpha", 64)
     results["another alpha"] = messages(load)
     object.__setattr__(engine.model_config, "lora_alpha", 8)
-    (parts / "hybrid_lora" / "trainables.json").write_text("{") if rank == 0 else None
+    description = parts / "hybrid_lora" / "trainables.json"
+    text = description.read_text() if rank == 0 else ""
+    description.write_text("{") if rank == 0 else None
     results["damaged on rank 0"] = messages(load)
-    shutil.rmtree(parts / "hybrid_lora") if rank == 0 else None
+    description.write_text(text) if rank == 0 else None
+    engine.checkpoint_manager.checkpoint_load_contents = ["optimizer", "extra"]
+    results["without weights"] = messages(load)
+    engine.checkpoint_manager.checkpoint_load_contents = ["model", "optimizer", "extra"]
+    (parts / "hybrid_lora").rename("away") if rank == 0 else None
     results["without our folder"] = messages(load)
+    Path("away").rename(parts / "hybrid_lora") if rank == 0 else None
+    for kind, lora in (("full", {}), ("lora", {"lora_rank": 4})):
+        other = f"{kind}/global_step_7/actor"
+        build_engine({"model": arguments["model"]} | lora).save_checkpoint(other, global_step=7)
+        results[f"{kind} fine-tuning"] = messages(lambda other=other: engine.load_checkpoint(other))
     if rank == 1:
         frozen = [p for name, p in engine.module.named_parameters() if not p.requires_grad and ".layers.1." in name]
         with torch.no_grad():
@@ -89,9 +103,12 @@ def main(path: str) -> None:
     results["another base on rank 1"] = messages(load)
     assert engine.allocation is allocation
     # Last: rank 0 cannot write our folder, once verl has written its files.
-    Path("full").mkdir()
-    (Path("full") / "hybrid_lora").touch() if rank == 0 else None
-    results["rank 0 cannot save"] = messages(lambda: engine.save_checkpoint("full", global_step=2))
+    Path("taken").mkdir()
+    (Path("taken") / "hybrid_lora").touch() if rank == 0 else None
+    results["rank 0 cannot save"] = messages(lambda: engine.save_checkpoint("taken", global_step=2))
+    with mock.patch.object(ModelFolder, "add", side_effect=OSError("no space left")):
+        results["rank 0 cannot save a plain model"] = messages(lambda: engine.save_checkpoint("plain", global_step=2))
+    results["left of it"] = [path.name for path in Path("plain").iterdir() if "hugging" in path.name]
     if rank == 0:
         (out / "results.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()

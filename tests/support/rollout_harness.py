@@ -74,6 +74,10 @@ def compose(overrides: list[str]):
     GlobalHydra.instance().clear()
     with initialize_config_module("verl.trainer.config", version_base=None):
         config = hydra_compose("ppo_trainer", overrides=[f"hydra.searchpath=[file://{ROOT / 'recipes'}]", *overrides])
+    if "hybrid_lora" in config:
+        from hybrid_lora_plugin.verl_backend.run_settings import settle
+
+        settle(config)
     # As main_ppo does, before parts of it go to other processes.
     OmegaConf.resolve(config)
     return config

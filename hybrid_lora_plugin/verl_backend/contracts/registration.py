@@ -13,6 +13,7 @@ _SEARCH_PATH = "../hydra_plugins/hybrid_lora/search_path.py"
 _WORKER = "verl_backend/receiver/worker.py"
 _SFT = "verl_backend/probe/sft.py"
 _CHILD = "verl_backend/doctor/child.py"
+_GIVEN = "verl_backend/given_settings.py"
 
 
 def _literal(module: str, text: str, file: str, reason: str) -> Contract:
@@ -22,7 +23,12 @@ def _literal(module: str, text: str, file: str, reason: str) -> Contract:
 REGISTRATION = Subject(
     "Registration of loss, advantage, engine and rollout side",
     (
-        *rows("registration", "verl", "", ("", (_PLUGIN, _CHILD), "its folder holds the version file")),
+        *rows(
+            "registration",
+            "verl",
+            "",
+            ("", (_PLUGIN, _CHILD, _GIVEN), "its folder holds the version file and its configurations"),
+        ),
         _literal("verl", "verl.plugins", _PLUGIN, "group of entry points that `import verl` loads"),
         _literal("verl", "VERL_USE_EXTERNAL_PLUGINS", _PLUGIN, "which of them it loads"),
         *rows(
@@ -95,9 +101,10 @@ REGISTRATION = Subject(
         *rows(
             "registration",
             "verl.workers.rollout.replica",
-            "RolloutReplicaRegistry",
-            ("", _ENGINES, "where verl looks for a replica"),
-            ("register", _ENGINES, "puts the replica there", "name loader"),
+            "",
+            ("", _PLUGIN, "the module whose import registers the replica"),
+            ("RolloutReplicaRegistry", _PLUGIN, "where verl looks for a replica"),
+            ("RolloutReplicaRegistry.register", _PLUGIN, "puts it there", "name loader"),
         ),
         *rows(
             "registration",

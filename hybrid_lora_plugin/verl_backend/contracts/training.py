@@ -10,7 +10,7 @@ _REFERENCE = "training/reference.py"
 _EXPORT = "training/export.py"
 _LOADING = "probing/loading.py"
 _BATCHES = "probing/data/batches.py"
-_PREFLIGHT = "verl_backend/preflight.py"
+_MODEL_CHECK = "verl_backend/model_check.py"
 _PATCHES = "verl_backend/patches.py"
 _BOTH_ENGINES = ("verl_backend/engine.py", "verl_backend/probe/policy_engine.py")
 
@@ -77,8 +77,9 @@ TRAINING = Subject(
             "registration probe",
             "transformers",
             "",
-            ("AutoConfig", (_LOADING, _PREFLIGHT), "config of a checkpoint"),
-            ("AutoConfig.from_pretrained", (_LOADING, _PREFLIGHT), "config of a checkpoint"),
+            ("AutoConfig", (_LOADING, _MODEL_CHECK), "config of a checkpoint"),
+            ("AutoConfig.from_pretrained", (_LOADING, _MODEL_CHECK), "config of a checkpoint"),
+            ("PreTrainedModel.get_output_embeddings", "linear_account.py", "which linear module is the head"),
             (
                 "AutoModelForCausalLM",
                 ("candidates.py", _LOADING, _EXPORT),
@@ -140,6 +141,13 @@ TRAINING = Subject(
             _PATCHES,
             "`to` of a Hugging Face model casts buffers too",
             "tests/test_training_verl.py::test_casting_parameters_leaves_the_frequencies_of_rope",
+        ),
+        behaviour(
+            "export",
+            "training/model_folder.py",
+            "`save_pretrained` writes no weights of an empty state, and else fills its files in the order of "
+            "`file_order`",
+            "tests/test_training.py::test_a_folder_written_one_weight_at_a_time_is_transformers_own",
         ),
         behaviour(
             "probe",

@@ -14,6 +14,7 @@ _PROMPT = "verl_backend/sender/logprob_prompt.py"
 _SERVER = "verl_backend/receiver/server.py"
 _REQUIREMENTS = "verl_backend/requirements.py"
 _REFERENCE = "training/reference.py"
+_HF_OUTPUT = "verl_backend/hugging_face_output.py"
 _BOTH_ENGINES = (_ENGINE, _POLICY)
 _CONFIG = "verl.workers.config"
 
@@ -25,7 +26,8 @@ ENGINE = Subject(
             f"{_CONFIG}.model",
             "HFModelConfig",
             ("path", _BOTH_ENGINES, "base model, recorded with a checkpoint and an artifact"),
-            ("local_path", (_ENGINE, _POLICY, _SFT), "folder whose weight files are read"),
+            ("local_path", (_ENGINE, _HF_OUTPUT, _POLICY, _SFT), "folder whose weight files are read"),
+            ("hf_config", _ENGINE, "tells a model that is refused before its weights are read"),
             (
                 "lora",
                 (_ENGINES, _REQUIREMENTS, _SOURCE, _ADAPTER, _SERVER),
@@ -35,16 +37,16 @@ ENGINE = Subject(
             ("lora_adapter_path target_modules", _REQUIREMENTS, "refused where they say something else"),
         ),
         *rows(
-            "probe policy_probe",
+            "probe policy_probe checkpoint",
             f"{_CONFIG}.model",
             "HFModelConfig",
-            ("trust_remote_code", (_POLICY, _SFT), "passed on to the probe"),
+            ("trust_remote_code", (_HF_OUTPUT, _POLICY, _SFT), "passed on to the probe, and for hf_model"),
         ),
         *rows(
-            "logprobs",
+            "logprobs checkpoint",
             f"{_CONFIG}.model",
             "HFModelConfig",
-            ("tokenizer", (_PROMPT, _SERVER), "encodes the fixed prompts"),
+            ("tokenizer", (_PROMPT, _SERVER, _HF_OUTPUT), "encodes the fixed prompts; its chat template is saved"),
         ),
         *rows(
             "engine",
@@ -148,13 +150,15 @@ ENGINE = Subject(
                 "refuses a checkpoint of another setting",
                 "local_path hdfs_path del_local_after_load",
             ),
-            ("checkpoint_manager", _ENGINE, "tells which of a checkpoint's files a resume reads"),
+            ("checkpoint_manager", _ENGINE, "tells which of a checkpoint's files a resume reads; saves no hf_model"),
         ),
         *rows(
             "checkpoint",
             "verl.utils.checkpoint.checkpoint_manager",
             "BaseCheckpointManager",
             ("should_load_model should_load_optimizer should_load_extra", _ENGINE, "which files a resume reads"),
+            ("checkpoint_load_contents", _ENGINE, "whether a resume reads weights"),
+            ("checkpoint_save_contents", _HF_OUTPUT, "what verl saves; hf_model is taken out and saved by the engine"),
         ),
         *rows(
             "engine",
@@ -218,6 +222,33 @@ ENGINE = Subject(
             "`get_per_tensor_param` returns a stream and an adapter's configuration; None makes verl send merged "
             "weights",
             "tests/test_engine.py::test_synced_weights_are_the_fp32_merge_of_the_untouched_base",
+        ),
+        behaviour(
+            "checkpoint",
+            _HF_OUTPUT,
+            "the checkpoint manager writes configuration and tokenizer to `huggingface`, and no weights without "
+            "`hf_model`",
+            "tests/test_engine.py::test_hf_model_in_a_checkpoint_is_what_the_export_writes",
+        ),
+        behaviour(
+            "checkpoint",
+            _HF_OUTPUT,
+            "the merger reads `world_size` in `fsdp_config.json` and puts it into the name of the first file that it "
+            "opens",
+            "tests/test_engine.py::test_verls_merger_ends_with_a_line_that_names_the_export",
+        ),
+        behaviour(
+            "checkpoint",
+            "verl_backend/earlier_checkpoint.py",
+            "shards are named by kind, number of ranks and rank; a LoRA run adds `lora_train_meta.json`",
+            "tests/test_own_disks.py::test_a_checkpoint_of_a_run_without_hybrid_lora_is_refused_before_ray",
+        ),
+        behaviour(
+            "engine",
+            "verl_backend/run_kinds.py",
+            "`sft_trainer` reads its model, and with it `external_lib`, in each rank before it looks for an engine, "
+            "and saves the engine's checkpoint into `global_step_N` itself",
+            "tests/test_sft_run.py::test_a_resumed_run_ends_with_the_same_weights_bit_for_bit",
         ),
         behaviour(
             "engine",

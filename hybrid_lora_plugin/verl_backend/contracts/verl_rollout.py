@@ -11,6 +11,7 @@ _TRANSPORT = "verl_backend/transport.py"
 _PATCHES = "verl_backend/patches.py"
 _WORKER = "verl_backend/receiver/worker.py"
 _SERVER = "verl_backend/receiver/server.py"
+_REPLICA = "verl_backend/receiver/replica.py"
 _ROLLOUT = "verl.workers.rollout"
 _VLLM_SERVER = f"{_ROLLOUT}.vllm_rollout.vllm_async_server"
 
@@ -163,11 +164,13 @@ METRICS = Subject(
 SERVER = Subject(
     "The rollout server",
     (
+        *rows("server", _VLLM_SERVER, "", ("", _PATCHES, "module of the server")),
         *rows(
             "server",
             _VLLM_SERVER,
             "vLLMHttpServer",
-            ("", _SERVER, "base class of the server"),
+            ("", (_SERVER, _PATCHES), "base class of the server, and refused itself for a model under Hybrid-LoRA"),
+            ("_validate_configs", _PATCHES, "called as soon as a server has read its model"),
             ("__init__", _SERVER, "sets config and model_config", "config model_config"),
             ("launch_server", _SERVER, "starts the engine; the base model is looked at then"),
             ("_get_worker_extension_cls", _SERVER, "names our worker extension"),
@@ -186,14 +189,14 @@ SERVER = Subject(
             ("engine", _SERVER, "vLLM's engine"),
             ("node_rank", _SERVER, "the first node holds the engine"),
             ("config", _SERVER, "settings of the rollout"),
-            ("model_config", _SERVER, "the hybrid_lora node"),
+            ("model_config", (_SERVER, _PATCHES), "the hybrid_lora node"),
         ),
         *rows(
             "server",
             _VLLM_SERVER,
             "vLLMReplica",
-            ("", _SERVER, "base class of the replica"),
-            ("__init__", _SERVER, "how verl makes one", "replica_rank config model_config"),
+            ("", (_SERVER, _REPLICA), "base class of the replica, and itself for another model"),
+            ("__init__", (_SERVER, _REPLICA), "how verl makes one", "replica_rank config model_config"),
             ("server_class", _SERVER, "the actor class it starts"),
             ("is_reward_model is_teacher_model", _SERVER, "these keep verl's own server"),
         ),
@@ -263,6 +266,12 @@ SERVER = Subject(
         *rows("logprobs", "vllm.inputs", "TokensPrompt", ("prompt_token_ids", _SERVER, "its tokens")),
     ),
     (
+        behaviour(
+            "server",
+            _PATCHES,
+            "a server reads its model, which imports `external_lib`, and calls `_validate_configs` while it is made",
+            "tests/test_sync_verl.py::test_a_server_of_verls_own_is_refused_for_a_hybrid_model_while_it_is_made",
+        ),
         behaviour(
             "server",
             _SERVER,

@@ -15,13 +15,8 @@ _LINEAR = "vllm.model_executor.layers.linear"
 _MODELS = "vllm.model_executor.models"
 
 
-def _packed(module: str, kind: str) -> list[Contract]:
-    return rows(
-        SYNC,
-        f"{_MODELS}.{module}",
-        kind,
-        ("packed_modules_mapping", _LAYOUT, "which modules are packed into one"),
-    )
+def _packed(module: str, kind: str, reason: str = "which modules are packed into one") -> list[Contract]:
+    return rows(SYNC, f"{_MODELS}.{module}", kind, ("packed_modules_mapping", _LAYOUT, reason))
 
 
 RECEIVER = Subject(
@@ -112,6 +107,7 @@ RECEIVER = Subject(
                 _LAYOUT,
                 "where q, k and v lie in it",
             ),
+            ("QKVParallelLinear.output_sizes", _LAYOUT, "rows of the parts of a packed one"),
             ("MergedColumnParallelLinear", _LAYOUT, "gate and up in one parameter"),
             ("MergedColumnParallelLinear.output_sizes", _LAYOUT, "where gate and up lie in it"),
             ("ColumnParallelLinear", _LAYOUT, "rows are sharded"),
@@ -138,6 +134,8 @@ RECEIVER = Subject(
         *_packed("qwen2", "Qwen2ForCausalLM"),
         *_packed("qwen3", "Qwen3ForCausalLM"),
         *_packed("llama", "LlamaForCausalLM"),
+        *_packed("phi3", "Phi3ForCausalLM", "that its own weights are packed"),
+        *_packed("glm4", "Glm4ForCausalLM", "into which adapters a packed one is cut"),
         *rows(
             SYNC,
             "vllm.model_executor.model_loader.utils",
@@ -182,7 +180,7 @@ RECEIVER = Subject(
             "adapter",
             "vllm.lora.layers.base_linear",
             "BaseLinearLayerWithLoRA",
-            ("lora_a_stacked lora_b_stacked", _MODEL, "live factors by slot, read back"),
+            ("lora_a_stacked lora_b_stacked", (_MODEL, _LAYOUT), "live factors by slot, read back"),
             ("base_layer", _LAYOUT, "the layer inside"),
         ),
     ),

@@ -19,6 +19,7 @@ from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.verl_backend import registration
 from hybrid_lora_plugin.verl_backend.contracts import CONTRACTS, EVERY_RUN, FEATURES, Contract
 from hybrid_lora_plugin.verl_backend.contracts.by_source import Sources, check_sources
+from hybrid_lora_plugin.verl_backend.run_kinds import tell
 
 Missing = tuple[tuple[Contract, str], ...]
 
@@ -50,12 +51,13 @@ def needs_of(config: DictConfig, hybrid: HybridLoraConfig) -> list[Need]:
     def setting(name: str):
         return OmegaConf.select(config, name, default=None)
 
+    samples = setting("actor_rollout_ref.rollout") is not None
     needs = [
         Need("cpu", "VERL_PLATFORM: 'cpu'", "run on an accelerator")
         if os.environ.get("VERL_PLATFORM", "").strip().lower() == "cpu"
         else None
     ]
-    if setting("actor_rollout_ref.rollout") is not None:
+    if samples:
         others = [mode for mode in ("merge", "sparse_merge", "receiver_merge", "adapter") if mode != hybrid.sync]
         needs.append(
             Need(hybrid.sync, f"hybrid_lora.sync: {hybrid.sync!r}", f"give hybrid_lora.sync={' or '.join(others)}")
@@ -76,7 +78,8 @@ def needs_of(config: DictConfig, hybrid: HybridLoraConfig) -> list[Need]:
                 "give hybrid_lora.allocation=FOLDER, probed where this works",
             )
         )
-    if (setting("trainer.save_freq") or -1) > 0 or _may_resume(setting):
+    # SFT's trainer saves its last step whatever the frequency, which may be a word.
+    if not samples or (setting("trainer.save_freq") or -1) > 0 or _may_resume(setting):
         needs.append(
             Need(
                 "checkpoint",
@@ -109,7 +112,8 @@ def require_features(config: DictConfig, hybrid: HybridLoraConfig, missing: Miss
     missing = missing_here() if missing is None else missing
     lost = {feature: [text for c, text in missing if feature in c.features] for feature in FEATURES}
     version = registration.installed_verl()
-    for feature in EVERY_RUN:
+    samples = OmegaConf.select(config, "actor_rollout_ref.rollout", default=None) is not None
+    for feature in EVERY_RUN if samples else [name for name in EVERY_RUN if name != "server"]:
         if lost[feature]:
             raise ConfigurationError(
                 f"hybrid_lora: no run works with the verl {version} and the libraries that are installed "
@@ -126,7 +130,7 @@ def require_features(config: DictConfig, hybrid: HybridLoraConfig, missing: Miss
             )
     registration.require_supported_verl(version, hybrid.allow_untested)
     if not registration.is_supported(version):
-        print(_warning(version, lost))
+        tell(_warning(version, lost))
 
 
 def _first(lines: list[str]) -> str:
@@ -137,6 +141,6 @@ def _warning(version: str, lost: Mapping[str, list[str]]) -> str:
     without = [feature for feature, lines in lost.items() if lines]
     intact = f"all but {', '.join(without)}" if without else "every one of them"
     return (
-        f"hybrid_lora: warning: verl {version} is untested (tested: {registration.SUPPORTED_VERL}); of the features "
+        f"warning: verl {version} is untested (tested: {registration.SUPPORTED_VERL}); of the features "
         f"{intact} has the symbols that it needs, and what those do has not been looked at"
     )

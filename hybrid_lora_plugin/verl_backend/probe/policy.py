@@ -77,12 +77,15 @@ def probe_overrides(config: DictConfig, hybrid: HybridLoraConfig) -> list[str]:
     probe, partial = hybrid.probe, f"{hybrid.output_dir}.partial"
     warmup, scoring = probe.warmup_steps, -(-probe.partitions // probe.partitions_per_batch)
     steps, save_freq = warmup + scoring, int(config.trainer.save_freq)
-    overrides: dict[str, str | int | bool | None] = {
+    overrides: dict[str, str | int | bool | list[str] | None] = {
         "hybrid_lora.phase": "probe",
         # Its adapters are no LoRA that a rollout engine could run.
         "hybrid_lora.sync": "merge",
         # Its engine reads parameters that FSDP1 hides.
         "actor_rollout_ref.actor.strategy": "fsdp2",
+        # What it takes to continue; nobody needs its model, and a run may save that alone.
+        "actor_rollout_ref.actor.checkpoint.save_contents": ["model", "optimizer", "extra"],
+        "actor_rollout_ref.actor.checkpoint.load_contents": ["model", "optimizer", "extra"],
         "hybrid_lora.output_dir": hybrid.output_dir,
         "trainer.total_training_steps": steps,
         # An epoch of the reordered prompts is the whole probe.
@@ -118,12 +121,14 @@ def probe_overrides(config: DictConfig, hybrid: HybridLoraConfig) -> list[str]:
     return [f"{key}={_quoted(value)}" for key, value in overrides.items()]
 
 
-def _quoted(value: str | int | bool | None) -> str:
+def _quoted(value: str | int | bool | list[str] | None) -> str:
     """A value in Hydra's grammar; a text in quotes, since it may hold ``=``, commas or brackets."""
     if value is None or isinstance(value, bool):
         return str(value).lower().replace("none", "null")
     if isinstance(value, int):
         return str(value)
+    if isinstance(value, list):
+        return f"[{','.join(map(_quoted, value))}]"
     # A backslash is special only before a quote.
     text = re.sub(r'(\\*)"', r'\1\1\\"', value)
     return '"' + re.sub(r"(\\+)$", r"\1\1", text) + '"'

@@ -17,7 +17,7 @@ from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.probing.data.rows import file_digests
 from hybrid_lora_plugin.probing.loading import checkpoint_fingerprint
 
-# Nodes that select_modules what is sampled, rewarded and optimised. Machine, logging and paths of outputs are left out.
+# Nodes that decide what is sampled, rewarded and optimised. Machine, logging and paths of outputs are left out.
 _NODES = (
     "algorithm",
     "reward",

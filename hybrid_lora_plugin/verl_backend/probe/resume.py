@@ -7,7 +7,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
 from hybrid_lora_plugin.allocation.budget_modes import BudgetRecord, budget_mode
 from hybrid_lora_plugin.allocation.schema import Allocation
@@ -26,7 +26,9 @@ from hybrid_lora_plugin.probing.loading import checkpoint_fingerprint
 from hybrid_lora_plugin.probing.method import warmup_rate
 from hybrid_lora_plugin.probing.provenance import probe_record
 from hybrid_lora_plugin.scoring import get_criterion
+from hybrid_lora_plugin.verl_backend.earlier_checkpoint import actor_folder, checkpoint_to_resume, require_hybrid
 from hybrid_lora_plugin.verl_backend.probe.policy_settings import policy_settings
+from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, kind_of_run
 
 
 def has_earlier_allocation(
@@ -64,8 +66,9 @@ def data_of_run(config: DictConfig, hybrid: HybridLoraConfig) -> dict[str, Any]:
 
     What is not on this machine (a model on a hub, rows that were removed since) is left out.
     """
-    path = str(OmegaConf.select(config, "actor_rollout_ref.model.path"))
-    data: dict[str, Any] = {"checkpoint": checkpoint_fingerprint(path)}
+    kind = kind_of_run(config)
+    path = str(kind.select(config, MODEL + "path"))
+    data: dict[str, Any] = {"checkpoint": checkpoint_fingerprint(path), "model": kind.place(MODEL + "path")}
     if hybrid.probe.objective == "policy":
         data["settings"] = policy_settings(config, hybrid)
     elif all(Path(file).exists() for file in hybrid.probe.files):
@@ -79,16 +82,12 @@ def allocation_of_checkpoint(config: DictConfig) -> Path | None:
     Raises:
         ConfigurationError: there is a checkpoint to resume, and no allocation in it.
     """
-    mode = OmegaConf.select(config, "trainer.resume_mode", default="auto")
-    if mode == "resume_path":
-        folder = Path(str(OmegaConf.select(config, "trainer.resume_from_path")))
-    else:
-        checkpoints = Path(str(OmegaConf.select(config, "trainer.default_local_dir")))
-        tracker = checkpoints / "latest_checkpointed_iteration.txt"
-        if mode == "disable" or not tracker.is_file():
-            return None
-        folder = checkpoints / f"global_step_{tracker.read_text().strip()}"
-    kept = folder / "actor" / "hybrid_lora" / ALLOCATION_FILE
+    folder = checkpoint_to_resume(config)
+    if folder is None:
+        return None
+    actor = actor_folder(folder)
+    require_hybrid(actor)
+    kept = actor / "hybrid_lora" / ALLOCATION_FILE
     if not kept.is_file():
         raise ConfigurationError(
             f"hybrid_lora.allocation: None, and the checkpoint to resume in {folder} holds no "
@@ -161,4 +160,4 @@ def _data(kept: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str
         files = [{"name": file["name"], "sha256": file["sha256"]} for file in kept["files"]]
         yield "hybrid_lora.probe.files", files, now["files"]
     if now.get("checkpoint") and kept.get("checkpoint"):
-        yield "actor_rollout_ref.model.path (digest of its weights)", kept["checkpoint"], now["checkpoint"]
+        yield f"{now.get('model', MODEL + 'path')} (digest of its weights)", kept["checkpoint"], now["checkpoint"]

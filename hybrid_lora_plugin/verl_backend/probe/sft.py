@@ -23,6 +23,7 @@ from hybrid_lora_plugin.probing.progress import LineProgress
 from hybrid_lora_plugin.probing.runner import run_probe
 from hybrid_lora_plugin.scoring import get_criterion
 from hybrid_lora_plugin.verl_backend.probe.resume import command_config, has_earlier_allocation
+from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, kind_of_model
 
 
 def probed_allocation(hybrid: HybridLoraConfig, model_config: Any) -> tuple[Allocation, str]:
@@ -41,10 +42,12 @@ def probed_allocation(hybrid: HybridLoraConfig, model_config: Any) -> tuple[Allo
     """
     folder, ranks = Path(hybrid.output_dir), Ranks(torch.device(get_device_id()))
 
+    def data() -> dict[str, Any]:
+        setting = kind_of_model(model_config).place(MODEL + "path")
+        return {"checkpoint": checkpoint_fingerprint(model_config.local_path), "model": setting}
+
     def kept() -> bool:
-        return has_earlier_allocation(
-            folder, hybrid, lambda: {"checkpoint": checkpoint_fingerprint(model_config.local_path)}
-        )
+        return has_earlier_allocation(folder, hybrid, data)
 
     if not ranks.from_first(kept):
         if hybrid.probe.objective == "policy" and get_criterion(hybrid.criterion).method is not None:

@@ -30,6 +30,9 @@ WORKER_EXTENSION = "hybrid_lora_plugin.verl_backend.receiver.worker.HybridLoraWo
 class HybridLoraHttpServer(vLLMHttpServer):
     """verl's server actor with a lock on generation while weights are not proven."""
 
+    #: what ``patches.refuse_plain_servers`` looks for
+    proves_its_weights = True
+
     def __init__(self, *args, **kwargs):
         super().__init__(*args, **kwargs)
         self._hybrid = self.model_config.lora["hybrid"]

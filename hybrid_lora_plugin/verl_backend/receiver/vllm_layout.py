@@ -16,20 +16,28 @@ from hybrid_lora_plugin.sync.live_weight import LiveWeight
 
 
 class PackedModules:
-    """Which of vLLM's modules holds a plain module, and at which place: it packs q, k, v and gate, up into one each."""
+    """Which of vLLM's modules holds a plain module, and at which place: it packs q, k, v and gate, up into one each.
+
+    A family whose own weights are packed (Phi-3, GLM-4) has vLLM's module as its plain one, and no place in it.
+    """
 
     def __init__(self, model: torch.nn.Module):
-        self._owner = {
-            part: (owner, index)
-            for owner, parts in model.packed_modules_mapping.items()
-            for index, part in enumerate(parts)
-        }
+        self._parts = dict(model.packed_modules_mapping)
+        self._owner = {part: (owner, index) for owner, parts in self._parts.items() for index, part in enumerate(parts)}
 
-    def find(self, module: str) -> tuple[str, int]:
-        """(name of vLLM's module, place in it)."""
+    def find(self, module: str) -> tuple[str, int | None]:
+        """(name of vLLM's module, place in it); the place is None where the plain module is all of a packed one."""
         parent, _, last = module.rpartition(".")
+        if last in self._parts:
+            return module, None
         owner, index = self._owner.get(last, (last, 0))
         return (f"{parent}.{owner}" if parent else owner), index
+
+    def adapter_names(self, module: str) -> list[str]:
+        """The names under which vLLM takes the factors of a plain module: those of its parts where it packs several."""
+        parent, _, last = module.rpartition(".")
+        parts = self._parts.get(last, [last])
+        return [f"{parent}.{part}" for part in parts] if len(parts) > 1 else [module]
 
 
 def find_live_weight(modules: dict[str, torch.nn.Module], packed: PackedModules, name: str) -> LiveWeight:
@@ -51,10 +59,18 @@ def find_live_weight(modules: dict[str, torch.nn.Module], packed: PackedModules,
     if not isinstance(parameter, torch.Tensor):
         raise WeightSyncError(
             f"{name}: cannot be read back from the rollout engine's model, whose layout for it is unknown here; "
-            "give a dense model of the Qwen2, Qwen3 or Llama family, without modules of your own",
+            "give a model of a family in docs/models.md, without modules of your own",
             see="weight-in-an-unknown-layout",
         )
     value = parameter.detach()
+    if index is None:
+        if getattr(layer, "tp_size", 1) > 1:
+            raise WeightSyncError(
+                f"{name}: packs several projections, and each of {layer.tp_size} workers holds rows of all of them, "
+                "which are not read back here; give actor_rollout_ref.rollout.tensor_model_parallel_size=1",
+                see="weight-in-an-unknown-layout",
+            )
+        return LiveWeight(value, tuple(value.shape), None, 0)
     if isinstance(layer, linear.QKVParallelLinear):
         width = layer.head_size
         sizes = [layer.num_heads * width, layer.num_kv_heads * width, layer.num_kv_heads * _value_width(layer)]
@@ -82,6 +98,24 @@ def _value_width(layer) -> int:
     return getattr(layer, "v_head_size", layer.head_size)
 
 
+def adapter_slices(layer: Any, index: int | None, lora_b: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+    """Where vLLM's LoRA layer keeps factor B of a plain module: (slice, rows of B), each slice with A beside it.
+
+    Args:
+        layer: of vLLM, around one of its linear layers.
+        index: as of ``PackedModules.find``.
+        lora_b: [d_out, r] factor B of the plain module.
+    """
+    if index is not None:
+        return [(index, lora_b)]
+    return list(enumerate(packed_rows(layer, len(layer.lora_b_stacked), lora_b)))
+
+
+def packed_rows(layer: Any, parts: int, lora_b: torch.Tensor) -> tuple[torch.Tensor, ...]:
+    """Factor B [d_out, r] of a packed weight cut into those of its ``parts``."""
+    return (lora_b,) if parts == 1 else lora_b.split(list(getattr(layer, "base_layer", layer).output_sizes))
+
+
 def adapter_part(layer: Any, index: int, lora_a, lora_b, rows: int):
     """This worker's part of both factors, as ``lora/layers`` of vLLM shards them (without fully sharded LoRA)."""
     base = layer.base_layer
@@ -94,3 +128,15 @@ def adapter_part(layer: Any, index: int, lora_a, lora_b, rows: int):
     if isinstance(base, linear.QKVParallelLinear) and index > 0:
         rank //= base.num_kv_head_replicas
     return lora_a, lora_b[rank * rows : (rank + 1) * rows]
+
+
+def slice_holds(layer: Any, slot: int, place: int, lora_a: torch.Tensor, lora_b: torch.Tensor, scaling: float) -> bool:
+    """Whether vLLM's LoRA layer has these factors in a slice of one of its slots; it keeps B times ``scaling``."""
+    live_a, live_b = layer.lora_a_stacked[place][slot, 0], layer.lora_b_stacked[place][slot, 0]
+    wanted_a = lora_a.to(live_a.device, live_a.dtype)
+    wanted_b = lora_b.to(live_b.device, live_b.dtype) * scaling
+    wanted_a, wanted_b = adapter_part(layer, place, wanted_a, wanted_b, live_b.shape[0])
+    rank = wanted_a.shape[0]
+    return torch.equal(live_a[:rank, : wanted_a.shape[1]], wanted_a) and torch.equal(
+        live_b[: wanted_b.shape[0], :rank], wanted_b
+    )

@@ -19,7 +19,13 @@ from hybrid_lora_plugin.sync.base_weights import CheckpointWeights, checkpoint_f
 from hybrid_lora_plugin.sync.digest import digest_of, digest_soon
 from hybrid_lora_plugin.sync.live_weight import LiveWeight
 from hybrid_lora_plugin.sync.wire import SyncHeader
-from hybrid_lora_plugin.verl_backend.receiver.vllm_layout import PackedModules, adapter_part, find_live_weight
+from hybrid_lora_plugin.verl_backend.receiver.vllm_layout import (
+    PackedModules,
+    adapter_slices,
+    find_live_weight,
+    packed_rows,
+    slice_holds,
+)
 
 
 class VllmRolloutModel:
@@ -213,15 +219,19 @@ class VllmRolloutModel:
             raise WeightSyncError(
                 "the rollout engine kept its old adapter when told to remove it", see="adapter-not-held-by-the-engine"
             )
-        tensors = {}
-        for module, pair in factors.items():
-            for kind, factor in zip("AB", pair, strict=True):
-                # Clones: vLLM multiplies B by alpha / r in place.
-                tensors[PEFT_PREFIX + wire_factor(module, kind)] = factor.clone()
+        tensors, names = {}, []
+        for module, (lora_a, lora_b) in factors.items():
+            parts = self._packed.adapter_names(module)
+            rows = packed_rows(self._modules[self._packed.find(module)[0]], len(parts), lora_b)
+            for part, part_b in zip(parts, rows, strict=True):
+                names.append(part)
+                for kind, factor in (("A", lora_a), ("B", part_b)):
+                    # Clones: vLLM multiplies B by alpha / r in place.
+                    tensors[PEFT_PREFIX + wire_factor(part, kind)] = factor.clone()
         config = {
             "r": header.lora_rank,
             "lora_alpha": header.lora_alpha,
-            "target_modules": sorted(factors),
+            "target_modules": sorted(names),
             "bias": "none",
         }
         # verl has put a loader of its own in place of vLLM's `_load_adapter`, which takes tensors from memory.
@@ -362,20 +372,13 @@ class VllmRolloutModel:
                 raise WeightSyncError(
                     f"{module}: the rollout engine has no adapter slot for it", see="adapter-not-held-by-the-engine"
                 )
-            live_a, live_b = layer.lora_a_stacked[index][slot, 0], layer.lora_b_stacked[index][slot, 0]
-            wanted_a = lora_a.to(live_a.device, live_a.dtype)
-            wanted_b = lora_b.to(live_b.device, live_b.dtype) * header.scaling
-            wanted_a, wanted_b = adapter_part(layer, index, wanted_a, wanted_b, live_b.shape[0])
-            rank = wanted_a.shape[0]
-            same = torch.equal(live_a[:rank, : wanted_a.shape[1]], wanted_a) and torch.equal(
-                live_b[: wanted_b.shape[0], :rank], wanted_b
-            )
-            if not same:
-                raise WeightSyncError(
-                    f"{module}: the rollout engine's adapter holds other factors than arrived",
-                    see="adapter-not-held-by-the-engine",
-                )
-            filled.add((owner, index))
+            for place, part_b in adapter_slices(layer, index, lora_b):
+                if not slice_holds(layer, slot, place, lora_a, part_b, header.scaling):
+                    raise WeightSyncError(
+                        f"{module}: the rollout engine's adapter holds other factors than arrived",
+                        see="adapter-not-held-by-the-engine",
+                    )
+                filled.add((owner, place))
         for name, layer in manager.modules.items():
             for index, live_b in enumerate(getattr(layer, "lora_b_stacked", ())):
                 if (name, index) not in filled and live_b[slot].any():

@@ -168,6 +168,12 @@ class HybridLoraServerAdapter(ServerAdapter):
     async def _begin(self, passing: PassingWeights, step: int | None, limits: waits.Limits) -> None:
         """Lock the engine and read the header."""
         if self._ensure_server_handle():
+            if not hasattr(self.server_handle, "begin_weight_sync"):
+                # One of neither verl's class nor ours, which could not be found earlier.
+                raise WeightSyncError(
+                    "the rollout server has no begin_weight_sync: it is none of the plugin's and cannot prove weights",
+                    see="server-without-the-plugin",
+                )
             # Before anything can fail: from here on the engine generates nothing until this sync is proven.
             await _within(self.server_handle.begin_weight_sync.remote(step), "the rollout engine", limits.bucket)
         await passing.begin()

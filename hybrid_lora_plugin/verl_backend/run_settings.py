@@ -1,0 +1,225 @@
+"""Settle what a user's command and the plugin both have a say in, before anything is checked.
+
+A value that somebody gave wins, wherever it stands, or is refused by ``requirements``; a default of the plugin takes
+the place of verl's defaults only. What is decided here is told, a line for each.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf, open_dict
+
+from hybrid_lora_plugin.config import HybridLoraConfig, SyncConfig
+from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.sync.base_weights import stored_dtypes
+from hybrid_lora_plugin.training.learning_rates import Rate, learning_rates
+from hybrid_lora_plugin.verl_backend.given_settings import Given, given_settings, verls_configuration
+from hybrid_lora_plugin.verl_backend.requirements import ENGINE_MODULE
+from hybrid_lora_plugin.verl_backend.run_kinds import ACTOR, KIND, MODEL, ROLLOUT, RunKind, kind_of_run
+
+GROUP = Path(__file__).parent.parent / "conf" / "hybrid_lora" / "enabled.yaml"
+RATE, STRATEGY = ACTOR + "optim.lr", ACTOR + "strategy"
+#: modules that verl imports, which both sides may add to
+MODULES = (MODEL + "external_lib", ROLLOUT + "checkpoint_engine.custom_backend_module")
+#: set by the group, where a value of the user's own comes first
+OWN_FIRST = (ROLLOUT + "load_format", MODEL + "lora.merge")
+#: verl's name of an adapter's setting, and the plugin's
+ADAPTER = {MODEL + "lora_rank": "hybrid_lora.lora.rank", MODEL + "lora_alpha": "hybrid_lora.lora.alpha"}
+
+
+def settle(config: DictConfig) -> list[str]:
+    """Bring ``config`` to what its user gave, and both learning rates with it.
+
+    Args:
+        config: a composed run with ``+hybrid_lora=enabled``; changed in place.
+
+    Returns:
+        What was decided, in lines for the user.
+
+    Raises:
+        ConfigurationError: two settings contradict each other.
+    """
+    kind = kind_of_run(config)
+    lines = [] if kind.samples else [_settle_place(config, kind)]
+    options = [f"hybrid_lora.{name}" for name in _leaves(HybridLoraConfig)]
+    # Where this kind of run has them.
+    modules, own_first = ([kind.place(name) for name in names if kind.place(name)] for names in (MODULES, OWN_FIRST))
+    adapter = {kind.place(name): option for name, option in ADAPTER.items()}
+    rate, strategy = kind.place(RATE), kind.place(STRATEGY)
+    names = [*options, *modules, *own_first, *adapter, rate, strategy]
+    given = given_settings(config, names, _plugin_defaults(config, kind))
+    for name, found in given.items():
+        # The group was composed after a file that sets it.
+        _put(config, name, found.value)
+    # As they come out, where a file or an argument refers to another setting or to the environment.
+    given = {name: Given(_selected(config, name), found.where) for name, found in given.items()}
+    lines += [_settle_modules(config, name, given.get(name)) for name in modules]
+    trained = "lora" if _positive(given.get(kind.place(MODEL + "lora_rank"))) else "full"
+    lines += _settle_adapter(config, given, trained, adapter, kind)
+    if strategy not in given and _selected(config, strategy) == "fsdp":
+        _put(config, strategy, "fsdp2")
+    lines.append(_settle_rates(config, given, trained, rate))
+    if not kind.samples:
+        lines.append(_without_effect(given))
+    return [line for line in lines if line]
+
+
+def _selected(config: DictConfig, name: str) -> Any:
+    value = OmegaConf.select(config, name)
+    return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
+
+
+def _no_default(name: str) -> None:
+    """The plugin has no default of a setting."""
+
+
+def _settle_place(config: DictConfig, kind: RunKind) -> str:
+    """Move what the group sets for a model to where a run without rollouts has its model, and drop the rest of it."""
+    # Without Hydra's node nobody can tell it from what the group sets.
+    given = given_settings(config, ["actor_rollout_ref"], _no_default) if "hydra" in config else {}
+    for found in given.values():
+        name = _first_leaf(found.value, "actor_rollout_ref")
+        instead = kind.place(name)
+        raise ConfigurationError(
+            f"{name}: it is set ({found.where}), and {kind.command} reads no such setting; "
+            + (f"give {instead}" if instead else "leave it out"),
+            see="option-not-usable",
+        )
+    group = OmegaConf.load(GROUP).actor_rollout_ref.model
+    dtype, line = _exported_dtype(config, kind)
+    group.lora.rollout_dtype = dtype
+    with open_dict(config):
+        config.model.lora = OmegaConf.merge(config.model.get("lora") or {}, group.lora)
+        del config["actor_rollout_ref"]
+    _put(config, kind.place(KIND), kind.name)
+    return line
+
+
+def _exported_dtype(config: DictConfig, kind: RunKind) -> tuple[str, str]:
+    """Type of exported weights where no rollout engine has one, and a line that says so."""
+    name = kind.place(ROLLOUT + "dtype")
+    given = given_settings(config, [name], _no_default).get(name)
+    if given is not None and given.value is not None:
+        dtype, where = str(given.value), f"{name}, {given.where}"
+    else:
+        path = os.path.expanduser(str(OmegaConf.select(config, "model.path")))
+        half = os.path.isdir(path) and stored_dtypes(path) == {"F16"}
+        dtype = "float16" if half else "bfloat16"
+        where = "the checkpoint's" if half else f"no rollout engine has one; or give +{name}=float32"
+    return dtype, f"exported weights: {dtype} ({where}), unless hybrid-lora-export is given a dtype"
+
+
+def _first_leaf(value: Any, name: str) -> str:
+    while isinstance(value, dict) and value:
+        part, value = next(iter(value.items()))
+        name = f"{name}.{part}"
+    return name
+
+
+def _without_effect(given: dict[str, Given]) -> str:
+    """A line on options for the rollout engine that a run without one was given."""
+    # These two also say how exported weights are rounded.
+    options = {f"hybrid_lora.{spec.name}" for spec in dataclasses.fields(SyncConfig)} - {
+        "hybrid_lora.sync_rounding",
+        "hybrid_lora.sync_seed",
+    }
+    named = sorted(options & given.keys())
+    return f"without effect, as there is no rollout engine: {', '.join(named)}" if named else ""
+
+
+def _settle_modules(config: DictConfig, name: str, given: Given | None) -> str:
+    theirs = [] if given is None or not given.value else given.value
+    modules = [theirs] if isinstance(theirs, str) else list(theirs)
+    others = [module for module in modules if module != ENGINE_MODULE]
+    if not others:
+        _put(config, name, ENGINE_MODULE)
+        return ""
+    _put(config, name, [*others, ENGINE_MODULE])
+    return f"{name}: {', '.join(others)} ({given.where}) and the plugin's {ENGINE_MODULE}"
+
+
+def _settle_adapter(
+    config: DictConfig, given: dict[str, Given], trained: str, adapter: dict[str, str], kind: RunKind
+) -> Iterator[str]:
+    for name, option in adapter.items():
+        theirs, ours = given.get(name), given.get(option)
+        if theirs is not None and theirs.value and not _positive(theirs):
+            # Refused by ``requirements``, under the name that it was given by.
+            continue
+        # 0 is how a command says that it trains no LoRA.
+        if theirs is not None and not (name.endswith("lora_rank") and not theirs.value):
+            if ours is not None and ours.value != theirs.value:
+                raise ConfigurationError(
+                    f"{option}: {ours.value!r} ({ours.where}) and {name}={theirs.value!r} ({theirs.where}) contradict "
+                    f"each other; give one of them",
+                    see="two-settings-contradict",
+                )
+            _put(config, option, theirs.value)
+            yield f"{option}={theirs.value} ({name}, {theirs.where})"
+        elif trained == "lora" and ours is None and name.endswith("lora_alpha"):
+            # What the command trained with before: verl's default, whatever the rank is.
+            verls = OmegaConf.select(verls_configuration(kind.primary), name)
+            _put(config, option, verls)
+            yield f"{option}={verls} (verl's default of {name})"
+        _put(config, name, OmegaConf.select(config, option))
+
+
+def _settle_rates(config: DictConfig, given: dict[str, Given], trained: str, own: str) -> str:
+    def rate(name: str) -> Rate | None:
+        value = given[name].value if name in given else None
+        if value is None:
+            return None
+        try:
+            number = float("nan" if isinstance(value, bool) else value)
+        except (TypeError, ValueError):
+            number = float("nan")
+        if not number > 0:
+            raise ConfigurationError(
+                f"{name}: {value!r} is no learning rate; give a number above 0, e.g. 1e-6", see="option-not-usable"
+            )
+        return Rate(number, f"{name}, {given[name].where}")
+
+    rates = learning_rates(rate("hybrid_lora.full_lr"), rate("hybrid_lora.lora.lr"), rate(own), trained)
+    _put(config, "hybrid_lora.full_lr", rates.full.value)
+    _put(config, "hybrid_lora.lora.lr", rates.lora.value)
+    return str(rates)
+
+
+def _positive(given: Given | None) -> bool:
+    return given is not None and isinstance(given.value, int | float) and given.value > 0
+
+
+def _put(config: DictConfig, name: str, value: Any) -> None:
+    with open_dict(config):
+        OmegaConf.update(config, name, value, force_add=True)
+
+
+def _leaves(kind: type, prefix: str = "") -> Iterator[str]:
+    """Dotted names of all options of a configuration dataclass."""
+    for spec in dataclasses.fields(kind):
+        part = spec.default_factory if spec.default_factory is not dataclasses.MISSING else None
+        if isinstance(part, type) and dataclasses.is_dataclass(part):
+            yield from _leaves(part, f"{prefix}{spec.name}.")
+        else:
+            yield prefix + spec.name
+
+
+def _plugin_defaults(config: DictConfig, kind: RunKind) -> Callable[[str], Any]:
+    """Name -> the plugin's default: an option's own, or what the group makes of the options for a setting of verl's."""
+    options = OmegaConf.create({"hybrid_lora": OmegaConf.structured(HybridLoraConfig)})
+    group = OmegaConf.load(GROUP)
+    del group["defaults"], group["hydra"]
+    group = OmegaConf.merge({"hybrid_lora": OmegaConf.to_container(config.hybrid_lora)}, group)
+    if not kind.samples:
+        group.model = group.pop("actor_rollout_ref").model
+
+    def default_of(name: str) -> Any:
+        source = options if name.startswith("hybrid_lora.") else group
+        return OmegaConf.select(source, name, throw_on_resolution_failure=False)
+
+    return default_of

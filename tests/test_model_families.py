@@ -1,0 +1,58 @@
+"""Every supported family all the way, with a real vLLM: probe, apply, every sync mode, checkpoint, export, reload."""
+
+from __future__ import annotations
+
+import json
+from statistics import mean
+
+import pytest
+
+pytest.importorskip("verl", reason="verl is not installed")
+
+from hybrid_lora_plugin.candidates import FUSED_TYPES, TYPE_ORDER  # noqa: E402
+from hybrid_lora_plugin.model_families import FAMILIES  # noqa: E402
+from tests.support.forking_python import ForkingPython  # noqa: E402
+from tests.support.tiny_families import SPECIAL  # noqa: E402
+from tests.support.verl_processes import ROOT, environment_of  # noqa: E402
+
+pytestmark = pytest.mark.verl
+
+each_family = pytest.mark.parametrize("family", FAMILIES)
+#: types of the candidates where they are not q, k, v, o, gate, up and down
+TYPES = {
+    "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
+    "glm": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"},
+    "glm4": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"},
+}
+
+
+@pytest.fixture(scope="module")
+def round_trip():
+    """``family_worker`` as a function of its arguments; its imports are paid once."""
+    command = ForkingPython("tests.support.family_worker", ROOT, environment_of())
+    yield command
+    command.close()
+
+
+@each_family
+def test_a_family_goes_all_the_way(round_trip, family, tmp_path):
+    done = round_trip(str(tmp_path / "seen.json"), family)
+    assert done.returncode == 0, done.stdout[-6000:]
+    found = json.loads((tmp_path / "seen.json").read_text())
+    types = TYPES.get(family, set(TYPE_ORDER) - FUSED_TYPES.keys())
+    # Each of them is a full module in one layer and has an adapter in another.
+    assert set(found["types"]) == set(found["full"]) == set(found["lora"]) == types
+    assert found["frozen"] == ["lm_head"]
+    # In float32 the engine computes what the trainer does; in bfloat16 every bit was read back, and the policy follows.
+    exact = {name: max(values) for name, values in found["differences"].items() if name.startswith("float32")}
+    rounded = {name: mean(values) for name, values in found["differences"].items() if name.startswith("bfloat16")}
+    unsynced = mean(found["unsynced"])
+    assert len(exact) == 2 and max(exact.values()) < 1e-4, exact
+    assert len(rounded) == 6 and max(rounded.values()) < unsynced / 2, (rounded, unsynced)
+    exported = found["export"]
+    assert exported["differs"] == [] and exported["compared"] > 20
+    assert exported["difference"] < 1e-5
+
+
+def test_every_family_has_a_tiny_model():
+    assert SPECIAL.keys() == FAMILIES.keys()

@@ -1,0 +1,236 @@
+"""Models and checkpoints that cannot be trained or synced: refused by how they are built, each in one line."""
+
+from __future__ import annotations
+
+import json
+import shutil
+
+import pytest
+import torch
+import transformers
+from torch import nn
+
+from hybrid_lora_plugin.candidates import FUSED_TYPES, find_candidates, find_candidates_from_config, meta_model
+from hybrid_lora_plugin.config import ModelConfig
+from hybrid_lora_plugin.errors import ConfigurationError, split_reference
+from hybrid_lora_plugin.linear_account import account_markdown, account_text, frozen_linear
+from hybrid_lora_plugin.model_families import FAMILIES, refuse_config, untried
+from hybrid_lora_plugin.model_folder import check_model_folder
+from hybrid_lora_plugin.probing.loading import check_model
+from tests.support.tiny_families import SIZES
+from tests.support.verl_processes import ROOT
+
+SMALL = {name: value for name, value in SIZES.items() if name != "head_dim"} | {"vocab_size": 50}
+EXPERTS, MULTIMODAL, RECURRENT = (
+    "mixture-of-experts-not-supported",
+    "multimodal-model-not-supported",
+    "recurrent-model-not-supported",
+)
+#: class of a config, what makes it small, and why it is refused
+REFUSED = {
+    "Qwen3MoeConfig": (SMALL | {"num_experts": 4, "moe_intermediate_size": 16}, EXPERTS),
+    "MixtralConfig": (SMALL | {"num_local_experts": 4}, EXPERTS),
+    "OlmoeConfig": (SMALL | {"num_experts": 4}, EXPERTS),
+    "GptOssConfig": (SMALL | {"num_local_experts": 4}, EXPERTS),
+    "Qwen2VLConfig": ({}, MULTIMODAL),
+    "Qwen2_5_VLConfig": ({}, MULTIMODAL),
+    "Qwen3VLConfig": ({}, MULTIMODAL),
+    "Gemma3Config": ({}, MULTIMODAL),
+    "Qwen3_5Config": ({}, MULTIMODAL),
+    "T5Config": ({}, MULTIMODAL),
+    "Qwen3_5TextConfig": (SMALL, RECURRENT),
+    "Qwen3NextConfig": (SMALL | {"num_experts": 0}, RECURRENT),
+    "FalconH1Config": (SMALL, RECURRENT),
+    "MambaConfig": ({"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1}, RECURRENT),
+    "Lfm2Config": (SMALL | {"layer_types": ["conv", "full_attention"]}, RECURRENT),
+}
+
+
+def refusal(call, *arguments, **options) -> tuple[str, str]:
+    """The line that a call is refused with, and its anchor."""
+    with pytest.raises(ConfigurationError) as caught:
+        call(*arguments, **options)
+    text, anchor = split_reference(str(caught.value))
+    assert "\n" not in text and text.startswith("model: ") and "; " in text, text
+    return text, anchor
+
+
+# -- families ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", REFUSED)
+def test_a_kind_that_cannot_be_synced_is_refused_by_name(kind):
+    changes, anchor = REFUSED[kind]
+    config = getattr(transformers, kind)(**changes)
+    text, found = refusal(find_candidates_from_config, config)
+    assert found == anchor and kind.removesuffix("Config").removesuffix("Text") in text
+
+
+class Decoder(nn.Module):
+    """A decoder layer with one candidate and something else in it."""
+
+    def __init__(self, **parts: nn.Module | nn.Parameter):
+        super().__init__()
+        layer = nn.Module()
+        layer.self_attn, layer.other = nn.Module(), nn.Module()
+        layer.self_attn.q_proj = nn.Linear(4, 4)
+        for name, part in parts.items():
+            setattr(layer.other, name, part)
+        self.layers = nn.ModuleList([layer])
+
+
+@pytest.mark.parametrize(
+    ("parts", "anchor", "where"),
+    [
+        ({"gate_up_proj": nn.Parameter(torch.ones(2, 4, 4))}, EXPERTS, "layers.0.other.gate_up_proj"),
+        ({"experts": nn.ModuleList([nn.Linear(4, 4)])}, EXPERTS, "layers.0.other.experts"),
+        ({"conv1d": nn.Conv1d(4, 4, 2)}, RECURRENT, "layers.0.other.conv1d"),
+        ({"A_log": nn.Parameter(torch.ones(4))}, RECURRENT, "layers.0.other.A_log"),
+    ],
+    ids=["stacked experts", "listed experts", "convolution", "decay"],
+)
+def test_a_model_with_no_config_that_says_so_is_refused_by_its_modules(parts, anchor, where):
+    """Also the workers see it so: what is applied there is this very function."""
+    text, found = refusal(find_candidates, Decoder(**parts))
+    assert found == anchor and where in text
+    assert [candidate.type for candidate in find_candidates(Decoder(other=nn.Linear(4, 4)))] == ["q_proj"]
+
+
+def test_a_quantised_model_of_the_hub_is_refused_by_its_config():
+    config = transformers.Qwen2Config(**SMALL, quantization_config={"quant_method": "awq", "bits": 4})
+    text, anchor = refusal(refuse_config, config)
+    assert anchor == "quantised-checkpoint" and "awq" in text
+
+
+def test_a_family_that_no_test_takes_all_the_way_is_said():
+    for kind in ("Qwen2Config", "Phi3Config", "Gemma3TextConfig"):
+        assert untried(getattr(transformers, kind)()) is None
+    assert "starcoder2" in untried(transformers.Starcoder2Config())
+
+
+# -- folders ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def checkpoint(tiny_qwen2, tmp_path):
+    """A checkpoint that a test may damage."""
+    return shutil.copytree(tiny_qwen2, tmp_path / "checkpoint")
+
+
+def set_field(file, **fields):
+    file.write_text(json.dumps(json.loads(file.read_text()) | fields))
+
+
+def test_a_folder_with_an_adapter_is_refused(checkpoint):
+    (checkpoint / "adapter_config.json").write_text("{}")
+    text, anchor = refusal(check_model_folder, checkpoint, safetensors=True)
+    assert anchor == "checkpoint-with-an-adapter" and "merge_and_unload" in text
+    assert refusal(check_model, ModelConfig(path=str(checkpoint)))[1] == anchor
+
+
+@pytest.mark.parametrize("file", ["config.json", "hf_quant_config.json"])
+def test_a_quantised_folder_is_refused(checkpoint, file):
+    if file == "config.json":
+        set_field(checkpoint / file, quantization_config={"quant_method": "gptq"})
+    else:
+        (checkpoint / file).write_text(json.dumps({"quantization": {"quant_algo": "gptq"}}))
+    text, anchor = refusal(check_model_folder, checkpoint, safetensors=True)
+    assert anchor == "quantised-checkpoint" and file in text and "gptq" in text
+
+
+def _shards(folder, there: bool):
+    weights = folder / "model.safetensors"
+    weights.rename(folder / "model-00001-of-00002.safetensors")
+    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    if not there:
+        index["weight_map"]["b"] = "model-00002-of-00002.safetensors"
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+DAMAGES = {
+    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+    "an absent shard": (lambda folder: _shards(folder, there=False), "names model-00002-of-00002.safetensors"),
+    "a pointer": (
+        lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
+        "git lfs pull",
+    ),
+    "no index": (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "is no index of weights"),
+    "another format": (
+        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        "has its weights in pytorch_model.bin",
+    ),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_folder_without_weights_that_vllm_can_load_is_refused(checkpoint, damage):
+    spoil, words = DAMAGES[damage]
+    spoil(checkpoint)
+    text, anchor = refusal(check_model_folder, checkpoint, safetensors=True)
+    assert anchor == "checkpoint-without-weights" and words in text
+    if damage == "another format":
+        check_model_folder(checkpoint, safetensors=False)
+    else:
+        assert refusal(check_model_folder, checkpoint, safetensors=False)[0] == text
+
+
+def test_a_whole_folder_passes(checkpoint):
+    check_model_folder(checkpoint, safetensors=True)
+    check_model(ModelConfig(path=str(checkpoint)))
+    _shards(checkpoint, there=True)
+    check_model_folder(checkpoint, safetensors=True)
+
+
+# -- the account ------------------------------------------------------------------------------------------------------
+
+
+def test_every_linear_module_is_a_candidate_or_accounted_for_and_the_shares_add_up():
+    for config in (
+        transformers.Qwen2Config(**SMALL, tie_word_embeddings=True),
+        transformers.LlamaConfig(**SMALL, tie_word_embeddings=False),
+        transformers.Phi3Config(**SMALL, pad_token_id=0),
+        # A gate beside the known projections, a head of two, and MLPs with names of their own.
+        transformers.Starcoder2Config(**SMALL),
+    ):
+        model = meta_model(config)
+        candidates, parameters = find_candidates(model), sum(p.numel() for p in model.parameters())
+        frozen = frozen_linear(model, candidates)
+        linear = [name for name, module in model.named_modules() if isinstance(module, nn.Linear)]
+        assert len(linear) == len(candidates) + sum(one.modules for one in frozen)
+        rows = account_markdown(candidates, frozen, parameters)[2:]
+        cells = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+        parts = [int(size.replace(",", "")) for what, _, size, *_ in cells if what != "all candidates"]
+        assert sum(parts) == parameters and min(parts) >= 0
+        text = account_text(candidates, frozen, parameters)
+        assert len(text) == len(rows) and len({line.index("%") for line in text}) == 1
+
+
+def test_reasons_name_what_a_frozen_module_is():
+    tied = meta_model(transformers.Qwen2Config(**SMALL, tie_word_embeddings=True))
+    untied = meta_model(transformers.Qwen2Config(**SMALL, tie_word_embeddings=False))
+    (head,) = frozen_linear(tied, find_candidates(tied))
+    assert (head.name, head.parameters, head.reason) == ("lm_head", 0, "its weight is the embedding's")
+    (head,) = frozen_linear(untied, find_candidates(untied))
+    assert head.parameters == 50 * SIZES["hidden_size"] and "outside the decoder layers" in head.reason
+    other = meta_model(transformers.Starcoder2Config(**SMALL))
+    found = {one.name: one for one in frozen_linear(other, find_candidates(other))}
+    assert found["model.layers.*.mlp.c_fc"].modules == 2
+    assert "type that is no candidate" in found["model.layers.*.mlp.c_fc"].reason
+
+
+def test_fused_projections_are_candidates_of_their_own_types():
+    config = transformers.Phi3Config(**SMALL, pad_token_id=0)
+    candidates = [c for c in find_candidates_from_config(config) if c.layer == 0]
+    assert [c.type for c in candidates] == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
+    assert [c.component for c in candidates] == ["attention", "attention", "mlp", "mlp"]
+    assert {c.type for c in candidates} > FUSED_TYPES.keys()
+
+
+# -- the page ---------------------------------------------------------------------------------------------------------
+
+
+def test_the_page_lists_the_families_that_a_test_takes_all_the_way():
+    page = (ROOT / "docs/models.md").read_text()
+    supported = page.partition("## Supported")[2].partition("\n## ")[0]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in supported.splitlines() if row.startswith("| ")]
+    assert {model_type.strip("`"): name for name, model_type, *_ in rows[1:] if model_type != "---"} == FAMILIES
