@@ -730,7 +730,8 @@ _RECEIVER = [
         "receiver",
         "vllm.lora.layers.base_linear",
         "BaseLinearLayerWithLoRA",
-        ("lora_a_stacked lora_b_stacked", (_MODEL, _LAYOUT), "live factors by slot, read back"),
+        ("lora_a_stacked", _LAYOUT, "live factor A by slot, read back"),
+        ("lora_b_stacked", (_MODEL, _LAYOUT), "live factor B by slot, read back"),
         ("base_layer", _LAYOUT, "the layer inside"),
     ),
 ]
