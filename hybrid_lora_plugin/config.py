@@ -90,7 +90,8 @@ class TrainedAdapterConfig(AdapterConfig):
     lr: float | None = documented(
         None,
         "Learning rate of the LoRA modules; null follows `actor_rollout_ref.actor.optim.lr` where your command trains "
-        "LoRA by `actor_rollout_ref.model.lora_rank`, else it is 25 times `hybrid_lora.full_lr`.",
+        "LoRA by `actor_rollout_ref.model.lora_rank` (in SFT `optim.lr` and `model.lora_rank`), else it is 25 times "
+        "`hybrid_lora.full_lr`.",
         source="paper §4.3: 2.5e-5, 25 times that of full modules",
         unit="per step",
         bound=above(0, "a learning rate above 0, e.g. 2.5e-5"),
@@ -134,8 +135,9 @@ class TrainingConfig(SelectionConfig):
     probe: ProbeConfig = documented(ProbeConfig, "Probing run.", source="paper Algorithm 1")
     full_lr: float | None = documented(
         None,
-        "Learning rate of the fully fine-tuned modules; null follows `actor_rollout_ref.actor.optim.lr`, the rate of "
-        "your own full fine-tuning, or a 25th of `hybrid_lora.lora.lr`; where none is given it is the paper's 1e-6.",
+        "Learning rate of the fully fine-tuned modules; null follows `actor_rollout_ref.actor.optim.lr` (in SFT "
+        "`optim.lr`), the rate of your own full fine-tuning, or a 25th of `hybrid_lora.lora.lr`; where none is given "
+        "it is the paper's 1e-6.",
         source="paper §4.3",
         unit="per step",
         bound=above(0, "a learning rate above 0, e.g. 1e-6"),
@@ -223,7 +225,7 @@ class ExportCommandConfig:
     dtype: str = documented(
         "auto",
         "Type of the weights: `auto` is the one of the run's rollout engine, with the very weights that the sync of "
-        "that step gave it; `float32` keeps all of the update.",
+        "that step gave it, or what an SFT run has said at its start; `float32` keeps all of the update.",
         source="own choice: what was validated is what is exported",
         choices=EXPORT_DTYPES,
     )

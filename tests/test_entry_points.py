@@ -17,7 +17,7 @@ from recipes.demo import base_model, task  # noqa: E402
 from tests.support import held_weights  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
 from tests.support.verl_processes import ROOT, run  # noqa: E402
-from tests.test_sync_run import PLUGIN  # noqa: E402
+from tests.test_sync_run import MICRO_BATCHES, PLUGIN  # noqa: E402
 
 pytestmark = [pytest.mark.verl, pytest.mark.ray]
 
@@ -76,6 +76,7 @@ def test_two_steps_leave_the_engine_with_the_bits_of_the_checkpoint(trainer, set
             f"actor_rollout_ref.model.path={folder / 'model'}",
             f"data.train_files={files['train']}", f"data.val_files={files['validation']}",
             f"data.train_batch_size={PROMPTS}", f"actor_rollout_ref.actor.ppo_mini_batch_size={PROMPTS}",
+            *(f"actor_rollout_ref.{part}_micro_batch_size_per_gpu={PROMPTS * ANSWERS}" for part in MICRO_BATCHES),
             f"actor_rollout_ref.rollout.n={ANSWERS}", "trainer.val_before_train=false", "trainer.test_freq=-1",
             f"trainer.total_training_steps={STEPS}", "trainer.save_freq=1", "trainer.logger=[console]",
             f"trainer.default_local_dir={checkpoints}", f"hydra.run.dir={tmp_path / 'hydra'}", *arguments,

@@ -15,7 +15,7 @@ VERL_LAYERS = ("verl_backend", "cli", "conf")
 # layer -> (importable anywhere, importable inside functions only), beside the standard library and this package
 PURE = {
     "model_families.py": ({"torch"}, set()),
-    "model_folder.py": (set(), set()),
+    "base_checkpoint.py": (set(), set()),
     "candidates.py": ({"numpy", "torch"}, {"transformers"}),
     "linear_account.py": ({"torch"}, set()),
     "scoring": ({"numpy", "torch"}, set()),
@@ -27,14 +27,14 @@ PURE = {
 CONFIG_PARTS = {"config_field", "config_selection", "config_probe", "config_sync"}
 GROUND = {"__version__", "errors", "names", "files", "seeding", "parameter_counts", "config"} | CONFIG_PARTS
 #: What tells models apart, by their modules and their files.
-MODELS = {"candidates", "linear_account", "model_families", "model_folder"}
+MODELS = {"base_checkpoint", "candidates", "linear_account", "model_families"}
 # What a layer may use of this package: data flow one way, from the first row to the last.
 INTERNAL = {
     **{f"config_{part}.py": {"config_field", "errors"} for part in ("selection", "probe", "sync")},
     "config.py": CONFIG_PARTS | {"errors"},
     "config_validation.py": {"config", "errors"},
     "model_families.py": {"errors"},
-    "model_folder.py": {"errors", "model_families"},
+    "base_checkpoint.py": {"errors", "model_families"},
     "candidates.py": {"errors", "model_families"},
     "linear_account.py": {"candidates"},
     "scoring": GROUND | {"candidates"},

@@ -29,7 +29,8 @@ TYPES = {
 @pytest.fixture(scope="module")
 def round_trip():
     """``family_worker`` as a function of its arguments; its imports are paid once."""
-    command = ForkingPython("tests.support.family_worker", ROOT, environment_of())
+    # vLLM would compile its sampler for each.
+    command = ForkingPython("tests.support.family_worker", ROOT, environment_of(TORCHDYNAMO_DISABLE="1"))
     yield command
     command.close()
 
@@ -50,7 +51,8 @@ def test_a_family_goes_all_the_way(round_trip, family, tmp_path):
     assert len(exact) == 2 and max(exact.values()) < 1e-4, exact
     assert len(rounded) == 6 and max(rounded.values()) < unsynced / 2, (rounded, unsynced)
     exported = found["export"]
-    assert exported["differs"] == [] and exported["compared"] > 20
+    # Header and manifest are sent besides.
+    assert exported["differs"] == [] and exported["compared"] == exported["sent"] - 2 > 10
     assert exported["difference"] < 1e-5
 
 

@@ -10,12 +10,12 @@ import torch
 import transformers
 from torch import nn
 
+from hybrid_lora_plugin.base_checkpoint import check_model_folder
 from hybrid_lora_plugin.candidates import FUSED_TYPES, find_candidates, find_candidates_from_config, meta_model
 from hybrid_lora_plugin.config import ModelConfig
 from hybrid_lora_plugin.errors import ConfigurationError, split_reference
 from hybrid_lora_plugin.linear_account import account_markdown, account_text, frozen_linear
 from hybrid_lora_plugin.model_families import FAMILIES, refuse_config, untried
-from hybrid_lora_plugin.model_folder import check_model_folder
 from hybrid_lora_plugin.probing.loading import check_model
 from tests.support.tiny_families import SIZES
 from tests.support.verl_processes import ROOT
@@ -224,6 +224,102 @@ def test_fused_projections_are_candidates_of_their_own_types():
     assert [c.type for c in candidates] == ["qkv_proj", "o_proj", "gate_up_proj", "down_proj"]
     assert [c.component for c in candidates] == ["attention", "attention", "mlp", "mlp"]
     assert {c.type for c in candidates} > FUSED_TYPES.keys()
+
+
+# -- on the driver ----------------------------------------------------------------------------------------------------
+
+
+def run_of(path, **rollout):
+    """As much of a run's configuration as the check reads."""
+    from omegaconf import OmegaConf
+
+    rollout = {"load_format": "safetensors", "tensor_model_parallel_size": 1} | rollout
+    node = {"model": {"path": str(path)}, "rollout": rollout}
+    return OmegaConf.create({"algorithm": {}, "actor_rollout_ref": node})
+
+
+@pytest.fixture
+def checked():
+    pytest.importorskip("omegaconf")
+    from hybrid_lora_plugin.verl_backend.model_check import checked_model
+
+    return checked_model
+
+
+def test_the_driver_says_what_trains_and_what_stays_frozen(checked, tiny_qwen2, capsys):
+    config, candidates = checked(run_of(tiny_qwen2))
+    assert config.model_type == "qwen2" and len(candidates) == 14
+    said = capsys.readouterr().out.splitlines()
+    assert all(line.startswith("hybrid_lora: ") for line in said) and len(said) == 1 + 7 + 1 + 1 + 1
+    assert any("q_proj" in line and "candidate, attention" in line for line in said)
+    assert any("lm_head" in line and "its weight is the embedding's" in line for line in said)
+
+
+@pytest.mark.parametrize("kind", ["Qwen3MoeConfig", "Gemma3Config", "FalconH1Config"])
+def test_the_driver_refuses_a_folder_and_a_name_on_the_hub_by_its_config_alone(
+    checked, kind, tmp_path, monkeypatch, capsys
+):
+    changes, anchor = REFUSED[kind]
+    config = getattr(transformers, kind)(**changes)
+    # A folder needs weights to get that far.
+    folder = tmp_path / "folder"
+    config.save_pretrained(folder)
+    (folder / "model.safetensors").write_bytes(b"0")
+    assert refusal(checked, run_of(folder))[1] == anchor
+    # The hub's own layout on this machine: a name of which nothing but the config has been fetched.
+    snapshot = tmp_path / "hub/models--some--model/snapshots/0123456789abcdef0123456789abcdef01234567"
+    config.save_pretrained(snapshot)
+    (tmp_path / "hub/models--some--model/refs").mkdir()
+    (tmp_path / "hub/models--some--model/refs/main").write_text(snapshot.name)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    assert refusal(checked, run_of("some/model"))[1] == anchor
+    # One that cannot be fetched is left to the workers, in words.
+    assert checked(run_of("some/other-model")) is None
+    said = capsys.readouterr().out
+    assert "actor_rollout_ref.model.path: 'some/other-model' cannot be checked on the driver" in said
+    assert "the workers check it" in said
+
+
+def test_the_driver_leaves_what_is_on_another_file_system_to_the_workers(checked, capsys):
+    assert checked(run_of("hdfs://place/model")) is None
+    assert "it is not on this machine" in capsys.readouterr().out
+
+
+def test_the_driver_asks_for_what_the_rollout_engine_loads(checked, checkpoint):
+    DAMAGES["another format"][0](checkpoint)
+    assert refusal(checked, run_of(checkpoint))[1] == "checkpoint-without-weights"
+    assert checked(run_of(checkpoint, load_format="auto")) is not None
+
+
+def test_packed_projections_take_one_rollout_worker_each(checked, tmp_path):
+    from tests.support.tiny_families import make_family
+
+    model = make_family("phi3", tmp_path / "model")
+    with pytest.raises(ConfigurationError) as caught:
+        checked(run_of(model, tensor_model_parallel_size=2))
+    text, anchor = split_reference(str(caught.value))
+    assert anchor == "packed-weight-over-several-workers" and "tensor_model_parallel_size: 2" in text
+    assert "gate_up_proj and qkv_proj" in text
+    assert checked(run_of(model)) is not None
+
+
+def test_a_kernel_without_the_cap_of_a_model_is_said(checked, tmp_path, capsys):
+    from tests.support.tiny_families import make_family
+
+    run = run_of(make_family("gemma2", tmp_path / "model"))
+    for kernel, warned in (("flash_attention_2", False), ("sdpa", True)):
+        run.actor_rollout_ref.model.override_config = {"attn_implementation": kernel}
+        checked(run)
+        assert ("WARNING" in capsys.readouterr().out) is warned
+
+
+def test_the_workers_refuse_what_the_driver_could_not_see(cases):
+    """The same function, from where every worker builds the model it trains."""
+    from hybrid_lora_plugin.training.apply import apply_allocation
+
+    changes, anchor = REFUSED["Qwen3MoeConfig"]
+    model = transformers.AutoModelForCausalLM.from_config(transformers.Qwen3MoeConfig(**changes))
+    assert refusal(apply_allocation, model, cases["tied"].allocation)[1] == anchor
 
 
 # -- the page ---------------------------------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ REFUSING = (
     "verl_backend/preflight.py",
     "verl_backend/model_check.py",
     "model_families.py",
-    "model_folder.py",
+    "base_checkpoint.py",
     "verl_backend/requirements.py",
     "verl_backend/optimizer_settings.py",
     "verl_backend/run_settings.py",

@@ -15,10 +15,10 @@ from hybrid_lora_plugin.errors import ConfigurationError
 
 PROGRAM = "hybrid-lora-probe"
 SUMMARY = (
-    "Attaches SVD-style LoRA to every q, k, v, o, gate, up and down projection, warms it up, scores each module and "
-    "writes an allocation: the modules to fine-tune fully within the budget, and those that get LoRA. Ctrl-C keeps the "
-    "state; the same command continues. Several GPUs: torchrun --nproc-per-node=8 -m hybrid_lora_plugin.cli.probe "
-    "key=value ..., with the base model sharded over them."
+    "Attaches SVD-style LoRA to every q, k, v, o, gate, up and down projection (also packed ones), warms it up, scores "
+    "each module and writes an allocation: the modules to fine-tune fully within the budget, and those that get LoRA. "
+    "Ctrl-C keeps the state; the same command continues. Several GPUs: torchrun --nproc-per-node=8 -m "
+    "hybrid_lora_plugin.cli.probe key=value ..., with the base model sharded over them."
 )
 EXAMPLE = f"{PROGRAM} model.path=Qwen/Qwen2.5-1.5B-Instruct 'probe.files=[train.jsonl]' output_dir=outputs/probe"
 

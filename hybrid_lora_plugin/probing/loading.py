@@ -9,10 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from hybrid_lora_plugin.base_checkpoint import check_model_folder
 from hybrid_lora_plugin.candidates import find_candidates, meta_model
 from hybrid_lora_plugin.config import ModelConfig
 from hybrid_lora_plugin.errors import ProbeError
-from hybrid_lora_plugin.model_folder import check_model_folder
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 

@@ -20,6 +20,7 @@ from verl.workers.engine import FSDPEngineWithLMHead
 
 from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.storage import allocation_file, load_allocation
+from hybrid_lora_plugin.base_checkpoint import check_model_folder
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.model_families import refuse_config
@@ -105,8 +106,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
     # -- building ---------------------------------------------------------------------------------------------
 
     def _build_module(self):
-        # Before its weights are read; modules of it are looked at when the allocation is applied.
-        refuse_config(self.model_config.hf_config)
+        self._ranks.from_first(self._check_base)
         # verl holds a whole model in one type; only what trains needs fp32, and is made so with its adapters.
         given = self.engine_config
         # Rank 0's: a machine without the checkpoint's files could not tell.
@@ -122,6 +122,13 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
                 return super()._build_module()
         finally:
             self.engine_config = given
+
+    def _check_base(self) -> None:
+        """Refuse a model that the driver could not see before its weights are read; its modules are looked at later."""
+        refuse_config(self.model_config.hf_config)
+        folder = Path(self.model_config.local_path)
+        if folder.is_dir():
+            check_model_folder(folder, safetensors=False)
 
     def _build_lora_module(self, module):
         # As in verl: the embedding output needs a gradient for checkpointed layers below the first adapter.

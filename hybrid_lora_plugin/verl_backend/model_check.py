@@ -7,11 +7,11 @@ from typing import Any
 
 from omegaconf import DictConfig
 
+from hybrid_lora_plugin.base_checkpoint import check_model_folder
 from hybrid_lora_plugin.candidates import FUSED_TYPES, Candidate, find_candidates, meta_model
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.linear_account import account_text, frozen_linear
 from hybrid_lora_plugin.model_families import untried
-from hybrid_lora_plugin.model_folder import check_model_folder
 from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, ROLLOUT, kind_of_run, tell
 
 
@@ -46,6 +46,12 @@ def checked_model(config: DictConfig) -> tuple[Any, list[Candidate]] | None:
     tell("linear modules: number, parameters, share of the model")
     for line in account_text(candidates, frozen_linear(model, candidates), parameters):
         tell(f"  {line}")
+    kernel = kind.select(config, MODEL + "override_config.attn_implementation")
+    if kind.samples and kernel == "sdpa" and getattr(model_config, "attn_logit_softcapping", None):
+        tell(
+            f"WARNING: {MODEL}override_config.attn_implementation: sdpa leaves out the cap on attention logits that "
+            "the rollout engine applies; give flash_attention_2 or eager [docs/models.md]"
+        )
     if said := untried(model_config):
         tell(said)
     return model_config, candidates

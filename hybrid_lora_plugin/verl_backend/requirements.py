@@ -137,6 +137,15 @@ _RULES: dict[str, Rule] = {
         "1: vLLM answers for one of several data-parallel engines only; more replicas do the same work",
         see="rollout-not-supported",
     ),
+    # Of verl's fully asynchronous trainer.
+    **{
+        f"async_training.{name}": Rule(
+            lambda v: not v,
+            "false: rollout engines beside the trainer and apart from it in one run of this trainer were not tried",
+            see="rollout-not-supported",
+        )
+        for name in ("use_trainer_do_validate", "use_dynamic_resource_scheduling")
+    },
     ROLLOUT + "mtp.enable_rollout": Rule(
         lambda v: not v,
         "false: the weights of a drafting head are not part of a sync",

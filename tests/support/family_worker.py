@@ -21,6 +21,7 @@ from vllm import LLM, SamplingParams
 from vllm.distributed.parallel_state import destroy_distributed_environment, destroy_model_parallel
 from vllm.lora.request import LoRARequest
 from vllm.model_executor.models.registry import ModelRegistry
+from vllm.model_executor.models.transformers.base import Base
 
 from hybrid_lora_plugin.allocation import load_allocation
 from hybrid_lora_plugin.allocation.select import select_modules
@@ -31,6 +32,7 @@ from hybrid_lora_plugin.config import AllocateCommandConfig, ProbeCommandConfig
 from hybrid_lora_plugin.config_selection import ControlConfig
 from hybrid_lora_plugin.names import wire_name
 from hybrid_lora_plugin.probing.runner import run_probe
+from hybrid_lora_plugin.report import artifact
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.received import compare_entries
 from hybrid_lora_plugin.sync.wire import MANIFEST, entries_of, read_manifest
@@ -49,6 +51,12 @@ RANK, ALPHA = 4, 8
 LENGTH, NEW = 48, 12
 #: the type of an engine and the modes it takes: exact numbers in one, every bit of a sync in the other
 ENGINES = (("float32", ("adapter",)), ("bfloat16", ("merge", "sparse_merge", "receiver_merge")))
+
+# Pictures take as long as all the rest, and show nothing of a family.
+artifact.draw_heatmap = artifact.draw_scores = lambda *_: None
+# Where vLLM has no model of its own for a family, it marks the class of transformers for compiling, and that is the
+# trainer's class, too, here in the same process. Nothing is compiled in eager mode.
+Base._decorate_for_torch_compile = lambda _: None
 
 
 def probed(model: Path, folder: Path) -> Path:
@@ -86,6 +94,7 @@ class Pair:
             enforce_eager=True,
             max_model_len=LENGTH + 1,
             max_num_seqs=2,
+            num_gpu_blocks_override=32,
             worker_extension_cls=WORKER_EXTENSION,
             **options,
         )
@@ -158,6 +167,7 @@ def exported(trainer: Any, model: Path, allocation: Path, folder: Path, merged: 
             plain = dict(loaded.named_parameters())
             seen["differs"] = [name for name, tensor in plain.items() if not torch.equal(tensor, merged[name])]
             seen["compared"] = len(plain)
+            seen["sent"] = len(merged)
         else:
             ids = torch.tensor([trainer._prompts[0][:LENGTH]])
             with torch.no_grad():

@@ -63,6 +63,14 @@ def check_policy_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
                 f"hybrid_lora.probe.objective=sft",
                 see="policy-probe-not-possible",
             )
+    if "rollout" in config:
+        # Both of verl's experimental trainers have that node.
+        raise ConfigurationError(
+            "hybrid_lora.probe.objective: 'policy' cannot be probed by a trainer whose steps use the prompts of "
+            "earlier ones; give hybrid_lora.probe.objective=sft, or probe with verl.trainer.main_ppo and give "
+            "hybrid_lora.allocation",
+            see="policy-probe-not-possible",
+        )
     mode = OmegaConf.select(config, "trainer.v1.trainer_mode", default="sync")
     if mode != "sync" or not OmegaConf.select(config, "trainer.use_v1", default=True):
         raise ConfigurationError(

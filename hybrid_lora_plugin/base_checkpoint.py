@@ -1,4 +1,6 @@
-"""A folder with a checkpoint, as far as its files tell whether it can be trained and served: nothing is loaded."""
+"""A folder with the checkpoint to start from, as far as its files tell whether it can be trained and served; nothing is
+loaded.
+"""
 
 from __future__ import annotations
 
