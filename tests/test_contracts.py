@@ -17,8 +17,10 @@ from hybrid_lora_plugin.verl_backend.contracts import BEHAVIOURS, CONTRACTS, FEA
 from tests.support.verl_processes import ROOT
 
 PACKAGE = ROOT / "hybrid_lora_plugin"
-#: of these every import counts, of torch only what is private
-LIBRARIES = set(READ_IN) - {"torch"}
+#: of these only what is private counts
+MOSTLY_PUBLIC = {"torch", "omegaconf"}
+#: of these every import
+LIBRARIES = set(READ_IN) - MOSTLY_PUBLIC
 #: importing them takes more than 20 s
 SLOW = {"verl", "vllm"}
 TABLE = PACKAGE / "verl_backend/contracts"
@@ -36,6 +38,7 @@ SUBCLASSES = {
     "verl_backend/sender/server_adapter.py": ["HybridLoraServerAdapter"],
     "verl_backend/transport.py": ["LimitedSender", "LimitedReceiver"],
     "verl_backend/receiver/worker.py": ["HybridLoraWorkerExtension"],
+    "verl_backend/receiver/replica.py": ["ReplicaForModel"],
     "verl_backend/receiver/server.py": ["HybridLoraHttpServer", "HybridLoraReplica"],
     "verl_backend/cpu/platform.py": ["CpuPlatform"],
     "verl_backend/preflight.py": ["Preflight"],
@@ -71,7 +74,7 @@ def relative(file) -> str:
 
 def is_watched(symbol: str) -> bool:
     root, *rest = symbol.split(".")
-    return root in LIBRARIES or (root == "torch" and any(re.match(r"_[^_]", part) for part in rest))
+    return root in LIBRARIES or (root in MOSTLY_PUBLIC and any(re.match(r"_[^_]", part) for part in rest))
 
 
 @functools.cache

@@ -13,6 +13,7 @@ READ_IN = {
     "transformers": "transformers 5.10.4",
     "ray": "Ray 2.60.0",
     "hydra": "Hydra 1.3",
+    "omegaconf": "OmegaConf 2.3",
 }
 
 #: what a user can do with the plugin, and cannot where a symbol of that feature is missing
