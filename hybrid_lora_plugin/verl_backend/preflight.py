@@ -36,6 +36,7 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
     from hybrid_lora_plugin.verl_backend import registration, requirements, run_kinds, run_settings
     from hybrid_lora_plugin.verl_backend.doctor import gate
     from hybrid_lora_plugin.verl_backend.earlier_checkpoint import check_earlier_checkpoint
+    from hybrid_lora_plugin.verl_backend.unused_settings import unused_settings
 
     registration.register()
     kind = run_kinds.kind_of_run(config)
@@ -43,7 +44,7 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
     hybrid = requirements.hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
     requirements.check_run(config)
     gate.require_features(config, hybrid)
-    for line in decided:
+    for line in [*decided, *unused_settings(config)]:
         run_kinds.tell(line)
     # SFT's trainer saves its last step whatever the frequency, which may be a word.
     if not kind.samples or (OmegaConf.select(config, "trainer.save_freq") or -1) > 0:

@@ -68,7 +68,11 @@ REGISTRATION = Subject(
             "registration",
             "verl.utils.device",
             "",
-            ("get_device_name", (_ENGINES, _WORKER), "key of the engine registry; device of a worker"),
+            (
+                "get_device_name",
+                (_ENGINES, _REQUIREMENTS, _WORKER),
+                "key of the engine registry; device of a worker",
+            ),
             ("get_vendor", _ENGINES, "key of the engine registry"),
         ),
         *rows(
