@@ -80,8 +80,9 @@ bench-training: install ## memory, time and start of training, beside verl's own
 	$(BIN)/python -m benchmarks.lora_layer_cost
 	$(BIN)/python -m benchmarks.start_cost
 
-docs: install ## write docs/configuration.md and docs/contracts.md from the code
+docs: install ## write docs/configuration.md, contracts.md and compatibility.md from the code and its verdicts: a minute
 	$(BIN)/python -m hybrid_lora_plugin.cli.reference docs/configuration.md docs/contracts.md
+	$(BIN)/python -m tests.support.launch_commands docs/compatibility.md
 
 contracts-gpu: install ## read the contracts in the wheels that the extra gpu pins: downloads about 820 MB
 	$(BIN)/python -m tests.support.source_contracts --wheels .cache/wheels

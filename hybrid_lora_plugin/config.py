@@ -32,6 +32,7 @@ from hybrid_lora_plugin.config_sync import ROUNDINGS, SYNC_MODES, SyncConfig
 __all__ = [
     "BUDGET_AMOUNTS",
     "CRITERIA",
+    "DOCTOR_LOOKS",
     "EXPORT_DTYPES",
     "FROZEN_DTYPES",
     "NORMALISATIONS",
@@ -44,6 +45,7 @@ __all__ = [
     "BudgetConfig",
     "CompareCommandConfig",
     "ControlConfig",
+    "DoctorCommandConfig",
     "ExportCommandConfig",
     "HybridLoraConfig",
     "ModelConfig",
@@ -57,6 +59,7 @@ __all__ = [
 
 FROZEN_DTYPES = ("auto", "float32")
 EXPORT_DTYPES = ("auto", "float32", "bfloat16", "float16")
+DOCTOR_LOOKS = ("source", "import", "run")
 
 
 @dataclass
@@ -122,6 +125,12 @@ class TrainingConfig(SelectionConfig):
         "Set by the plugin: a run that probes with objective `policy` first starts itself as `probe`.",
         source="plugin",
         choices=("train", "probe"),
+    )
+    allow_untested: bool = documented(
+        False,
+        "Whether to go on with a verl outside the tested range, 0.9.1 and later 0.9, where every symbol that the run "
+        "needs is there.",
+        source="own choice",
     )
     probe: ProbeConfig = documented(ProbeConfig, "Probing run.", source="paper Algorithm 1")
     full_lr: float | None = documented(
@@ -224,3 +233,26 @@ class ExportCommandConfig:
         None, "Base model, if it is no longer where the run found it.", source="recorded in the checkpoint"
     )
     trust_remote_code: bool = documented(False, "Run model code from the base checkpoint.", source="transformers")
+
+
+@dataclass
+class DoctorCommandConfig:
+    """What ``hybrid-lora-doctor`` takes on the command line as ``key=value``."""
+
+    check: str = documented(
+        "import",
+        "How deep to look: `source` reads the text of the libraries and imports nothing, in seconds; `import` also "
+        "imports them, in about half a minute; `run` also tries a training step and a sync in every mode with a tiny "
+        "model, in about a minute.",
+        source="own choice",
+        choices=DOCTOR_LOOKS,
+    )
+    json: str | None = documented(
+        None, "File for the same as JSON; `--json` prints it in place of the tables.", source="own choice"
+    )
+    sources: list[str] = documented(
+        [],
+        "Folders with other versions of libraries, e.g. unpacked wheels, to look at in place of the installed ones; "
+        "with `check=source`.",
+        source="own choice",
+    )

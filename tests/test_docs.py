@@ -7,11 +7,12 @@ import shlex
 
 import pytest
 
-from hybrid_lora_plugin.cli import allocate, compare, export, probe
+from hybrid_lora_plugin.cli import allocate, compare, doctor, export, probe
 from hybrid_lora_plugin.cli.arguments import parse
 from hybrid_lora_plugin.config import (
     AllocateCommandConfig,
     CompareCommandConfig,
+    DoctorCommandConfig,
     ExportCommandConfig,
     ProbeCommandConfig,
 )
@@ -26,10 +27,11 @@ COMMANDS = {
     "hybrid-lora-allocate": AllocateCommandConfig,
     "hybrid-lora-compare": CompareCommandConfig,
     "hybrid-lora-export": ExportCommandConfig,
+    "hybrid-lora-doctor": DoctorCommandConfig,
 }
 # Under torchrun a command is the module that its entry point names.
 MODULES = {"hybrid_lora_plugin.cli.probe": ProbeCommandConfig}
-EXAMPLES = [module.EXAMPLE for module in (probe, allocate, compare, export)]
+EXAMPLES = [module.EXAMPLE for module in (probe, allocate, compare, export, doctor)]
 SHELL_BLOCKS = ("bash", "sh", "zsh", "shell", "console")
 #: what a shell reads as part of a pattern or of its own grammar
 GLOB = "*?[]{}()^"
@@ -108,19 +110,29 @@ def test_quoted_characters_are_told_from_others(line, rest):
     assert unquoted(line) == rest
 
 
-@pytest.mark.parametrize("line", sorted({line for _, line in ALL if line.startswith("torchrun ")}))
+@pytest.mark.parametrize(
+    "line", sorted({line for _, line in ALL if line.startswith("torchrun ") and "hybrid_lora_plugin" in line})
+)
 def test_torchrun_commands_use_known_options(line):
     words = shlex.split(line)
     at = words.index("-m")
     parse(words[at + 2 :], MODULES[words[at + 1]])
 
 
-@pytest.mark.parametrize("line", sorted({line for _, line in ALL if "main_ppo" in line and "=" in line}))
+#: verl's commands that a page may show, and the configuration of each
+PRIMARY = {"verl.trainer.main_ppo": "ppo_trainer", "verl.trainer.sft_trainer": "sft_trainer_engine"}
+
+
+@pytest.mark.parametrize(
+    "line", sorted({line for _, line in ALL if "=" in line and any(f"-m {name} " in line for name in PRIMARY)})
+)
 def test_verl_commands_compose(line):
     pytest.importorskip("verl", reason="verl is not installed")
     from hydra import compose, initialize_config_module
 
-    arguments = [word for word in shlex.split(line)[3:] if word not in ("...", "YOUR_ARGUMENTS")]
+    words = shlex.split(line)
+    at = words.index("-m") + 1
+    primary, arguments = PRIMARY[words[at]], [w for w in words[at + 1 :] if w not in ("...", "YOUR_ARGUMENTS")]
     search = []
     if "--config-dir" in arguments:
         at = arguments.index("--config-dir")
@@ -129,7 +141,7 @@ def test_verl_commands_compose(line):
             arguments[:at] + arguments[at + 2 :],
         )
     with initialize_config_module("verl.trainer.config", version_base=None):
-        assert compose("ppo_trainer", overrides=search + arguments).hybrid_lora.enabled
+        assert compose(primary, overrides=search + arguments).hybrid_lora.enabled
 
 
 def test_links_between_pages_lead_somewhere():

@@ -269,6 +269,25 @@ def test_extension_adds_no_name_that_vllm_or_verl_use():
         assert not ours & set(dir(theirs))
 
 
+def test_verl_still_asks_for_the_unstacked_mapper_and_our_worker_gives_it_under_its_new_name(monkeypatch):
+    """vLLM 0.29 has ``get_rename_mapper`` in its place; here vLLM's own class gets that name."""
+    from verl.utils.vllm.utils import VLLMHijack
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    assert "hf_to_vllm_mapper = hf_to_vllm_mapper.get_unstacked_mapper()" in inspect.getsource(VLLMHijack)
+    without_packing = WeightsMapper.get_unstacked_mapper
+    # Its own would end this process with its parent.
+    monkeypatch.setattr(vLLMColocateWorkerExtension, "__new__", staticmethod(lambda cls, **_: object.__new__(cls)))
+    monkeypatch.delattr(WeightsMapper, "get_unstacked_mapper")
+    HybridLoraWorkerExtension()
+    assert not hasattr(WeightsMapper, "get_unstacked_mapper"), "neither name: nothing is made up"
+    monkeypatch.setattr(WeightsMapper, "get_rename_mapper", without_packing, raising=False)
+    HybridLoraWorkerExtension()
+    names = WeightsMapper(orig_to_new_prefix={"a.": "b."}, orig_to_new_stacked={"q_proj": ("qkv_proj", "q")})
+    assert names.apply_list(["a.q_proj.weight"]) == ["b.qkv_proj.weight"]
+    assert names.get_unstacked_mapper().apply_list(["a.q_proj.weight"]) == ["b.q_proj.weight"]
+
+
 class Engine:
     """As much of vLLM's engine as one call of the server asks for."""
 

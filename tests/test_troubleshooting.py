@@ -44,6 +44,7 @@ REFUSING = (
     "verl_backend/run_settings.py",
     "verl_backend/vllm_arguments.py",
     "verl_backend/checkpoint_files.py",
+    "verl_backend/doctor/gate.py",
     "verl_backend/earlier_checkpoint.py",
     "verl_backend/probe/policy.py",
     "verl_backend/probe/policy_engine.py",

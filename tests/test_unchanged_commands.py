@@ -48,6 +48,8 @@ LORA = [
     "actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=32",
     "actor_rollout_ref.model.target_modules=all-linear", "actor_rollout_ref.rollout.load_format=safetensors",
     "actor_rollout_ref.rollout.layered_summon=true", "actor_rollout_ref.actor.strategy=fsdp2",
+    # Of rewards alone an untrained model learns nothing: none is right, and every advantage 0.
+    "actor_rollout_ref.actor.entropy_coeff=0.01",
     "actor_rollout_ref.actor.optim.lr=3e-5", "actor_rollout_ref.actor.ppo_mini_batch_size=8",
     "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu=16", "actor_rollout_ref.rollout.n=2",
     "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu=16", "actor_rollout_ref.rollout.max_model_len=64",

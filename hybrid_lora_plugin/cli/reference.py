@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from hybrid_lora_plugin.cli.arguments import default_text, options
@@ -13,12 +14,21 @@ from hybrid_lora_plugin.config import (
     CRITERIA,
     AllocateCommandConfig,
     CompareCommandConfig,
+    DoctorCommandConfig,
     ExportCommandConfig,
     HybridLoraConfig,
     ProbeCommandConfig,
 )
 from hybrid_lora_plugin.scoring import get_criterion
-from hybrid_lora_plugin.verl_backend.contracts import BEHAVIOURS, CONTRACTS, FEATURES, Behaviour, Contract
+from hybrid_lora_plugin.verl_backend.contracts import (
+    BEHAVIOURS,
+    CONTRACTS,
+    FEATURES,
+    SUBJECTS,
+    SYNC,
+    Behaviour,
+    Contract,
+)
 
 SECTIONS = (
     (
@@ -44,6 +54,7 @@ SECTIONS = (
     ),
     ("`hybrid-lora-compare`", "Given as `key=value`.", "", CompareCommandConfig),
     ("`hybrid-lora-export`", "Given as `key=value`.", "", ExportCommandConfig),
+    ("`hybrid-lora-doctor`", "Given as `key=value`; [its own page](doctor.md).", "", DoctorCommandConfig),
 )
 
 
@@ -84,24 +95,41 @@ def configuration_page() -> str:
     return "\n".join(lines)
 
 
-def symbols_table(contracts: list[Contract]) -> list[str]:
+def symbols_table(contracts: Sequence[Contract]) -> list[str]:
     """Markdown rows, one for each symbol."""
-    lines = ["| symbol | arguments | kind | read in | used in | what for |", "| --- | --- | --- | --- | --- | --- |"]
+    head = ["symbol", "arguments", "features", "kind", "read in", "used in", "what for"]
+    lines = [f"| {' | '.join(head)} |", f"| {' | '.join('---' for _ in head)} |"]
     for contract in contracts:
-        arguments = ", ".join(f"`{name}`" for name in contract.arguments)
-        files = ", ".join(f"`{name}`" for name in contract.files)
-        cells = (f"`{contract.symbol}`", arguments, contract.kind, contract.read_in, files, contract.reason)
+        symbol = f"`{contract.symbol}`" + "".join(f" or `{name}`" for name in contract.also)
+        cells = (
+            symbol + (f" from {contract.since}" if contract.since else ""),
+            _code(contract.arguments),
+            _features(contract),
+            contract.kind,
+            contract.read_in,
+            _code(contract.files),
+            contract.reason,
+        )
         lines.append(f"| {' | '.join(cells)} |")
     return lines
 
 
-def behaviours_table(behaviours: list[Behaviour]) -> list[str]:
+def behaviours_table(behaviours: Sequence[Behaviour]) -> list[str]:
     """Markdown rows, one for each behaviour."""
-    lines = ["| what must hold | used in | test |", "| --- | --- | --- |"]
+    lines = ["| what must hold | features | used in | test |", "| --- | --- | --- | --- |"]
     for behaviour in behaviours:
         test = f"`{behaviour.test}`" if behaviour.test else "none"
-        lines.append(f"| {behaviour.holds} | `{behaviour.file}` | {test} |")
+        lines.append(f"| {behaviour.holds} | {_features(behaviour)} | `{behaviour.file}` | {test} |")
     return lines
+
+
+def _code(names: Sequence[str]) -> str:
+    return ", ".join(f"`{name}`" for name in names)
+
+
+def _features(record: Contract | Behaviour) -> str:
+    text = ", ".join(record.features)
+    return text.replace(", ".join(SYNC.split()), "every sync")
 
 
 def contracts_page() -> str:
@@ -109,20 +137,28 @@ def contracts_page() -> str:
     lines = [
         "# Contracts with other libraries",
         "",
-        "Generated from `hybrid_lora_plugin/verl_backend/contracts.py` by `make docs`; do not edit.",
+        "Generated from `hybrid_lora_plugin/verl_backend/contracts/` by `make docs`; do not edit.",
         "",
-        f"{len(CONTRACTS)} symbols and {len(BEHAVIOURS)} behaviours that the plugin relies on, by the part that",
-        "stops working without them. `tests/test_contracts.py` looks each symbol up in the installed libraries, with",
-        "the arguments listed here in this order. A behaviour cannot be seen in a name; the test beside it shows it.",
-        "Files are relative to `hybrid_lora_plugin/`. [Extending](extending.md) tells how to move to another version.",
+        f"{len(CONTRACTS)} symbols and {len(BEHAVIOURS)} behaviours that the plugin relies on, each with the features",
+        "that do not work without it. [`hybrid-lora-doctor`](doctor.md) looks the symbols up in what is installed and",
+        "says which features work; `tests/test_contracts.py` does so for the versions named here, with the arguments",
+        "in this order. A behaviour cannot be seen in a name; the test beside it shows it. Files are relative to",
+        "`hybrid_lora_plugin/`. [Extending](extending.md) tells how to move to another version.",
         "`make contracts-gpu` looks for them in the sources of the versions that run on a GPU, which are others than",
         "those the tests run; [notes on verl](verl-notes.md#vllm-024-was-read-not-run) has what came of it.",
         "",
+        "## Features",
+        "",
+        "| feature | what it is | symbols |",
+        "| --- | --- | ---: |",
     ]
-    for feature, title in FEATURES.items():
-        lines += [f"## {title}", "", *symbols_table([c for c in CONTRACTS if c.feature == feature]), ""]
-        if behaviours := [behaviour for behaviour in BEHAVIOURS if behaviour.feature == feature]:
-            lines += ["Behaviour:", "", *behaviours_table(behaviours), ""]
+    for name, title in FEATURES.items():
+        lines.append(f"| {name} | {title} | {sum(name in contract.features for contract in CONTRACTS)} |")
+    lines += ["", "Every sync: `merge`, `sparse_merge`, `adapter` and `receiver_merge`.", ""]
+    for subject in SUBJECTS:
+        lines += [f"## {subject.title}", "", *symbols_table(subject.contracts), ""]
+        if subject.behaviours:
+            lines += ["Behaviour:", "", *behaviours_table(subject.behaviours), ""]
     return "\n".join(lines)
 
 

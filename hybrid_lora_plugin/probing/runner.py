@@ -110,15 +110,17 @@ def _check(config: ProbeCommandConfig, output_dir: Path, processes: int) -> None
 
 def _choose_without_probe(config: ProbeCommandConfig, output_dir: Path, progress: Progress) -> Allocation:
     """An allocation that needs neither data nor weights."""
-    check_model(config.model)
     model_config = load_model_config(config.model)
     model = meta_model(model_config, config.model.trust_remote_code)
     candidates = find_candidates(model)
     check_shapes(candidates, config.lora.rank)
+    identity = model_identity(config.model.path, model, candidates, parameter_count(model))
     progress.note(f"criterion {config.criterion} needs no probe: nothing is loaded or trained")
+    for line in account_text(candidates, identity.frozen_linear, identity.parameters):
+        progress.note(line)
     allocation = select_modules(
         config,
-        model_identity(config.model.path, model, candidates, parameter_count(model)),
+        identity,
         candidates,
         {},
         lora_rank=config.lora.rank,

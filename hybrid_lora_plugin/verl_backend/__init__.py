@@ -11,7 +11,8 @@
 ``advantages``    advantage ``hybrid_group``
 ``cpu``           verl's platform for machines without an accelerator
 ``contracts``     what is relied on in verl, vLLM, PEFT and torch, symbol by symbol
-``patches``       the only patches of verl, torch and vLLM, all but two of them for the CPU platform
+``doctor``        which features work with what is installed, for a command and for the preflight
+``patches``       the only patches of verl, torch and vLLM, all but four of them for the CPU platform
 
 A new loss, advantage or engine is one file here and one line in ``registration``.
 """

@@ -1,8 +1,8 @@
 """Register the Hybrid-LoRA engine and its rollout side with verl; importing this module does it.
 
 ``+hybrid_lora=enabled`` names this module in ``actor_rollout_ref.model.external_lib``, so verl imports it in
-every worker that reads the model (``verl/workers/config/model.py``). Two things follow: a run without
-Hybrid-LoRA never loads it, and a worker without the plugin stops at once instead of training plain LoRA.
+every worker that reads the model (``verl/workers/config/model.py``, with ``import_external_libs``). Two things follow:
+a run without Hybrid-LoRA never loads it, and a worker without the plugin stops at once instead of training plain LoRA.
 """
 
 from __future__ import annotations
@@ -16,7 +16,6 @@ from verl.workers.rollout import base as rollout_base
 from hybrid_lora_plugin.errors import with_reference
 from hybrid_lora_plugin.verl_backend import patches, registration
 from hybrid_lora_plugin.verl_backend.engine import HybridLoraEngine
-from hybrid_lora_plugin.verl_backend.probe.policy_engine import PolicyProbeEngine
 
 BACKENDS = ("fsdp", "fsdp2")
 ADAPTER_MODULE = "hybrid_lora_plugin.verl_backend.sender.server_adapter"
@@ -29,11 +28,20 @@ class EngineForModel(FSDPEngineWithLMHead):
         hybrid = model_config.lora.get("hybrid")
         wanted = FSDPEngineWithLMHead
         if hybrid:
-            wanted = PolicyProbeEngine if hybrid.get("phase") == "probe" else HybridLoraEngine
+            # The driver has asked for more, of the libraries that it has itself.
+            registration.require_supported_verl(registration.installed_verl(), bool(hybrid.get("allow_untested")))
+            wanted = _probing_engine() if hybrid.get("phase") == "probe" else HybridLoraEngine
         # An instance of another class: Python does not call __init__ on it again.
         engine = object.__new__(wanted)
         engine.__init__(model_config, *args, **kwargs)
         return engine
+
+
+def _probing_engine() -> type[FSDPEngineWithLMHead]:
+    # Late: what it imports of verl besides, no other run needs.
+    from hybrid_lora_plugin.verl_backend.probe.policy_engine import PolicyProbeEngine
+
+    return PolicyProbeEngine
 
 
 def register() -> None:
@@ -45,6 +53,9 @@ def register() -> None:
     """
     registration.register()
     registration.register_algorithms()
+    if not registration.is_supported(registration.installed_verl()):
+        # In a supported one, importing verl has seen to it.
+        registration.register_replica()
     device = os.environ.get("VERL_ENGINE_DEVICE") or get_device_name()
     key = (device, get_vendor())
     for backend in BACKENDS:

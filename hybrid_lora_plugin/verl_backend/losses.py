@@ -55,7 +55,8 @@ def hybrid_gspo(
     config=None,
     rollout_is_weights: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, dict[str, float]]:
-    """verl's policy-loss signature (``verl/trainer/ppo/core_algos.py`` ``PolicyLossFn``); all tensors [B, S].
+    """verl's policy-loss signature (``verl/trainer/ppo/core_algos.py`` ``PolicyLossFn``, as
+    ``compute_policy_loss_gspo`` has it); all tensors [B, S].
 
     The sum over sequences is divided by the global number of sequences from ``config.global_batch_info``, so the
     loss does not depend on how a mini-batch is cut into micro-batches or spread over ranks.

@@ -2,8 +2,8 @@
 
 Each names the file that makes it necessary and the version it was written for; each has a contract test
 in ``tests/test_cpu_platform.py``, ``tests/test_training_verl.py`` or ``tests/test_sync_verl.py`` that fails when the
-reason is gone or has changed. All but ``log_sync_metrics``, ``refuse_plain_servers`` and ``only_parameters_cast`` are
-for runs without an accelerator and applied only with ``VERL_PLATFORM=cpu``.
+reason is gone or has changed. All but ``log_sync_metrics``, ``refuse_plain_servers``, ``only_parameters_cast`` and
+``name_unstacked_mapper`` are for runs without an accelerator and applied only with ``VERL_PLATFORM=cpu``.
 """
 
 from __future__ import annotations
@@ -199,6 +199,17 @@ def only_parameters_cast() -> Iterator[None]:
 
     with mock.patch.object(PreTrainedModel, "to", to):
         yield
+
+
+def name_unstacked_mapper() -> None:
+    """verl 0.9.1 ``utils/vllm/utils.py:83``: calls ``WeightsMapper.get_unstacked_mapper`` as it loads an adapter.
+
+    vLLM 0.29 has that as ``get_rename_mapper``, which its own loader of adapters calls in the same place.
+    """
+    from vllm.model_executor.models.utils import WeightsMapper
+
+    if not hasattr(WeightsMapper, "get_unstacked_mapper") and hasattr(WeightsMapper, "get_rename_mapper"):
+        WeightsMapper.get_unstacked_mapper = WeightsMapper.get_rename_mapper
 
 
 def _linear_on_live_weight(layer, remove_weight):

@@ -29,18 +29,22 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
         The checked ``hybrid_lora`` node; without an ``allocation`` the run has to probe first.
 
     Raises:
-        ConfigurationError: an option, the allocation, or a verl setting cannot be used.
-        ImportError: this plugin was not written for the installed verl.
+        ConfigurationError: an option, the allocation, or a verl setting cannot be used, or the installed libraries lack
+            what the run needs.
+        ImportError: the installed verl is untested, and nobody allows it.
     """
     from hybrid_lora_plugin.verl_backend import registration, requirements, run_kinds, run_settings
+    from hybrid_lora_plugin.verl_backend.doctor import gate
     from hybrid_lora_plugin.verl_backend.earlier_checkpoint import check_earlier_checkpoint
+    from hybrid_lora_plugin.verl_backend.unused_settings import unused_settings
 
     registration.register()
     kind = run_kinds.kind_of_run(config)
     decided = run_settings.settle(config)
     hybrid = requirements.hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
     requirements.check_run(config)
-    for line in decided:
+    gate.require_features(config, hybrid)
+    for line in [*decided, *unused_settings(config)]:
         run_kinds.tell(line)
     # SFT's trainer saves its last step whatever the frequency, which may be a word.
     if not kind.samples or (OmegaConf.select(config, "trainer.save_freq") or -1) > 0:

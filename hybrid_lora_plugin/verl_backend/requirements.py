@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from verl.utils.device import get_device_name
 
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.config_validation import validate
@@ -109,6 +110,16 @@ _RULES: dict[str, Rule] = {
         "actor_rollout_ref.actor.strategy=fsdp2",
         see="strategy-not-supported",
     ),
+    "trainer.device": Rule(
+        lambda v: v in (None, "cuda", "cpu"),
+        "cuda: neither training nor a weight sync was tried on another device",
+        see="device-not-supported",
+    ),
+    "actor_rollout_ref.ref.model": Rule(
+        lambda v: not v,
+        "null: the reference policy is the model that training starts from, actor_rollout_ref.model.path",
+        see="reference-is-the-base-model",
+    ),
     # None: not given, which verl itself refuses.
     ROLLOUT + "name": Rule(
         lambda v: v in (None, "vllm"),
@@ -146,11 +157,14 @@ _RULES: dict[str, Rule] = {
         )
         for name in ("use_trainer_do_validate", "use_dynamic_resource_scheduling")
     },
-    ROLLOUT + "mtp.enable_rollout": Rule(
-        lambda v: not v,
-        "false: the weights of a drafting head are not part of a sync",
-        see="rollout-not-supported",
-    ),
+    **{
+        name: Rule(
+            lambda v: not v,
+            "false: verl's FSDP trains no drafting head, and its weights are not part of a sync",
+            see="rollout-not-supported",
+        )
+        for name in (MODEL + "mtp.enable", ROLLOUT + "mtp.enable_rollout")
+    },
     MODEL + "lora_rank": Rule(
         lambda v: isinstance(v, int) and v > 0,
         "a LoRA rank of at least 1, e.g. 16",
@@ -205,11 +219,14 @@ _RULES: dict[str, Rule] = {
         "bf16 or fp32: float16 is not supported here",
         see="type-of-weights-not-supported",
     ),
-    ACTOR + "fsdp_config.qat.enable": Rule(
-        lambda v: not v,
-        "false: quantization-aware training is not supported here",
-        see="type-of-weights-not-supported",
-    ),
+    **{
+        ACTOR + name: Rule(
+            lambda v: not v,
+            "false: quantization-aware training is not supported here",
+            see="type-of-weights-not-supported",
+        )
+        for name in ("fsdp_config.qat.enable", "qat.enable")
+    },
     # Read in verl 0.9.1: the manager of FSDP's checkpoints does not use it, so nothing would ever be there.
     "trainer.default_hdfs_dir": Rule(
         lambda v: v is None,
@@ -402,13 +419,14 @@ def check_run(config) -> None:
         value = kind.select(config, name)
         return OmegaConf.to_container(value, resolve=True) if OmegaConf.is_config(value) else value
 
-    _check_other_lora(config, kind)
     optimizer = (
         setting(f"{ACTOR}optim.{name}") for name in ("optimizer_impl", "optimizer", "override_optimizer_config")
     )
     rules = _RULES | _PARTIAL_RULES | _BUILDING_RULES | _ADAPTER_RULES | _RECEIVER_MERGE_RULES
     settings = {name: setting(name) for name in rules}
     check(settings, kind)
+    # A run of another engine is told of that first.
+    _check_other_lora(config, kind)
     check_optimizer(kind.place(ACTOR + "optim."), *optimizer)
     fsdp_size = int(kind.select(config, ACTOR + "fsdp_config.fsdp_size", default=-1))
     check_sharding(settings[ACTOR + "strategy"], fsdp_size, _ranks(config, kind), kind)
@@ -436,6 +454,8 @@ def check_engine(model_config, engine_config, checkpoint_config) -> HybridLoraCo
     precision = engine_config.mixed_precision or {}
     kind = kind_of_model(model_config)
     settings = {
+        # As it is here, also where the driver has no device and nobody gave one.
+        "trainer.device": get_device_name(),
         ACTOR + "strategy": engine_config.strategy,
         ACTOR + "fsdp_config.model_dtype": engine_config.model_dtype,
         ACTOR + "fsdp_config.mixed_precision.param_dtype": precision.get("param_dtype", "bf16"),

@@ -18,7 +18,12 @@ from hybrid_lora_plugin.config import HybridLoraConfig, SyncConfig
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.sync.base_weights import stored_dtypes
 from hybrid_lora_plugin.training.learning_rates import Rate, learning_rates
-from hybrid_lora_plugin.verl_backend.given_settings import Given, given_settings, verls_configuration
+from hybrid_lora_plugin.verl_backend.given_settings import (
+    COMMAND_LINE,
+    Given,
+    given_settings,
+    verls_configuration,
+)
 from hybrid_lora_plugin.verl_backend.requirements import ENGINE_MODULE
 from hybrid_lora_plugin.verl_backend.run_kinds import ACTOR, KIND, MODEL, ROLLOUT, RunKind, kind_of_run
 
@@ -53,6 +58,7 @@ def settle(config: DictConfig) -> list[str]:
     rate, strategy = kind.place(RATE), kind.place(STRATEGY)
     names = [*options, *modules, *own_first, *adapter, rate, strategy]
     given = given_settings(config, names, _plugin_defaults(config, kind))
+    copied = _drop_copied_defaults(config, given, kind)
     for name, found in given.items():
         # The group was composed after a file that sets it.
         _put(config, name, found.value)
@@ -66,7 +72,31 @@ def settle(config: DictConfig) -> list[str]:
     lines.append(_settle_rates(config, given, trained, rate))
     if not kind.samples:
         lines.append(_without_effect(given))
-    return [line for line in lines if line]
+    return [line for line in [*lines, copied] if line]
+
+
+def _drop_copied_defaults(config: DictConfig, given: dict[str, Given], kind: RunKind) -> str:
+    """Drop from ``given`` what a file has from a copy of verl's defaults and nobody can have meant; returns a line.
+
+    ``lora.merge: false`` is how verl has it. It says how a rollout engine runs an adapter, which here the sync mode
+    decides; and of a run that trains no LoRA neither it nor alpha says anything.
+    """
+    lora, line = False, ""
+    if rank := given.get(kind.place(MODEL + "lora_rank")):
+        _put(config, kind.place(MODEL + "lora_rank"), rank.value)
+        lora = _positive(Given(_selected(config, kind.place(MODEL + "lora_rank")), rank.where))
+    for name in map(kind.place, (MODEL + "lora.merge", MODEL + "lora_alpha")):
+        found = given.get(name)
+        if found is None or found.where == COMMAND_LINE:
+            continue
+        if found.value != OmegaConf.select(verls_configuration(kind.primary), name):
+            continue
+        if name.endswith("lora.merge"):
+            del given[name]
+            line = f"{name} follows from hybrid_lora.sync; {found.value} ({found.where}) is verl's default"
+        elif not lora:
+            del given[name]
+    return line if lora and kind.samples else ""
 
 
 def _selected(config: DictConfig, name: str) -> Any:

@@ -234,6 +234,7 @@ class VllmRolloutModel:
             "target_modules": sorted(names),
             "bias": "none",
         }
+        # verl has put a loader of its own in place of vLLM's `_load_adapter`, which takes tensors from memory.
         request = TensorLoRARequest(
             lora_name=VLLM_LORA_NAME,
             lora_int_id=VLLM_LORA_INT_ID,

@@ -22,6 +22,7 @@ from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.received import ReceivedWeights
 from hybrid_lora_plugin.sync.sparse_merge import require_base
 from hybrid_lora_plugin.sync.wire import HEADER, SyncHeader, read_header, rows_of
+from hybrid_lora_plugin.verl_backend.patches import name_unstacked_mapper
 from hybrid_lora_plugin.verl_backend.receiver.vllm_model import VllmRolloutModel
 from hybrid_lora_plugin.verl_backend.transport import LimitedReceiver
 
@@ -149,6 +150,11 @@ class Reception:
 
 class HybridLoraWorkerExtension(vLLMColocateWorkerExtension):
     """verl's extension of vLLM's worker, which also receives Hybrid-LoRA's syncs."""
+
+    def __new__(cls, **kwargs):
+        # Before verl's extension replaces vLLM's loader of adapters, which does the same there.
+        name_unstacked_mapper()
+        return super().__new__(cls, **kwargs)
 
     def receive_hybrid_weights(
         self,

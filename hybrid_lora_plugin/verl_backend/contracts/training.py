@@ -1,0 +1,159 @@
+"""PEFT, transformers and torch: the hybrid model, its layer, and how checkpoints and tokenizers are loaded."""
+
+from __future__ import annotations
+
+from hybrid_lora_plugin.verl_backend.contracts.record import Subject, behaviour, rows
+
+_LORA_LINEAR = "training/lora_linear.py"
+_APPLY = "training/apply.py"
+_REFERENCE = "training/reference.py"
+_EXPORT = "training/export.py"
+_LOADING = "probing/loading.py"
+_BATCHES = "probing/data/batches.py"
+_MODEL_CHECK = "verl_backend/model_check.py"
+_PATCHES = "verl_backend/patches.py"
+_BOTH_ENGINES = ("verl_backend/engine.py", "verl_backend/probe/policy_engine.py")
+
+TRAINING = Subject(
+    "The hybrid model, its layer, and loading",
+    (
+        *rows("engine", "torch", "Tensor", ("_version", _LORA_LINEAR, "tells whether an input was changed in place")),
+        *rows(
+            "engine",
+            "torch.nn",
+            "Module",
+            ("_buffers", _PATCHES, "buffers that must keep their type"),
+            (
+                "register_forward_hook",
+                _LORA_LINEAR,
+                "forgets what adapters computed together, also after a call that failed",
+                "hook always_call",
+            ),
+        ),
+        *rows(
+            "engine",
+            "peft",
+            "",
+            ("PeftModel", _APPLY, "what apply_allocation returns"),
+            ("PeftModel.peft_config", _APPLY, "tells a model that is wrapped already"),
+            ("TaskType", _APPLY, "kind of model"),
+            ("TaskType.CAUSAL_LM", _APPLY, "kind of model"),
+            ("LoraConfig", _APPLY, "the adapters", "task_type r target_modules lora_alpha lora_dropout bias"),
+            ("LoraConfig._register_custom_module", _APPLY, "puts our layer in place of PEFT's", "mapping"),
+            ("get_peft_model", _APPLY, "wraps the model", "model peft_config adapter_name"),
+        ),
+        *rows(
+            "engine",
+            "peft.tuners.lora",
+            "",
+            ("LoraLayer", (_APPLY, _REFERENCE), "marks the modules that got an adapter"),
+            ("LoraLayer._disable_adapters", _REFERENCE, "switches an adapter off for the reference policy"),
+            ("Linear", _LORA_LINEAR, "base class of our layer"),
+            ("Linear.forward", _LORA_LINEAR, "answers for everything but the plain case", "x"),
+            ("Linear.lora_A Linear.lora_B", (_APPLY, _LORA_LINEAR), "factors by adapter name"),
+            (
+                "Linear.lora_bias Linear.lora_dropout Linear.lora_variant Linear.scaling Linear.in_features "
+                "Linear.base_layer",
+                _LORA_LINEAR,
+                "what the layer computes",
+            ),
+            (
+                "Linear.disable_adapters Linear.merged Linear.active_adapters",
+                _LORA_LINEAR,
+                "tells whether the plain case holds",
+            ),
+            ("Linear.reset_lora_parameters", _APPLY, "draws A again in fp32", "adapter_name init_lora_weights"),
+        ),
+        *rows(
+            "engine",
+            "transformers",
+            "",
+            ("PreTrainedModel", _PATCHES, "class whose cast is narrowed to parameters"),
+            ("PreTrainedModel.to", _PATCHES, "the cast that verl calls"),
+            ("PreTrainedModel.enable_input_require_grads", _BOTH_ENGINES, "gradient for checkpointed layers"),
+            ("PreTrainedConfig._name_or_path", "allocation/schema.py", "names the model in a refusal"),
+        ),
+        *rows(
+            "registration probe",
+            "transformers",
+            "",
+            ("AutoConfig", (_LOADING, _MODEL_CHECK), "config of a checkpoint"),
+            ("AutoConfig.from_pretrained", (_LOADING, _MODEL_CHECK), "config of a checkpoint"),
+            ("PreTrainedModel.get_output_embeddings", "linear_account.py", "which linear module is the head"),
+            (
+                "AutoModelForCausalLM",
+                ("candidates.py", _LOADING, _EXPORT),
+                "the model, with or without weights",
+            ),
+            ("AutoModelForCausalLM.from_config", "candidates.py", "the model on the meta device"),
+            ("PreTrainedConfig.get_text_config", "candidates.py", "text part of a composite config"),
+        ),
+        *rows(
+            "probe export",
+            "transformers",
+            "",
+            ("AutoTokenizer", (_LOADING, _EXPORT), "tokenizer of a checkpoint"),
+            ("AutoTokenizer.from_pretrained", (_LOADING, _EXPORT), "tokenizer of a checkpoint"),
+            ("AutoModelForCausalLM.from_pretrained", (_LOADING, _EXPORT), "the model with its weights"),
+        ),
+        *rows(
+            "probe",
+            "transformers",
+            "",
+            ("__version__", "probing/provenance.py", "recorded in the artifact"),
+            (
+                "PreTrainedTokenizerBase.apply_chat_template",
+                _BATCHES,
+                "tokens of a chat",
+                "conversation add_generation_prompt tokenize",
+            ),
+            ("PreTrainedTokenizerBase.chat_template", _BATCHES, "whether chats can be encoded"),
+        ),
+        *rows(
+            "registration probe",
+            "transformers.models.auto.modeling_auto",
+            "",
+            ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "candidates.py", "class name of a config that was never saved"),
+        ),
+    ),
+    (
+        behaviour(
+            "engine",
+            _APPLY,
+            "PEFT puts the registered class in place of its own layer and keeps its names",
+            "tests/test_training.py::test_exactly_the_allocated_modules_train_each_in_its_own_way",
+        ),
+        behaviour(
+            "engine",
+            _REFERENCE,
+            "a LoRA layer of PEFT's computes its base alone while `_disable_adapters` is set, whatever its factors "
+            "require",
+            "tests/test_training.py::test_adapters_off_is_the_base_layer_and_leaves_every_gradient_on",
+        ),
+        behaviour(
+            "engine",
+            _LORA_LINEAR,
+            "PEFT's layer computes the formula that ours computes in fewer steps",
+            "tests/test_lora_linear.py::test_losses_and_gradients_are_pefts",
+        ),
+        behaviour(
+            "engine",
+            _PATCHES,
+            "`to` of a Hugging Face model casts buffers too",
+            "tests/test_training_verl.py::test_casting_parameters_leaves_the_frequencies_of_rope",
+        ),
+        behaviour(
+            "export",
+            "training/model_folder.py",
+            "`save_pretrained` writes no weights of an empty state, and else fills its files in the order of "
+            "`file_order`",
+            "tests/test_training.py::test_a_folder_written_one_weight_at_a_time_is_transformers_own",
+        ),
+        behaviour(
+            "probe",
+            _BATCHES,
+            "a tokenizer answers for `eos_token_id` and `pad_token_id`, which its class does not name",
+            "tests/test_probe_data.py::test_labels_cover_response_and_end_token_only",
+        ),
+    ),
+)
