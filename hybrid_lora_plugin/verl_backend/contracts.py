@@ -741,7 +741,7 @@ _SERVER_SIDE = [
         "server",
         "verl.workers.rollout.vllm_rollout.vllm_async_server",
         "vLLMHttpServer",
-        ("", _SERVER, "base class of the server"),
+        ("", (_SERVER, _PATCHES), "base class of the server; itself refused for a model under Hybrid-LoRA"),
         ("__init__", _SERVER, "sets config and model_config", "config model_config"),
         ("launch_server", _SERVER, "starts the engine; the base model is looked at then"),
         ("_get_worker_extension_cls", _SERVER, "names our worker extension"),
@@ -761,7 +761,6 @@ _SERVER_SIDE = [
         ("node_rank", _SERVER, "the first node holds the engine"),
         ("config", _SERVER, "settings of the rollout"),
         ("model_config", (_SERVER, _PATCHES), "the hybrid_lora node"),
-        ("", _PATCHES, "verl's own server, which is refused for a model under Hybrid-LoRA"),
         ("_validate_configs", _PATCHES, "called as soon as a server has read its model"),
     ),
     *_of(
