@@ -32,6 +32,7 @@ SUBCLASSES = {
     "verl_backend/transport.py": ["LimitedSender", "LimitedReceiver"],
     "verl_backend/receiver/worker.py": ["HybridLoraWorkerExtension"],
     "verl_backend/receiver/server.py": ["HybridLoraHttpServer", "HybridLoraReplica"],
+    "verl_backend/receiver/replica.py": ["ReplicaForModel"],
     "verl_backend/cpu/platform.py": ["CpuPlatform"],
     "verl_backend/preflight.py": ["Preflight"],
     "training/lora_linear.py": ["LoraLinear"],
