@@ -98,3 +98,37 @@ def test_two_steps_leave_the_engine_with_the_bits_of_the_checkpoint(trainer, set
     assert held.keys() == exported.keys() and all(torch.equal(held[name], exported[name]) for name in held)
     base = load_file(folder / "model" / "model.safetensors")
     assert any(not torch.equal(exported[name], base[name].bfloat16()) for name in base)
+
+
+#: a server of verl's own class for a model under Hybrid-LoRA, as a process without the plugin would start it
+PLAIN_SERVER = """
+import sys
+import ray
+from omegaconf import OmegaConf
+from verl.workers.config import RolloutConfig
+from verl.workers.rollout.replica import RolloutMode
+from verl.workers.rollout.vllm_rollout.vllm_async_server import vLLMHttpServer
+
+model = OmegaConf.create({
+    "_target_": "verl.workers.config.HFModelConfig", "path": sys.argv[1], "external_lib": sys.argv[2],
+    "lora": {"hybrid": {"sync": "merge"}},
+})
+ray.init(num_cpus=2, include_dashboard=False)
+server = ray.remote(vLLMHttpServer).remote(
+    config=RolloutConfig(name="vllm", max_model_len=64), model_config=model, rollout_mode=RolloutMode.STANDALONE,
+    workers=[], replica_rank=0, node_rank=0, gpus_per_node=1, nnodes=1, cuda_visible_devices="",
+)
+try:
+    # What verl waits for before it launches an engine.
+    print("made", ray.get(server.get_master_address.remote()))
+except ray.exceptions.RayActorError as error:
+    print("ended", error)
+"""
+
+
+def test_a_server_of_verls_own_ends_while_it_is_made(setting):
+    folder, _ = setting
+    said = run(["-c", PLAIN_SERVER, str(folder / "model"), PLUGIN]).stdout
+    assert "made" not in said.split() and "ended The actor died" in said
+    assert "vllm_async_server.vLLMHttpServer, which proves no weights" in said
+    assert "docs/troubleshooting.md#server-without-the-plugin" in said

@@ -70,9 +70,9 @@ def test_a_server_of_verls_own_is_refused_for_a_hybrid_model_while_it_is_made(ki
             server._validate_configs()
     else:
         server._validate_configs()
-    before = SERVER._validate_configs
+    before = SERVER._validate_configs.verls_own
     patches.refuse_plain_servers()
-    assert SERVER._validate_configs is before, "applied once"
+    assert SERVER._validate_configs.verls_own is before, "applied once"
 
 
 def test_verl_still_reads_the_model_before_it_looks_for_the_rollout_side():

@@ -12,6 +12,7 @@ import functools
 import importlib.metadata
 import os
 import sys
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
 from unittest import mock
@@ -152,25 +153,38 @@ def refuse_plain_servers() -> None:
     servers = sys.modules.get("verl.workers.rollout.vllm_rollout.vllm_async_server")
     if servers is None:
         return
-    original = servers.vLLMHttpServer._validate_configs
-    if getattr(original, "refuses_plain_servers", False):
+    function = servers.vLLMHttpServer._validate_configs
+    if hasattr(function, "verls_own"):
         return
+    # The function itself changes and not the class: Ray has put this very function behind a wrapper of its own, in a
+    # class that it derives when an actor is declared.
+    function.verls_own = types.FunctionType(function.__code__, function.__globals__, function.__name__)
+    function.__code__ = _validate_proving_server.__code__
 
-    @functools.wraps(original)
-    def validate(self) -> None:
-        if self.model_config.lora.get("hybrid") and not getattr(self, "proves_its_weights", False):
-            kind = next(kind for kind in type(self).__mro__ if not kind.__module__.startswith("ray."))
-            raise ConfigurationError(
-                f"hybrid_lora: the rollout server of this model is {kind.__module__}.{kind.__qualname__}, which proves "
-                "no weights: the process that starts it has not loaded the plugin, or another replica is registered "
-                "for vllm; leave VERL_USE_EXTERNAL_PLUGINS unset or name hybrid_lora in it, and remove what registers "
-                "the other one",
-                see="server-without-the-plugin",
-            )
-        original(self)
 
-    validate.refuses_plain_servers = True
-    servers.vLLMHttpServer._validate_configs = validate
+def _validate_proving_server(self) -> None:
+    # Runs among verl's globals.
+    from hybrid_lora_plugin.verl_backend.patches import require_proving_server
+
+    require_proving_server(self)
+    vLLMHttpServer._validate_configs.verls_own(self)  # noqa: F821  verl's module has it
+
+
+def require_proving_server(server) -> None:
+    """Refuse a rollout server that proves no weights, for a model under Hybrid-LoRA.
+
+    Raises:
+        ConfigurationError: naming its class, and what may have started it.
+    """
+    if not server.model_config.lora.get("hybrid") or getattr(server, "proves_its_weights", False):
+        return
+    kind = next(kind for kind in type(server).__mro__ if not kind.__module__.startswith("ray."))
+    raise ConfigurationError(
+        f"hybrid_lora: the rollout server of this model is {kind.__module__}.{kind.__qualname__}, which proves no "
+        "weights: the process that starts it has not loaded the plugin, or another replica is registered for vllm; "
+        "leave VERL_USE_EXTERNAL_PLUGINS unset or name hybrid_lora in it, and remove what registers the other one",
+        see="server-without-the-plugin",
+    )
 
 
 @contextmanager
