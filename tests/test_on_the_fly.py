@@ -113,6 +113,11 @@ def test_every_setting_that_decides_an_allocation_is_compared(tmp_path, tiny_qwe
             has_earlier_allocation(tmp_path / "a", hybrid(change))
 
 
+def run_of(model):
+    """What a run of reinforcement learning is told by, and its model."""
+    return OmegaConf.create({"algorithm": {}, "actor_rollout_ref": {"model": {"path": str(model)}, "rollout": {}}})
+
+
 def test_an_allocation_of_other_weights_or_rows_is_not_taken_up(tmp_path, tiny_qwen2):
     rows = write_jsonl(tmp_path / "rows.jsonl", sums(40))
     model = tmp_path / "model"
@@ -128,10 +133,10 @@ def test_an_allocation_of_other_weights_or_rows_is_not_taken_up(tmp_path, tiny_q
     assert probe_command([f"model.path={model}", f"output_dir={tmp_path / 'a'}", *settings]) == 0
     node = OmegaConf.merge(OmegaConf.structured(HybridLoraConfig), OmegaConf.from_dotlist(settings))
     hybrid = OmegaConf.to_object(node)
-    config = OmegaConf.create({"actor_rollout_ref": {"model": {"path": str(model)}}})
+    config = run_of(model)
     assert has_earlier_allocation(tmp_path / "a", hybrid, lambda: data_of_run(config, hybrid))
     shutil.copytree(model, tmp_path / "copy")
-    elsewhere = OmegaConf.create({"actor_rollout_ref": {"model": {"path": str(tmp_path / "copy")}}})
+    elsewhere = run_of(tmp_path / "copy")
     assert has_earlier_allocation(tmp_path / "a", hybrid, lambda: data_of_run(elsewhere, hybrid)), (
         "a copy is the same model"
     )
