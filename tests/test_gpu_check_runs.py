@@ -15,7 +15,7 @@ from omegaconf import OmegaConf, open_dict  # noqa: E402
 from hybrid_lora_plugin.errors import ConfigurationError  # noqa: E402
 from hybrid_lora_plugin.sync.modes import SYNC_MODES, sync_mode  # noqa: E402
 from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
-from recipes.gpu_check.model import Shape, build_tokenizer, config_of  # noqa: E402
+from recipes.gpu_check.model import Shape, build  # noqa: E402
 from recipes.gpu_check.runs import RUNS, Files, overrides_of  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
 from tests.support.rollout_harness import compose  # noqa: E402
@@ -28,7 +28,8 @@ def files(tmp_path_factory):
     """The real shape, 0.5 billion parameters, without its weights: nothing here reads them."""
     folder = tmp_path_factory.mktemp("check")
     files = Files(folder, folder / "weights")
-    config_of(Shape(), build_tokenizer(512)).save_pretrained(files.model)
+    # With weights: the preflight refuses a folder without.
+    build(files.model, Shape(layers=2, hidden=64, vocabulary=512))
     make_allocation(files.model, files.allocation, ratio=0.1)
     return files
 

@@ -160,7 +160,7 @@ def _engine(model: Path, allocation: Path) -> Any:
 
     os.environ |= {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     initialize_global_process_group()
-    hybrid = {"allocation": str(allocation), "full_lr": 1e-3, "lora": {"rank": RANK, "alpha": ALPHA}}
+    hybrid = {"allocation": str(allocation), "full_lr": 1e-3, "lora": {"rank": RANK, "alpha": ALPHA, "lr": 1e-2}}
     engine = EngineRegistry.new(
         model_type="language_model",
         backend="fsdp2",
