@@ -7,7 +7,6 @@ for it in the process that drives the workers, so mostly on this machine.
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Collection
 from pathlib import Path
@@ -145,13 +144,11 @@ def require_weights(contents: Collection[str], actor: Path, kind: RunKind = REIN
 
 
 def _require_same_ranks(actor: Path, config: DictConfig, kind: RunKind) -> None:
+    ranks = kind.ranks(config)
+    said = f"this run has {ranks} rank{'s' * (ranks > 1)}"
     if kind.samples:
         nodes, devices = (OmegaConf.select(config, f"trainer.{name}") for name in ("nnodes", "n_gpus_per_node"))
-        ranks = int(nodes or 1) * int(devices or 1)
         said = f"trainer.n_gpus_per_node: {devices} on trainer.nnodes={nodes} makes {ranks} ranks"
-    else:
-        ranks = int(os.environ.get("WORLD_SIZE") or 1)
-        said = f"torchrun: {ranks} ranks"
     saved = {int(found[1]) for file in actor.iterdir() if (found := _SHARD.fullmatch(file.name))}
     if saved and ranks not in saved:
         raise ConfigurationError(

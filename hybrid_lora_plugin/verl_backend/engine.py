@@ -372,7 +372,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
 
     def _require_shards(self, folder: str) -> None:
         manager = self.checkpoint_manager
-        require_weights(manager.checkpoint_load_contents, Path(folder))
+        require_weights(manager.checkpoint_load_contents, Path(folder), self._kind)
         loaded = {
             "model": manager.should_load_model,
             "optim": manager.should_load_optimizer,

@@ -6,7 +6,6 @@ run has them, so that a message names what its user can type.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
@@ -429,22 +428,13 @@ def check_run(config) -> None:
     _check_other_lora(config, kind)
     check_optimizer(kind.place(ACTOR + "optim."), *optimizer)
     fsdp_size = int(kind.select(config, ACTOR + "fsdp_config.fsdp_size", default=-1))
-    check_sharding(settings[ACTOR + "strategy"], fsdp_size, _ranks(config, kind), kind)
+    check_sharding(settings[ACTOR + "strategy"], fsdp_size, kind.ranks(config), kind)
     if not kind.samples:
         return
     check_sync(settings, setting("hybrid_lora.sync"))
     check_vllm_arguments(setting(ROLLOUT + "engine_kwargs.vllm"), setting(MODEL + "override_config"))
     timeouts = ("hybrid_lora.sync_timeout", "hybrid_lora.sync_check", "actor_rollout_ref.nccl_timeout")
     check_waits(*(setting(name) for name in timeouts))
-
-
-def _ranks(config, kind: RunKind) -> int:
-    if not kind.samples and "WORLD_SIZE" in os.environ:
-        # torchrun's: its trainer reads neither of the two below.
-        return int(os.environ["WORLD_SIZE"])
-    return int(OmegaConf.select(config, "trainer.nnodes") or 1) * int(
-        OmegaConf.select(config, "trainer.n_gpus_per_node") or 1
-    )
 
 
 def check_engine(model_config, engine_config, checkpoint_config) -> HybridLoraConfig:

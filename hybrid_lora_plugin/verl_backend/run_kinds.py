@@ -50,6 +50,14 @@ class RunKind:
                 message = message.replace(beginning, instead)
         return message
 
+    def ranks(self, config: DictConfig) -> int:
+        """How many ranks train ``config``, a run of this kind."""
+        if not self.samples and "WORLD_SIZE" in os.environ:
+            # torchrun's: its trainer reads neither of the two below.
+            return int(os.environ["WORLD_SIZE"])
+        nodes, devices = (OmegaConf.select(config, f"trainer.{name}") for name in ("nnodes", "n_gpus_per_node"))
+        return int(nodes or 1) * int(devices or 1)
+
     def select(self, config: DictConfig, name: str, default: Any = None) -> Any:
         """The value of a setting in ``config``, a run of this kind."""
         place = self.place(name)
