@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import shutil
 import statistics
 import sys
 from dataclasses import dataclass
@@ -66,12 +67,13 @@ VARIANTS = (
 def measure(variant: Variant, seed: int, arguments: argparse.Namespace) -> dict:
     """One run: its settings and the kept metrics of each step."""
     folder = arguments.out.resolve() / f"{variant.mode}-{variant.rounding}-{arguments.dtype}-{seed}"
-    folder.mkdir(parents=True, exist_ok=True)
+    # What an interrupted run left would be refused, or resumed from; a finished one is never measured again.
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
     model = demo(arguments.cache, 0).folder.resolve()
     allocation = draw_allocation(AutoConfig.from_pretrained(model), "demo", rank=16, ratio=0.1, seed=0)
     save_allocation(folder / "allocation", allocation, {})
     files = task.write_rl_parquet(folder / "data")
-    (folder / "metrics.jsonl").unlink(missing_ok=True)
     lora, full = arguments.rates
     steps = run_verl(
         [
