@@ -141,47 +141,33 @@ class JsonArray(Store):
                     return
 
     def _values(self) -> Iterator[Any]:
-        decoder, row = json.JSONDecoder(), 0
+        row = 0
 
         def broken(reason: str) -> ProbeError:
             return ProbeError(f"probe.files: row {row + 1} of {self.file} is not JSON ({reason}); correct it")
 
         with readable(self.file, "a JSON"), _opened(self.file) as stream:
-            blocks = self._texts(stream)
-            text = next(blocks, "").lstrip(_SPACE)[1:]  # behind the bracket
-            ended = False
-            while True:
-                text = text.lstrip(_SPACE)
-                if row and text.startswith(","):
-                    rest = text[1:].lstrip(_SPACE)
-                    if rest[:1] not in ("", "]"):
-                        text = rest
-                    elif not ended:
-                        text, ended = _longer(text, blocks)
-                        continue
-                    else:
-                        raise broken("a comma and no row behind it")
-                elif row and text[:1] not in ("", "]"):
-                    raise broken("no comma before it")
-                if text.startswith("]"):
-                    rest = text[1:] + "".join(blocks)
-                    if rest.strip(_SPACE):
-                        raise broken("there is more behind the end of the array")
-                    return
+            window = _Window(self._texts(stream))
+            window.skip("[")
+            while window.next() != "]":
+                if not window.next():
+                    raise broken("the array does not end")
                 try:
-                    value, end = decoder.raw_decode(text)
-                    complete = ended or end < len(text)  # a number could go on in the next block
+                    value = window.value()
                 except RecursionError as error:
                     raise broken("it is nested too deep") from error
                 except ValueError as error:
-                    if ended:
-                        raise broken("the array does not end" if not text else str(error)) from error
-                    complete = False
-                if not complete:
-                    text, ended = _longer(text, blocks)
-                    continue
+                    raise broken(str(error)) from error
                 yield value
-                row, text = row + 1, text[end:]
+                row += 1
+                if window.skip(","):
+                    if window.next() == "]":
+                        raise broken("a comma and no row behind it")
+                elif window.next() not in ("", "]"):
+                    raise broken("no comma before it")
+            window.skip("]")
+            if window.next():
+                raise broken("there is more behind the end of the array")
 
     def _texts(self, stream: BinaryIO) -> Iterator[str]:
         decoder, first = codecs.getincrementaldecoder("utf-8")(), True
@@ -201,16 +187,56 @@ class JsonArray(Store):
                 return
 
 
-def _longer(text: str, blocks: Iterator[str]) -> tuple[str, bool]:
-    """A text with the next blocks behind it, at least as much as it has; and whether there are no more."""
-    # Doubling keeps the work linear where one row is larger than many blocks.
-    parts, wanted = [text], max(1, len(text))
-    for block in blocks:
-        parts.append(block)
-        wanted -= len(block)
-        if wanted <= 0:
-            return "".join(parts), False
-    return "".join(parts), True
+class _Window:
+    """A part of a long text, from where it is read on."""
+
+    def __init__(self, blocks: Iterator[str]) -> None:
+        self._blocks, self._text, self._at, self._ended = blocks, "", 0, False
+        self._decoder = json.JSONDecoder()
+
+    def next(self) -> str:
+        """The next character that is no white space, without reading it; empty at the end of the text."""
+        while True:
+            while self._at < len(self._text) and self._text[self._at] in _SPACE:
+                self._at += 1
+            if self._at < len(self._text) or self._ended:
+                return self._text[self._at : self._at + 1]
+            self._more()
+
+    def skip(self, sign: str) -> bool:
+        """Read one character if it is the next, and say whether it was."""
+        found = self.next() == sign
+        self._at += found
+        return found
+
+    def value(self) -> Any:
+        """Read a JSON value.
+
+        Raises:
+            ValueError: there is none.
+        """
+        while True:
+            try:
+                value, end = self._decoder.raw_decode(self._text, self._at)
+                if end < len(self._text) or self._ended:  # a number could go on in the next block
+                    self._at = end
+                    return value
+            except ValueError:
+                if self._ended:
+                    raise
+            self._more()
+
+    def _more(self) -> None:
+        """Take in at least as much text as is there: the work stays linear where a row is larger than many blocks."""
+        parts, wanted = [self._text[self._at :]], max(1, len(self._text) - self._at)
+        self._at, self._ended = 0, True
+        for block in self._blocks:
+            parts.append(block)
+            wanted -= len(block)
+            if wanted <= 0:
+                self._ended = False
+                break
+        self._text = "".join(parts)
 
 
 def _decoded(line: bytes, file: Path, what: str) -> str:
