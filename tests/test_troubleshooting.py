@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hybrid_lora_plugin.allocation.storage import load_allocation
 from hybrid_lora_plugin.errors import (
@@ -372,7 +373,7 @@ def test_an_allocation_of_another_model_names_its_entry(stopped, tmp_path):
 
 def test_an_error_that_nobody_foresaw_has_the_general_reference(stopped, tmp_path):
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    save_file({"weight": torch.ones(1)}, tmp_path / "model" / "model.safetensors")
     (tmp_path / "model" / "config.json").write_text("[]")
     assert reference(stopped(f"actor_rollout_ref.model.path={tmp_path / 'model'}")) == "configuration-not-checked"
 

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 
 from hybrid_lora_plugin.allocation.storage import load_allocation
+from hybrid_lora_plugin.base_checkpoint import check_model_folder
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.errors import ConfigurationError, WeightSyncError
 from hybrid_lora_plugin.files import complete_folder
@@ -19,6 +20,7 @@ from hybrid_lora_plugin.training.checkpoint import load_trained
 from hybrid_lora_plugin.training.merge import merge_weight
 from hybrid_lora_plugin.training.model_folder import LARGEST_FILE
 from hybrid_lora_plugin.training.rounding import NEAREST, Rounding, on_grid, round_weight
+from hybrid_lora_plugin.weight_loading import TiedOnMeta, refuse_loaded_adapter, refuse_report
 
 
 @dataclass(frozen=True)
@@ -75,6 +77,10 @@ def merged_model(
     base = base or description.base_model
     try:
         model = _base_model(base, description.base_dtype, trust_remote_code)
+    except ConfigurationError as error:
+        raise ConfigurationError.relayed(
+            f"base: {str(error).removeprefix('model: ')}", otherwise="checkpoint-of-another-base-model"
+        ) from error
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigurationError(f"base: {base!r} cannot be loaded ({reason}); give base=PATH") from error
@@ -127,7 +133,12 @@ def _base_model(base: str | os.PathLike, held: str | None, trust_remote_code: bo
 
     # In the type that the run held it in: a checkpoint's config may name another than its tensors have.
     options |= {"dtype": held or "auto", "trust_remote_code": trust_remote_code}
-    return AutoModelForCausalLM.from_pretrained(base, **options)
+    if os.path.isdir(base):
+        check_model_folder(base, safetensors=False)
+    model, report = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **options)
+    refuse_loaded_adapter(base, model)
+    refuse_report(base, report)
+    return model
 
 
 def weightless_model(base: str | os.PathLike, held: str, dtype: torch.dtype, trust_remote_code: bool = False):
@@ -139,7 +150,8 @@ def weightless_model(base: str | os.PathLike, held: str, dtype: torch.dtype, tru
         dtype: of the merged weights.
         trust_remote_code: as in transformers.
     """
-    model = _base_model(base, held, trust_remote_code, device_map="meta").to(dtype)
+    with TiedOnMeta():
+        model = _base_model(base, held, trust_remote_code, device_map="meta").to(dtype)
     model.config.dtype = dtype
     return model
 

@@ -52,6 +52,7 @@ from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
 from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, kind_of_model
 from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import TrainerLogProbs
 from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource, rollout_dtype
+from hybrid_lora_plugin.weight_loading import check_weights
 
 
 class HybridLoraEngine(FSDPEngineWithLMHead):
@@ -119,9 +120,11 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             print(f"hybrid_lora: frozen weights in {dtype[0]}".replace("torch.", ""))
         try:
             with only_parameters_cast():
-                return super()._build_module()
+                module = super()._build_module()
         finally:
             self.engine_config = given
+        self._ranks.from_first(self._check_fetched)
+        return module
 
     def _check_base(self) -> None:
         """Refuse a model that the driver could not see before its weights are read; its modules are looked at later."""
@@ -129,6 +132,13 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         folder = Path(self.model_config.local_path)
         if folder.is_dir():
             check_model_folder(folder, safetensors=False)
+            # verl loads it without looking at what transformers says about it.
+            check_weights(folder, bool(self.model_config.trust_remote_code))
+
+    def _check_fetched(self) -> None:
+        """The same of a model of a hub, whose weights are on this machine only now."""
+        if not Path(self.model_config.local_path).is_dir():
+            check_weights(self.model_config.local_path, bool(self.model_config.trust_remote_code))
 
     def _build_lora_module(self, module):
         # As in verl: the embedding output needs a gradient for checkpointed layers below the first adapter.
