@@ -315,7 +315,7 @@ def test_a_report_of_other_weights_or_of_another_step_names_its_entry(server_ada
 def stopped(tiny_qwen2, tmp_path):
     """The line with which the preflight ends a run, one mistake added to a configuration that it accepts."""
     pytest.importorskip("verl", reason="verl is not installed")
-    from hybrid_lora_plugin.verl_backend.preflight import Preflight
+    from hybrid_lora_plugin.verl_backend.preflight import Preflight, RunRefused
     from tests.test_verl_configuration import composed
 
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "response": "2"}\n')
@@ -331,10 +331,10 @@ def stopped(tiny_qwen2, tmp_path):
             "hybrid_lora.budget.ratio=0.3",
             *mistake,
         )
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(RunRefused) as ended:
             Preflight().on_run_start(config)
-        assert ended.value.code.startswith("hybrid_lora: ")
-        return ended.value.code
+        assert ended.value.code == 2 and ended.value.line.startswith("hybrid_lora: ")
+        return ended.value.line
 
     return line
 

@@ -10,7 +10,6 @@ from typing import NamedTuple
 import torch
 
 from hybrid_lora_plugin.allocation.storage import load_allocation
-from hybrid_lora_plugin.base_checkpoint import check_model_folder
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.errors import ConfigurationError, WeightSyncError
 from hybrid_lora_plugin.files import complete_folder
@@ -19,8 +18,8 @@ from hybrid_lora_plugin.training.arrival import ENOUGH, Arrival, arrival_of
 from hybrid_lora_plugin.training.checkpoint import load_trained
 from hybrid_lora_plugin.training.merge import merge_weight
 from hybrid_lora_plugin.training.model_folder import LARGEST_FILE
+from hybrid_lora_plugin.training.recorded_base import require_recorded_base
 from hybrid_lora_plugin.training.rounding import NEAREST, Rounding, on_grid, round_weight
-from hybrid_lora_plugin.weight_loading import TiedOnMeta, refuse_loaded_adapter, refuse_report
 
 
 @dataclass(frozen=True)
@@ -31,6 +30,8 @@ class KeptUpdate:
     rounding: Rounding
     #: by kind of module, ``lora`` and ``full``: ⟨W_exported − W0, W − W0⟩ / ‖W − W0‖²; 1.0 is all of it
     share: dict[str, float]
+    #: why nobody can tell whether this is the run's base model; None where it is
+    uncertain: str | None = None
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -40,7 +41,7 @@ class KeptUpdate:
         text += f": {kept or 'no update'} kept"
         if min(self.share.values(), default=1.0) < ENOUGH:
             text += "; give dtype=float32 to keep all of it"
-        return text
+        return text if self.uncertain is None else f"{text}\n{self.uncertain}"
 
 
 class Exported(NamedTuple):
@@ -75,12 +76,9 @@ def merged_model(
     tensors, description, allocation_path = load_trained(checkpoint)
     allocation = load_allocation(allocation_path)
     base = base or description.base_model
+    uncertain = require_recorded_base(base, allocation_path.parent, trust_remote_code)
     try:
         model = _base_model(base, description.base_dtype, trust_remote_code)
-    except ConfigurationError as error:
-        raise ConfigurationError.relayed(
-            f"base: {str(error).removeprefix('model: ')}", otherwise="checkpoint-of-another-base-model"
-        ) from error
     except (OSError, ValueError) as error:
         reason = str(error).splitlines()[0]
         raise ConfigurationError(f"base: {base!r} cannot be loaded ({reason}); give base=PATH") from error
@@ -125,7 +123,7 @@ def merged_model(
         raise ConfigurationError(f"checkpoint: tensor {sorted(unused)[0]!r} belongs to no module of {base!r}")
     model.config.dtype = target
     share = {kind: arrived[0] for kind, sums in arrival.sums().items() if (arrived := arrival_of(sums))}
-    return model, base, KeptUpdate(target, rounding, share)
+    return model, base, KeptUpdate(target, rounding, share, uncertain)
 
 
 def _base_model(base: str | os.PathLike, held: str | None, trust_remote_code: bool, **options):
@@ -133,12 +131,7 @@ def _base_model(base: str | os.PathLike, held: str | None, trust_remote_code: bo
 
     # In the type that the run held it in: a checkpoint's config may name another than its tensors have.
     options |= {"dtype": held or "auto", "trust_remote_code": trust_remote_code}
-    if os.path.isdir(base):
-        check_model_folder(base, safetensors=False)
-    model, report = AutoModelForCausalLM.from_pretrained(base, output_loading_info=True, **options)
-    refuse_loaded_adapter(base, model)
-    refuse_report(base, report)
-    return model
+    return AutoModelForCausalLM.from_pretrained(base, **options)
 
 
 def weightless_model(base: str | os.PathLike, held: str, dtype: torch.dtype, trust_remote_code: bool = False):
@@ -150,8 +143,7 @@ def weightless_model(base: str | os.PathLike, held: str, dtype: torch.dtype, tru
         dtype: of the merged weights.
         trust_remote_code: as in transformers.
     """
-    with TiedOnMeta():
-        model = _base_model(base, held, trust_remote_code, device_map="meta").to(dtype)
+    model = _base_model(base, held, trust_remote_code, device_map="meta").to(dtype)
     model.config.dtype = dtype
     return model
 
