@@ -14,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_lora_plugin import apply_allocation, load_allocation
+from hybrid_lora_plugin.base_identity import weight_digests
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.sync.base_weights import stored_dtypes
@@ -69,7 +70,7 @@ def save_checkpoint(model, base, allocation_folder, folder, **changes):
         **({"base_model": str(base), "rank": 4, "alpha": 8, "global_step": 3} | changes)
     )
     text = (allocation_folder / "allocation.json").read_text()
-    return save_trained(folder, trainables_of(model), description, text)
+    return save_trained(folder, trainables_of(model), description, text, weight_digests(base))
 
 
 def test_exactly_the_allocated_modules_train_each_in_its_own_way(hybrid, allocation):

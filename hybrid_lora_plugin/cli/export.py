@@ -5,8 +5,10 @@ from __future__ import annotations
 import sys
 from collections.abc import Sequence
 
-from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
+from hybrid_lora_plugin.cli.arguments import expand_home, parse, print_help, report_error, require_given, wants_help
+from hybrid_lora_plugin.cli.command import command, writing
 from hybrid_lora_plugin.config import ExportCommandConfig
+from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ConfigurationError
 
 PROGRAM = "hybrid-lora-export"
@@ -18,22 +20,23 @@ SUMMARY = (
 EXAMPLE = f"{PROGRAM} checkpoint=checkpoints/hybrid_lora/run/global_step_500 output_dir=exported"
 
 
+@command(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``key=value`` arguments; returns 0, or 2 on a user's mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if wants_help(argv):
         return print_help(PROGRAM, SUMMARY, EXAMPLE, ExportCommandConfig)
     try:
-        config = parse(argv, ExportCommandConfig)
-        for name in ("checkpoint", "output_dir"):
-            if not getattr(config, name):
-                raise ConfigurationError(f"{name}: not given; write {name}=FOLDER")
+        config = expand_home(parse(argv, ExportCommandConfig))
+        require_given(config, {"checkpoint": "FOLDER", "output_dir": "FOLDER"})
+        validate(config)
         # Late, so that --help and a mistyped option answer at once.
         from hybrid_lora_plugin.training.export import export_checkpoint
 
-        exported = export_checkpoint(
-            config.checkpoint, config.output_dir, config.base, config.trust_remote_code, config.dtype
-        )
+        with writing():
+            exported = export_checkpoint(
+                config.checkpoint, config.output_dir, config.base, config.trust_remote_code, config.dtype
+            )
     except ConfigurationError as error:
         return report_error(PROGRAM, error)
     folder = str(exported.folder)

@@ -14,10 +14,11 @@ from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.errors import ConfigurationError, WeightSyncError
 from hybrid_lora_plugin.files import complete_folder
 from hybrid_lora_plugin.names import wire_factor
-from hybrid_lora_plugin.training.arrival import ENOUGH, Arrival, arrival_of
+from hybrid_lora_plugin.training.arrival import ENOUGH, Arrival, TrainedPiece, arrival_of
 from hybrid_lora_plugin.training.checkpoint import load_trained
 from hybrid_lora_plugin.training.merge import merge_weight
 from hybrid_lora_plugin.training.model_folder import LARGEST_FILE
+from hybrid_lora_plugin.training.recorded_base import require_recorded_base
 from hybrid_lora_plugin.training.rounding import NEAREST, Rounding, on_grid, round_weight
 
 
@@ -29,6 +30,8 @@ class KeptUpdate:
     rounding: Rounding
     #: by kind of module, ``lora`` and ``full``: ⟨W_exported − W0, W − W0⟩ / ‖W − W0‖²; 1.0 is all of it
     share: dict[str, float]
+    #: why nobody can tell whether this is the run's base model; None where it is
+    uncertain: str | None = None
 
     def __str__(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
@@ -38,7 +41,7 @@ class KeptUpdate:
         text += f": {kept or 'no update'} kept"
         if min(self.share.values(), default=1.0) < ENOUGH:
             text += "; give dtype=float32 to keep all of it"
-        return text
+        return text if self.uncertain is None else f"{text}\n{self.uncertain}"
 
 
 class Exported(NamedTuple):
@@ -73,6 +76,7 @@ def merged_model(
     tensors, description, allocation_path = load_trained(checkpoint)
     allocation = load_allocation(allocation_path)
     base = base or description.base_model
+    uncertain = require_recorded_base(base, allocation_path.parent, trust_remote_code)
     try:
         model = _base_model(base, description.base_dtype, trust_remote_code)
     except (OSError, ValueError) as error:
@@ -103,7 +107,7 @@ def merged_model(
                 exact, original = take(plain), parameter.detach()
                 moved = on_grid(exact, original, target) if rounding.is_stochastic(target) else exact
                 parameter.data = round_weight(plain, moved, target, rounding)
-                arrival.add_full(exact, original, parameter)
+                arrival.add_full(TrainedPiece.of(exact, original), parameter)
                 trained.add(parameter)
         for name in allocation.lora_names:
             weight, plain = modules[name].weight, f"{name}.weight"
@@ -119,7 +123,7 @@ def merged_model(
         raise ConfigurationError(f"checkpoint: tensor {sorted(unused)[0]!r} belongs to no module of {base!r}")
     model.config.dtype = target
     share = {kind: arrived[0] for kind, sums in arrival.sums().items() if (arrived := arrival_of(sums))}
-    return model, base, KeptUpdate(target, rounding, share)
+    return model, base, KeptUpdate(target, rounding, share, uncertain)
 
 
 def _base_model(base: str | os.PathLike, held: str | None, trust_remote_code: bool, **options):

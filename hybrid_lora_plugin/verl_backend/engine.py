@@ -21,6 +21,7 @@ from verl.workers.engine import FSDPEngineWithLMHead
 from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.storage import allocation_file, load_allocation
 from hybrid_lora_plugin.base_checkpoint import check_model_folder
+from hybrid_lora_plugin.base_identity import weight_digests
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.model_families import refuse_config
@@ -32,6 +33,7 @@ from hybrid_lora_plugin.sync.mode_base import SyncMode
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, trainable_groups
+from hybrid_lora_plugin.training.arrival import TrainedPiece
 from hybrid_lora_plugin.training.checkpoint import (
     FOLDER,
     CheckpointDescription,
@@ -39,7 +41,7 @@ from hybrid_lora_plugin.training.checkpoint import (
     require_same_setting,
     save_trained,
 )
-from hybrid_lora_plugin.training.dtensor import local_tensor, sum_of_squares, whole
+from hybrid_lora_plugin.training.dtensor import first_elements, local_tensor, sum_of_squares, whole
 from hybrid_lora_plugin.training.memory import TrainingBytes, rank_bytes
 from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot, adapters_off
@@ -52,6 +54,7 @@ from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
 from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, kind_of_model
 from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import TrainerLogProbs
 from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource, rollout_dtype
+from hybrid_lora_plugin.weight_loading import check_weights
 
 
 class HybridLoraEngine(FSDPEngineWithLMHead):
@@ -60,7 +63,11 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
     hybrid: HybridLoraConfig
     _weight_source: WeightSource | None = None
     _log_probs: TrainerLogProbs | None = None
+    #: under FSDP1, where this rank's piece of each full module's parameter begins
+    _first_elements: dict[str, int] | None = None
     _base_snapshot: BaseSnapshot | None = None
+    #: on rank 0 what tells the base model's weights from others, once the model is built
+    _base_weights: dict[str, str] | None = None
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         self.hybrid = requirements.check_engine(model_config, engine_config, checkpoint_config)
@@ -119,9 +126,11 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             print(f"hybrid_lora: frozen weights in {dtype[0]}".replace("torch.", ""))
         try:
             with only_parameters_cast():
-                return super()._build_module()
+                module = super()._build_module()
         finally:
             self.engine_config = given
+        self._ranks.from_first(self._check_fetched)
+        return module
 
     def _check_base(self) -> None:
         """Refuse a model that the driver could not see before its weights are read; its modules are looked at later."""
@@ -129,6 +138,15 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         folder = Path(self.model_config.local_path)
         if folder.is_dir():
             check_model_folder(folder, safetensors=False)
+            # verl loads it without looking at what transformers says about it.
+            check_weights(folder, bool(self.model_config.trust_remote_code))
+            self._base_weights = weight_digests(folder)
+
+    def _check_fetched(self) -> None:
+        """The same of a model of a hub, whose weights are on this machine only now."""
+        if not Path(self.model_config.local_path).is_dir():
+            check_weights(self.model_config.local_path, bool(self.model_config.trust_remote_code))
+            self._base_weights = weight_digests(self.model_config.local_path)
 
     def _build_lora_module(self, module):
         # As in verl: the embedding output needs a gradient for checkpointed layers below the first adapter.
@@ -264,10 +282,21 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         """``plan`` for full modules that are rounded from the base model's values."""
         if fsdp_version(self.module) != 1:
             return replace(plan, originals=self._base_snapshot.values)
+        if plan.arrival is not None:
+            plan = replace(plan, pieces=self._pieces())
         if plan.rounding.is_stochastic(plan.dtype):
             # FSDP1 keeps pieces of a parameter that begin and end within a row.
             return replace(plan, state_of=lambda model: self._state_on_grid(model, plan.dtype))
         return plan
+
+    def _pieces(self) -> dict[str, TrainedPiece]:
+        """What this rank holds of the full modules under FSDP1, by name in ``state_dict()``."""
+        full = dict(trainable_groups(self.module)["full"])
+        if self._first_elements is None:
+            firsts = first_elements(full.values(), self._shard_group())
+            self._first_elements = dict(zip(full, firsts, strict=True))
+        originals = self._base_snapshot.values
+        return {name: TrainedPiece(held, originals[name], self._first_elements[name]) for name, held in full.items()}
 
     def _state_on_grid(self, model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """FSDP1's ``state_dict()``, a copy, with full modules as ``rounding.on_grid`` has them."""
@@ -328,13 +357,16 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             base_dtype=self._base_dtype,
         )
         # A disk that is full ends every rank, instead of leaving the others to wait for the first.
-        self._ranks.from_first(lambda: save_trained(local_path, tensors, description, self._allocation_json))
+        self._ranks.from_first(lambda: self._save_trained(local_path, tensors, description))
         self._ranks.from_first(lambda: hugging_face_output.end_mergers(Path(local_path)))
         if self._saves_hf_model:
             self._save_merged(Path(local_path), description)
         if self._weight_source is not None:
             # The sync that verl makes next is of these very weights.
             self._weight_source.read_all_back()
+
+    def _save_trained(self, folder: str, tensors: dict[str, torch.Tensor], description: CheckpointDescription) -> None:
+        save_trained(folder, tensors, description, self._allocation_json, self._base_weights)
 
     def _save_merged(self, folder: Path, description: CheckpointDescription) -> None:
         dtype = rollout_dtype(self.model_config)
