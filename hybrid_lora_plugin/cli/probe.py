@@ -67,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(config: ProbeCommandConfig, given: list[str]) -> None:
     """What can be known to fail before torch is there."""
-    examples = {"model.path": "Qwen/Qwen2.5-1.5B-Instruct", "output_dir": "outputs/probe"}
+    examples = {"model.path": "Qwen/Qwen2.5-1.5B-Instruct"}
+    if not config.probe.dry_run:
+        examples["output_dir"] = "outputs/probe"
     if config.criterion not in WITHOUT_PROBE and config.probe.objective == "sft":
         examples["probe.files"] = "[train.jsonl]"
     require_given(config, examples)

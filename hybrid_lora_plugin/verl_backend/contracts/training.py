@@ -9,7 +9,8 @@ _APPLY = "training/apply.py"
 _REFERENCE = "training/reference.py"
 _EXPORT = "training/export.py"
 _LOADING = "probing/loading.py"
-_BATCHES = "probing/data/batches.py"
+_TEMPLATE = "probing/data/template.py"
+_TOKENS = "probing/data/tokens.py"
 _MODEL_CHECK = "verl_backend/model_check.py"
 _PATCHES = "verl_backend/patches.py"
 _BOTH_ENGINES = ("verl_backend/engine.py", "verl_backend/probe/policy_engine.py")
@@ -103,11 +104,17 @@ TRAINING = Subject(
             ("__version__", "probing/provenance.py", "recorded in the artifact"),
             (
                 "PreTrainedTokenizerBase.apply_chat_template",
-                _BATCHES,
-                "tokens of a chat",
+                _TEMPLATE,
+                "text of a chat",
                 "conversation add_generation_prompt tokenize",
             ),
-            ("PreTrainedTokenizerBase.chat_template", _BATCHES, "whether chats can be encoded"),
+            ("PreTrainedTokenizerBase.chat_template", _TOKENS, "whether chats can be encoded"),
+            (
+                "PreTrainedTokenizerBase.all_special_tokens",
+                "probing/data/conversation.py",
+                "where a response ends in the text of a chat",
+            ),
+            ("GenerationConfig.from_pretrained", "probing/prepare.py", "tokens at which a rollout ends"),
         ),
         *rows(
             "registration probe",
@@ -151,9 +158,16 @@ TRAINING = Subject(
         ),
         behaviour(
             "probe",
-            _BATCHES,
+            _TOKENS,
             "a tokenizer answers for `eos_token_id` and `pad_token_id`, which its class does not name",
             "tests/test_probe_data.py::test_labels_cover_response_and_end_token_only",
+        ),
+        behaviour(
+            "probe",
+            _TEMPLATE,
+            "what `apply_chat_template` is given comes before the functions that transformers gives a template, as "
+            "`strftime_now`",
+            "tests/test_probe_conversation.py::test_a_template_that_prints_the_date_prints_the_day_it_is_given",
         ),
     ),
 )
