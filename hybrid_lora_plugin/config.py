@@ -11,6 +11,7 @@ generated from or checked against these files, so a field is documented there an
     config_sync.py        the weight sync of a run
     config_field.py       how a field is declared
     config_validation.py  what one field cannot check of itself
+    config_effect.py      which options the others leave without an effect
 """
 
 from __future__ import annotations
@@ -24,6 +25,7 @@ from hybrid_lora_plugin.config_selection import (
     BUDGET_AMOUNTS,
     CRITERIA,
     NORMALISATIONS,
+    WITHOUT_PROBE,
     BudgetConfig,
     ControlConfig,
     SelectionConfig,
@@ -40,6 +42,7 @@ __all__ = [
     "NORMALISATIONS",
     "ROUNDINGS",
     "SYNC_MODES",
+    "WITHOUT_PROBE",
     "AdaLoraConfig",
     "AdapterConfig",
     "AllocateCommandConfig",
@@ -189,7 +192,7 @@ class ProbeCommandConfig(SelectionConfig):
     )
     probe: ProbeConfig = documented(ProbeConfig, "Probing run.", source="paper Algorithm 1")
     lora: AdapterConfig = documented(
-        AdapterConfig, "Adapters of the probe (rank only; Eq. 7 has its own scale).", source="paper §4.3"
+        AdapterConfig, "Adapters of the probe: the rank, and alpha with criterion adalora.", source="paper §4.3"
     )
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import signal
 import sys
-import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 
-from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
+from hybrid_lora_plugin.cli.arguments import expand_home, parse, print_help, report_error, require_given, wants_help
+from hybrid_lora_plugin.cli.command import command, writing
 from hybrid_lora_plugin.config import ExportCommandConfig
+from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ConfigurationError, UsageError
 
 PROGRAM = "hybrid-lora-export"
@@ -23,10 +22,7 @@ SUMMARY = (
 EXAMPLE = f"{PROGRAM} checkpoint=checkpoints/hybrid_lora/run/global_step_500 output_dir=exported"
 
 
-class _Terminated(KeyboardInterrupt):
-    """SIGTERM, so that it ends what Ctrl-C ends, and in the same way."""
-
-
+@command(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``key=value`` arguments.
 
@@ -37,17 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wants_help(argv):
         return print_help(PROGRAM, SUMMARY, EXAMPLE, ExportCommandConfig)
     try:
-        with _termination_raises():
-            return _export(parse(argv, ExportCommandConfig))
+        config = expand_home(parse(argv, ExportCommandConfig))
+        _check(config)
+        return _export(config)
     except ConfigurationError as error:
         return report_error(PROGRAM, error)
-    except KeyboardInterrupt as interrupt:
-        print(f"{PROGRAM}: interrupted, nothing was exported; the same command begins again", file=sys.stderr)
-        return 128 + (signal.SIGTERM if isinstance(interrupt, _Terminated) else signal.SIGINT)
 
 
 def _export(config: ExportCommandConfig) -> int:
-    _check(config)
     # Late, so that --help and a mistyped option answer at once.
     from transformers.utils import logging
 
@@ -60,16 +53,17 @@ def _export(config: ExportCommandConfig) -> int:
     write, source = (apply_delta, config.delta) if config.delta else (export_checkpoint, config.checkpoint)
     progress = progress_for("exporting")
     try:
-        exported = write(
-            source,
-            config.output_dir,
-            config.base,
-            config.trust_remote_code,
-            config.dtype,
-            format=config.format,
-            largest_file=config.max_shard_size or LARGEST_FILE,
-            progress=progress,
-        )
+        with writing():
+            exported = write(
+                source,
+                config.output_dir,
+                config.base,
+                config.trust_remote_code,
+                config.dtype,
+                format=config.format,
+                largest_file=config.max_shard_size or LARGEST_FILE,
+                progress=progress,
+            )
     finally:
         progress.close()
     for line in (*exported.notes, exported.kept):
@@ -86,16 +80,10 @@ def _export(config: ExportCommandConfig) -> int:
 
 
 def _check(config: ExportCommandConfig) -> None:
-    from hybrid_lora_plugin.config_validation import validate
-
-    if bool(config.checkpoint) == bool(config.delta):
-        raise UsageError(
-            "checkpoint: given together with delta; give one of them"
-            if config.delta
-            else "checkpoint: not given; write checkpoint=FOLDER, or delta=FOLDER"
-        )
-    if not config.output_dir:
-        raise UsageError("output_dir: not given; write output_dir=FOLDER")
+    if config.checkpoint and config.delta:
+        raise UsageError("checkpoint: given together with delta; give one of them")
+    source = {} if config.delta else {"checkpoint": "FOLDER"}
+    require_given(config, source | {"output_dir": "FOLDER"})
     validate(config)
     if config.delta and config.format == "delta":
         raise UsageError("format: a delta is exported from a checkpoint, not from a delta; give format=merged")
@@ -103,23 +91,6 @@ def _check(config: ExportCommandConfig) -> None:
         raise UsageError(
             f"max_shard_size: has no effect with format={config.format}, whose files are few; leave it out"
         )
-
-
-@contextmanager
-def _termination_raises() -> Iterator[None]:
-    """While entered, SIGTERM cleans up as Ctrl-C does, and does not only end the process."""
-
-    def end(*_: object) -> None:
-        raise _Terminated
-
-    if threading.current_thread() is not threading.main_thread():
-        yield  # where Python lets no one handle signals
-        return
-    previous = signal.signal(signal.SIGTERM, end)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, previous)
 
 
 if __name__ == "__main__":

@@ -43,10 +43,11 @@ class BarProgress:
         columns = (TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TimeRemainingColumn())
         self._bars = Progress(*columns, console=Console(stderr=True))
         self._task = self._bars.add_task(text, total=None)
-        self._bars.start()
 
     def __call__(self, done: int, total: int) -> None:
         """``done`` bytes of ``total`` are through."""
+        # Not before: whatever is refused first is one line without a bar.
+        self._bars.start()
         self._bars.update(self._task, completed=done, total=total)
 
     def close(self) -> None:

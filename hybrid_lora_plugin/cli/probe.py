@@ -2,15 +2,27 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
+from hybrid_lora_plugin.cli.arguments import (
+    expand_home,
+    given_options,
+    parse,
+    print_help,
+    report_error,
+    require_given,
+    wants_help,
+)
+from hybrid_lora_plugin.cli.command import command
 from hybrid_lora_plugin.cli.result import print_result
-from hybrid_lora_plugin.config import ProbeCommandConfig
+from hybrid_lora_plugin.config import WITHOUT_PROBE, ProbeCommandConfig
+from hybrid_lora_plugin.config_effect import COMMAND, PROBE, SELECTION, refuse_without_effect
+from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ConfigurationError
 
 PROGRAM = "hybrid-lora-probe"
@@ -23,6 +35,10 @@ SUMMARY = (
 EXAMPLE = f"{PROGRAM} model.path=Qwen/Qwen2.5-1.5B-Instruct 'probe.files=[train.jsonl]' output_dir=outputs/probe"
 
 
+ALIASES = {"data.files": "probe.files"}
+
+
+@command(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -36,10 +52,22 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wants_help(argv):
         return print_help(PROGRAM, SUMMARY, EXAMPLE, ProbeCommandConfig)
     try:
-        config = parse(argv, ProbeCommandConfig, aliases={"data.files": "probe.files"})
+        config = expand_home(parse(argv, ProbeCommandConfig, ALIASES))
+        _check(config, given_options(argv, ALIASES))
     except ConfigurationError as error:
-        return report_error(PROGRAM, error)
+        # Under torchrun one process speaks for all.
+        return report_error(PROGRAM, error) if os.environ.get("RANK", "0") == "0" else 2
     return probe(config, resume_command=shlex.join([PROGRAM, *argv]), program=PROGRAM)
+
+
+def _check(config: ProbeCommandConfig, given: list[str]) -> None:
+    """What can be known to fail before torch is there."""
+    examples = {"model.path": "Qwen/Qwen2.5-1.5B-Instruct", "output_dir": "outputs/probe"}
+    if config.criterion not in WITHOUT_PROBE and config.probe.objective == "sft":
+        examples["probe.files"] = "[train.jsonl]"
+    require_given(config, examples)
+    validate(config)
+    refuse_without_effect(config, given, (*COMMAND, *PROBE, *SELECTION))
 
 
 def probe(config: ProbeCommandConfig, *, resume_command: str, program: str) -> int:

@@ -31,6 +31,7 @@ from hybrid_lora_plugin.probing.interrupt import ProbeInterrupted, StopRequest
 from hybrid_lora_plugin.probing.loading import (
     CheckpointWatch,
     check_model,
+    check_model_files,
     checkpoint_fingerprint,
     load_model,
     load_model_config,
@@ -106,6 +107,7 @@ def _check(config: ProbeCommandConfig, output_dir: Path, processes: int) -> None
             )
         METHODS[method].check_ranks(processes)
     refuse_existing(output_dir)
+    check_model_files(config.model)
 
 
 def _choose_without_probe(config: ProbeCommandConfig, output_dir: Path, progress: Progress) -> Allocation:

@@ -13,6 +13,8 @@ from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.training.model_folder import file_order
 from hybrid_lora_plugin.training.tensor_file import TensorEntry, entry_of, read_tensor, shapes_in
 
+#: what transformers raises where it cannot load something
+UNLOADABLE = (OSError, ValueError, KeyError, ImportError)
 _INDEX, _SINGLE = "model.safetensors.index.json", "model.safetensors"
 
 
@@ -55,6 +57,12 @@ def _from_config(base: str | os.PathLike, dtype: str, trust_remote_code: bool):
     return model
 
 
+def cannot_be_loaded(base: str, error: Exception) -> ConfigurationError:
+    """The error for a base model that cannot be loaded because of another one."""
+    reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ConfigurationError(f"base: {base!r} cannot be loaded ({reason}); give base=PATH")
+
+
 class BaseModel:
     """The base model for an export.
 
@@ -79,8 +87,8 @@ class BaseModel:
         self.name, self._trust = str(base), trust_remote_code
         try:
             self.structure = weightless_model(base, held, trust_remote_code=trust_remote_code)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise self._cannot_be_loaded(error) from error
+        except UNLOADABLE as error:
+            raise cannot_be_loaded(self.name, error) from error
         state, once = self.structure.state_dict(), dict(self.structure.named_parameters())
         tied = dict(self.structure.named_parameters(remove_duplicate=False)).keys() - once.keys()
         self.entries: dict[str, TensorEntry] = {
@@ -103,12 +111,8 @@ class BaseModel:
         try:
             tensor = read_tensor(self._file_of[name], name)
         except (OSError, SafetensorError) as error:
-            raise self._cannot_be_loaded(error) from error
+            raise cannot_be_loaded(self.name, error) from error
         return tensor.to(self.entries[name].dtype) if tensor.is_floating_point() else tensor
-
-    def _cannot_be_loaded(self, error: Exception) -> ConfigurationError:
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        return ConfigurationError(f"base: {self.name!r} cannot be loaded ({reason}); give base=PATH")
 
     def _files(self, tied: set[str]) -> dict[str, Path]:
         """File of each weight, where each is in one under its own name and shape; else nothing."""
@@ -136,8 +140,8 @@ class BaseModel:
         options = {"dtype": held or "auto", "trust_remote_code": self._trust}
         try:
             model = AutoModelForCausalLM.from_pretrained(self.name, **options)
-        except (OSError, ValueError, KeyError, ImportError) as error:
-            raise self._cannot_be_loaded(error) from error
+        except UNLOADABLE as error:
+            raise cannot_be_loaded(self.name, error) from error
         state, once = model.state_dict(), dict(model.named_parameters())
         # Weights that the config ties and the checkpoint does not are two here.
         tied = dict(model.named_parameters(remove_duplicate=False)).keys() - once.keys()

@@ -5,6 +5,7 @@
     delta.json          the base model and a digest of each of its weights; type of the full modules' weights
     trainables.json     the checkpoint's description
     allocation.json     the allocation the run trained under
+    base_weights.json   the checkpoint's digests of the base model, which tell another one before any is read whole
 
 A delta in the rollout engine's type holds the full modules' weights as the engine got them and gives those alone; one
 in float32 holds what was trained, and every export can be made from it as from the checkpoint.
@@ -26,6 +27,7 @@ from hybrid_lora_plugin.names import wire_factor
 from hybrid_lora_plugin.training.base_model import BaseModel
 from hybrid_lora_plugin.training.bit_difference import pack, unpack
 from hybrid_lora_plugin.training.checkpoint import ALLOCATION, DESCRIPTION, load_description
+from hybrid_lora_plugin.training.recorded_base import BASE_WEIGHTS
 from hybrid_lora_plugin.training.tensor_file import TensorEntry, TensorFile
 from hybrid_lora_plugin.training.trained import TOKENIZER_CONFIG, Trained
 
@@ -89,8 +91,9 @@ def write_delta(
     for module in trained.allocation.lora_names:
         for kind, factor in zip("AB", trained.factors(module), strict=True):
             file.add(wire_factor(module, kind), factor)
-    for name in (DESCRIPTION, ALLOCATION):
-        shutil.copyfile(trained.folder / name, folder / name)
+    for name in (DESCRIPTION, ALLOCATION, BASE_WEIGHTS):
+        if name != BASE_WEIGHTS or (trained.folder / name).exists():
+            shutil.copyfile(trained.folder / name, folder / name)
     content = {
         "schema_version": SCHEMA_VERSION,
         "base_model": base.name,

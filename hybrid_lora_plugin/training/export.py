@@ -23,11 +23,12 @@ from hybrid_lora_plugin.errors import ConfigurationError, WeightSyncError
 from hybrid_lora_plugin.files import complete_folder
 from hybrid_lora_plugin.training.adapter_folder import loader, write_adapter
 from hybrid_lora_plugin.training.arrival import ENOUGH, Arrival, arrival_of
-from hybrid_lora_plugin.training.base_model import BaseModel
+from hybrid_lora_plugin.training.base_model import UNLOADABLE, BaseModel, cannot_be_loaded
 from hybrid_lora_plugin.training.delta import Delta, write_delta
 from hybrid_lora_plugin.training.merge import merge_weight
 from hybrid_lora_plugin.training.model_card import CARD, model_card
 from hybrid_lora_plugin.training.model_folder import LARGEST_FILE, ModelFolder
+from hybrid_lora_plugin.training.recorded_base import require_recorded_base
 from hybrid_lora_plugin.training.rounding import NEAREST, Rounding, on_grid, round_weight
 from hybrid_lora_plugin.training.trained import Trained
 
@@ -137,11 +138,8 @@ class Export:
         if os.path.lexists(output):
             raise ConfigurationError(f"output_dir: {str(output)!r} exists already; give a new folder or remove it")
         trained = self.trained
-        description, allocation = trained.description, trained.allocation
-        base = self._model = BaseModel(
-            self.base or description.base_model, description.base_dtype, self.trust_remote_code
-        )
-        allocation.check_model(base.structure.config, find_candidates(base.structure))
+        base = self._model = self._known_base()
+        trained.allocation.check_model(base.structure.config, find_candidates(base.structure))
         trained.require_all(base)
         if not base.is_streamed:
             self.notes.append(f"{base.name}: not in safetensors under the names of its model, so it was loaded whole")
@@ -162,6 +160,18 @@ class Export:
                 see="export-cannot-be-written",
             ) from error
         return Exported(output, self._kept, self.notes)
+
+    def _known_base(self) -> BaseModel:
+        description, name = self.trained.description, self.base or self.trained.description.base_model
+        try:
+            uncertain = require_recorded_base(name, self.trained.folder, self.trust_remote_code)
+        except ConfigurationError:
+            raise
+        except UNLOADABLE as error:
+            raise cannot_be_loaded(name, error) from error
+        if uncertain:
+            self.notes.append(uncertain)
+        return BaseModel(name, description.base_dtype, self.trust_remote_code)
 
     def _choose_dtype(self) -> None:
         description, held = self.trained.description, self.trained.dtype
@@ -250,7 +260,7 @@ class Export:
         run, base = self.trained.tokenizer, self._model.name
         try:
             tokenizer = load_tokenizer(run or base, self.trust_remote_code)
-        except (OSError, ValueError, KeyError, ImportError) as error:
+        except UNLOADABLE as error:
             reason = " ".join(str(error).split())
             raise ConfigurationError(
                 f"tokenizer: that in {str(run or base)!r} cannot be loaded ({reason}); put a tokenizer there"

@@ -21,6 +21,7 @@ from verl.workers.engine import FSDPEngineWithLMHead
 from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.storage import allocation_file, load_allocation
 from hybrid_lora_plugin.base_checkpoint import check_model_folder
+from hybrid_lora_plugin.base_identity import weight_digests
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.model_families import refuse_config
@@ -52,6 +53,7 @@ from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
 from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, kind_of_model
 from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import TrainerLogProbs
 from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource, rollout_dtype
+from hybrid_lora_plugin.weight_loading import check_weights
 
 
 class HybridLoraEngine(FSDPEngineWithLMHead):
@@ -61,6 +63,8 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
     _weight_source: WeightSource | None = None
     _log_probs: TrainerLogProbs | None = None
     _base_snapshot: BaseSnapshot | None = None
+    #: on rank 0 what tells the base model's weights from others, once the model is built
+    _base_weights: dict[str, str] | None = None
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         self.hybrid = requirements.check_engine(model_config, engine_config, checkpoint_config)
@@ -119,9 +123,11 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             print(f"hybrid_lora: frozen weights in {dtype[0]}".replace("torch.", ""))
         try:
             with only_parameters_cast():
-                return super()._build_module()
+                module = super()._build_module()
         finally:
             self.engine_config = given
+        self._ranks.from_first(self._check_fetched)
+        return module
 
     def _check_base(self) -> None:
         """Refuse a model that the driver could not see before its weights are read; its modules are looked at later."""
@@ -129,6 +135,15 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         folder = Path(self.model_config.local_path)
         if folder.is_dir():
             check_model_folder(folder, safetensors=False)
+            # verl loads it without looking at what transformers says about it.
+            check_weights(folder, bool(self.model_config.trust_remote_code))
+            self._base_weights = weight_digests(folder)
+
+    def _check_fetched(self) -> None:
+        """The same of a model of a hub, whose weights are on this machine only now."""
+        if not Path(self.model_config.local_path).is_dir():
+            check_weights(self.model_config.local_path, bool(self.model_config.trust_remote_code))
+            self._base_weights = weight_digests(self.model_config.local_path)
 
     def _build_lora_module(self, module):
         # As in verl: the embedding output needs a gradient for checkpointed layers below the first adapter.
@@ -329,13 +344,16 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             recipe={"run": self._kind.name, "full_lr": self.hybrid.full_lr, "lora_lr": self.hybrid.lora.lr},
         )
         # A disk that is full ends every rank, instead of leaving the others to wait for the first.
-        self._ranks.from_first(lambda: save_trained(local_path, tensors, description, self._allocation_json))
+        self._ranks.from_first(lambda: self._save_trained(local_path, tensors, description))
         self._ranks.from_first(lambda: hugging_face_output.end_mergers(Path(local_path)))
         if self._saves_hf_model:
             self._save_merged(Path(local_path), description)
         if self._weight_source is not None:
             # The sync that verl makes next is of these very weights.
             self._weight_source.read_all_back()
+
+    def _save_trained(self, folder: str, tensors: dict[str, torch.Tensor], description: CheckpointDescription) -> None:
+        save_trained(folder, tensors, description, self._allocation_json, self._base_weights)
 
     def _save_merged(self, folder: Path, description: CheckpointDescription) -> None:
         dtype = rollout_dtype(self.model_config)

@@ -1,13 +1,14 @@
 """Check a composed configuration on the driver, before Ray starts and before anything is written.
 
 ``+hybrid_lora=enabled`` adds this as a Hydra callback; Hydra calls it with the final configuration of the run.
-Hydra only warns when a callback raises, so a refusal leaves as SystemExit: one line, exit status 1.
+Hydra only warns when a callback raises, so a refusal leaves as SystemExit: one line, exit status 2.
 """
 
 from __future__ import annotations
 
 import os
 import shutil
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,22 @@ from omegaconf import DictConfig, OmegaConf
 
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError, HybridLoraError, explained
+
+
+class RunRefused(SystemExit):
+    """A run ends before it begins: exit status 2, and one line on standard error, printed when this is made.
+
+    Attributes:
+        line: what was printed.
+    """
+
+    def __init__(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+        super().__init__(2)
+        self.line = line
+
+    def __str__(self) -> str:
+        return self.line
 
 
 def check_configuration(config: DictConfig) -> HybridLoraConfig:
@@ -158,9 +175,9 @@ def _check_or_exit(config: DictConfig, may_probe: bool) -> None:
 
             run_policy_probe(config, hybrid)
     except (ConfigurationError, ImportError) as error:
-        raise SystemExit(_line_of(str(error).removeprefix("hybrid_lora: "))) from error
+        raise RunRefused(_line_of(str(error).removeprefix("hybrid_lora: "))) from error
     except Exception as error:  # Hydra would turn it into a warning and start the run unchecked
-        raise SystemExit(_line_of(f"the configuration could not be checked: {error!r}")) from error
+        raise RunRefused(_line_of(f"the configuration could not be checked: {error!r}")) from error
 
 
 def _line_of(text: str) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from hybrid_lora_plugin.base_identity import weight_digests
 from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.training.apply import trainable_groups
 from hybrid_lora_plugin.training.checkpoint import CheckpointDescription, save_trained
@@ -33,4 +34,4 @@ def save_checkpoint(model, base, allocation_folder, folder, **changes):
         **({"base_model": str(base), "rank": 4, "alpha": 8, "global_step": 3} | changes)
     )
     text = (allocation_folder / "allocation.json").read_text()
-    return save_trained(folder, trainables_of(model), description, text)
+    return save_trained(folder, trainables_of(model), description, text, weight_digests(base))
