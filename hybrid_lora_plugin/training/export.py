@@ -22,7 +22,7 @@ from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.errors import ConfigurationError, WeightSyncError
 from hybrid_lora_plugin.files import complete_folder
 from hybrid_lora_plugin.training.adapter_folder import loader, write_adapter
-from hybrid_lora_plugin.training.arrival import ENOUGH, Arrival, arrival_of
+from hybrid_lora_plugin.training.arrival import ENOUGH, Arrival, TrainedPiece, arrival_of
 from hybrid_lora_plugin.training.base_model import UNLOADABLE, BaseModel, cannot_be_loaded
 from hybrid_lora_plugin.training.delta import Delta, write_delta
 from hybrid_lora_plugin.training.merge import merge_weight
@@ -251,7 +251,7 @@ class Export:
             return exact
         moved = on_grid(exact, original, target) if rounding.is_stochastic(target) else exact
         weight = round_weight(name, moved, target, rounding)
-        self._arrival.add_full(exact, original, weight)
+        self._arrival.add_full(TrainedPiece.of(exact, original), weight)
         return weight
 
     # -- what is not weights --------------------------------------------------------------------------------------
