@@ -188,6 +188,26 @@ def test_without_a_run_s_tokenizer_the_base_model_s_is_taken_and_said(runs, tmp_
     assert f"tokenizer and chat template: of {base}, since the checkpoint holds none" in exported.notes
 
 
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tensors: tensors.popitem(), "is missing; the checkpoint is incomplete"),
+        (lambda tensors: tensors.update({next(iter(tensors)): torch.zeros(3, 2)}), r"has shape \[3, 2\], and \["),
+        (lambda tensors: tensors.update(odd=torch.zeros(1)), "tensor 'odd' belongs to no module of"),
+    ],
+)
+def test_a_checkpoint_of_other_tensors_is_refused_before_anything_is_written(runs, tmp_path, change, said):
+    _, checkpoint = runs("qwen2")
+    shutil.copytree(checkpoint / "actor", tmp_path / "actor")
+    file = tmp_path / "actor" / "hybrid_lora" / "trainables.safetensors"
+    tensors = load_file(file)
+    change(tensors)
+    save_file(tensors, file)
+    with pytest.raises(ConfigurationError, match=f"^checkpoint: tensor .*{said}"):
+        export_checkpoint(tmp_path / "actor", tmp_path / "out")
+    assert [one.name for one in tmp_path.iterdir()] == ["actor"]
+
+
 def test_small_files_and_one_large_file_are_one_model(runs, tmp_path):
     _, checkpoint = runs("qwen2")
     whole = export_checkpoint(checkpoint, tmp_path / "whole").folder
@@ -401,12 +421,15 @@ def test_a_card_names_a_base_model_of_the_hub():
     assert hub_name("/data/models/mine") is hub_name("./mine") is hub_name("~/mine") is None
 
 
-def test_a_card_of_an_older_checkpoint_says_what_is_not_recorded(runs, tmp_path):
+@pytest.mark.parametrize("recipe", ["absent", None, {"full_lr": "?"}])
+def test_a_card_of_an_older_checkpoint_says_what_is_not_recorded(runs, tmp_path, recipe):
     base, checkpoint = runs("qwen2")
     shutil.copytree(checkpoint, tmp_path / "step")
     file = tmp_path / "step" / "actor" / "hybrid_lora" / "trainables.json"
     raw = json.loads(file.read_text())
-    del raw["recipe"]
+    raw["recipe"] = recipe
+    if recipe == "absent":
+        del raw["recipe"]
     file.write_text(json.dumps(raw))
     folder = export_checkpoint(tmp_path / "step", tmp_path / "out").folder
     assert "| learning rates | not recorded in the checkpoint |" in (folder / CARD).read_text()

@@ -44,7 +44,7 @@ def write_adapter(
         lora_alpha=description.alpha,
         lora_dropout=0.0,
         bias="none",
-        base_model_name_or_path=base.name,
+        base_model_name_or_path=base.location,
         inference_mode=True,
     )
     # As a list: PEFT would make a set of it, which is written in another order each time.
@@ -62,7 +62,9 @@ def write_adapter(
     names = trained.full_weights(base)
     file = TensorFile(folder / FULL_WEIGHTS, {name: TensorEntry(dtype, base.entries[name].shape) for name in names})
     for name in names:
-        file.add(name, full(name, base.read(name)))
+        original = base.read(name)
+        trained.check_base(name, original)
+        file.add(name, full(name, original))
         written(name)
     # Last: without it PEFT loads nothing, and with it nothing asks for the full weights.
     config.save_pretrained(str(folder))

@@ -100,6 +100,11 @@ class BaseModel:
         if not self.is_streamed:
             self._load_whole(held)
 
+    @property
+    def location(self) -> str:
+        """Its name on a hub, or its folder wherever one stands."""
+        return os.path.abspath(self.name) if os.path.isdir(self.name) else self.name
+
     def read(self, name: str) -> torch.Tensor:
         """A weight on the CPU, in the type that the run held it in; it may be a view of a file and is not changed.
 

@@ -96,7 +96,7 @@ def write_delta(
             shutil.copyfile(trained.folder / name, folder / name)
     content = {
         "schema_version": SCHEMA_VERSION,
-        "base_model": base.name,
+        "base_model": base.location,
         "dtype": str(dtype).removeprefix("torch."),
         "base_weights": digests,
     }

@@ -309,7 +309,7 @@ class Export:
                 "engine had them, and no other type can be made of it.",
             ]
         description, allocation = self.trained.description, self.trained.allocation
-        return model_card(self.format, self._model.name, description, allocation, str(self._kept), use)
+        return model_card(self.format, self._model.location, description, allocation, str(self._kept), use)
 
 
 _MERGED_LOADER = """from transformers import AutoModelForCausalLM, AutoTokenizer

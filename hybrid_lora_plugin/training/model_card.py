@@ -109,11 +109,12 @@ def _counts(allocation: Allocation) -> str:
 
 
 def _recipe(description: CheckpointDescription) -> list[tuple[str, str]]:
-    recipe = description.recipe or {}
-    if not recipe:
+    recipe = description.recipe if isinstance(description.recipe, dict) else {}
+    rates = [recipe.get(name) for name in ("full_lr", "lora_lr")]
+    if not all(isinstance(rate, float) for rate in rates):
         return [("learning rates", "not recorded in the checkpoint")]
-    rates = f"{recipe['full_lr']:g} for full modules, {recipe['lora_lr']:g} for LoRA"
-    return [("trainer", str(recipe["run"]).replace("_", " ")), ("learning rates", rates)]
+    trainer = str(recipe.get("run")).replace("_", " ")
+    return [("trainer", trainer), ("learning rates", f"{rates[0]:g} for full modules, {rates[1]:g} for LoRA")]
 
 
 def _rollout(description: CheckpointDescription) -> str:
