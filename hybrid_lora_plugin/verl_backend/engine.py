@@ -344,6 +344,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             rounding_mode=self.hybrid.sync_rounding,
             rounding_seed=self.hybrid.sync_seed,
             base_dtype=self._base_dtype,
+            recipe={"run": self._kind.name, "full_lr": self.hybrid.full_lr, "lora_lr": self.hybrid.lora.lr},
         )
         # A disk that is full ends every rank, instead of leaving the others to wait for the first.
         self._ranks.from_first(lambda: self._save_trained(local_path, tensors, description))
