@@ -54,6 +54,9 @@ class CheckpointDescription:
     #: type in which the run held the base model's weights, which loses nothing of the checkpoint's; None where the
     #: checkpoint does not say
     base_dtype: str | None = None
+    #: what a model card says of the training: ``run``, its kind, and the rates ``full_lr`` and ``lora_lr``; None where
+    #: the checkpoint does not say
+    recipe: dict | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -104,6 +107,8 @@ def load_description(folder: Path) -> CheckpointDescription:
         if version not in _NOT_SAID:
             raise ValueError(f"schema_version is {version!r}, wanted {SCHEMA_VERSION}")
         raw |= _NOT_SAID[version]
+        # Nothing but a card depends on the recipe, so it is no reason for another version.
+        raw.setdefault("recipe", None)
         names = [f.name for f in fields(CheckpointDescription) if f.name != "schema_version"]
         return CheckpointDescription(**{name: raw[name] for name in names})
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -8,6 +8,8 @@ _LORA_LINEAR = "training/lora_linear.py"
 _APPLY = "training/apply.py"
 _REFERENCE = "training/reference.py"
 _EXPORT = "training/export.py"
+_BASE_MODEL = "training/base_model.py"
+_ADAPTER_FOLDER = "training/adapter_folder.py"
 _LOADING = "probing/loading.py"
 _TEMPLATE = "probing/data/template.py"
 _TOKENS = "probing/data/tokens.py"
@@ -37,11 +39,21 @@ TRAINING = Subject(
             "",
             ("PeftModel", _APPLY, "what apply_allocation returns"),
             ("PeftModel.peft_config", _APPLY, "tells a model that is wrapped already"),
-            ("TaskType", _APPLY, "kind of model"),
-            ("TaskType.CAUSAL_LM", _APPLY, "kind of model"),
-            ("LoraConfig", _APPLY, "the adapters", "task_type r target_modules lora_alpha lora_dropout bias"),
             ("LoraConfig._register_custom_module", _APPLY, "puts our layer in place of PEFT's", "mapping"),
             ("get_peft_model", _APPLY, "wraps the model", "model peft_config adapter_name"),
+        ),
+        *rows(
+            "engine export",
+            "peft",
+            "",
+            ("TaskType", (_APPLY, _ADAPTER_FOLDER), "kind of model"),
+            ("TaskType.CAUSAL_LM", (_APPLY, _ADAPTER_FOLDER), "kind of model"),
+            (
+                "LoraConfig",
+                (_APPLY, _ADAPTER_FOLDER),
+                "the adapters",
+                "task_type r target_modules lora_alpha lora_dropout bias",
+            ),
         ),
         *rows(
             "engine",
@@ -75,19 +87,44 @@ TRAINING = Subject(
             ("PreTrainedConfig._name_or_path", "allocation/schema.py", "names the model in a refusal"),
         ),
         *rows(
+            "registration probe export",
+            "transformers",
+            "",
+            ("AutoConfig", (_LOADING, _MODEL_CHECK, _BASE_MODEL), "config of a checkpoint"),
+            ("AutoConfig.from_pretrained", (_LOADING, _MODEL_CHECK, _BASE_MODEL), "config of a checkpoint"),
+        ),
+        *rows(
             "registration probe",
             "transformers",
             "",
-            ("AutoConfig", (_LOADING, _MODEL_CHECK), "config of a checkpoint"),
-            ("AutoConfig.from_pretrained", (_LOADING, _MODEL_CHECK), "config of a checkpoint"),
             ("PreTrainedModel.get_output_embeddings", "linear_account.py", "which linear module is the head"),
             (
                 "AutoModelForCausalLM",
-                ("candidates.py", _LOADING, _EXPORT),
+                ("candidates.py", _LOADING, _BASE_MODEL),
                 "the model, with or without weights",
             ),
             ("AutoModelForCausalLM.from_config", "candidates.py", "the model on the meta device"),
             ("PreTrainedConfig.get_text_config", "candidates.py", "text part of a composite config"),
+        ),
+        *rows(
+            "export",
+            "transformers",
+            "",
+            ("GenerationConfig", _BASE_MODEL, "settings of generation of a model that was not loaded"),
+            ("GenerationConfig.from_pretrained", _BASE_MODEL, "settings of generation of a model that was not loaded"),
+        ),
+        *rows(
+            "export",
+            "transformers.utils",
+            "",
+            ("logging", "cli/export.py", "quiet where nothing takes long"),
+            ("logging.disable_progress_bar", "cli/export.py", "quiet where nothing takes long"),
+        ),
+        *rows(
+            "export",
+            "peft",
+            "",
+            ("LoraConfig.save_pretrained", _ADAPTER_FOLDER, "writes adapter_config.json", "save_directory"),
         ),
         *rows(
             "probe export",
@@ -95,7 +132,7 @@ TRAINING = Subject(
             "",
             ("AutoTokenizer", (_LOADING, _EXPORT), "tokenizer of a checkpoint"),
             ("AutoTokenizer.from_pretrained", (_LOADING, _EXPORT), "tokenizer of a checkpoint"),
-            ("AutoModelForCausalLM.from_pretrained", (_LOADING, _EXPORT), "the model with its weights"),
+            ("AutoModelForCausalLM.from_pretrained", (_LOADING, _BASE_MODEL), "the model with its weights"),
         ),
         *rows(
             "probe",
