@@ -9,12 +9,31 @@ Anything else is a crash, which libFuzzer keeps as a file.
 
 from __future__ import annotations
 
+import gzip
 import importlib
+import json
 import sys
 import tempfile
 from pathlib import Path
 
 NAMES = ("rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.json.zst", "rows.parquet")
+
+
+def seeds() -> list[bytes]:
+    """An input of each form of file, to begin with."""
+    import pyarrow
+    from pyarrow import parquet
+
+    call = {"function": {"name": "add", "arguments": {"a": 1}}}
+    turns = [{"role": "user", "content": "1+1="}, {"role": "assistant", "content": "2", "tool_calls": [call]}]
+    rows = [{"messages": turns * 2}, {"prompt": "a", "response": "b"}, {"prompt": turns[:1], "response": "<think>c"}]
+    lines, array = "\n".join(map(json.dumps, rows)).encode(), json.dumps(rows, indent=1).encode()
+    packed, table = pyarrow.BufferOutputStream(), pyarrow.BufferOutputStream()
+    with pyarrow.CompressedOutputStream(packed, "zstd") as stream:
+        stream.write(array)
+    parquet.write_table(pyarrow.Table.from_pylist(rows[:1]), table)
+    forms = [lines, array, gzip.compress(lines), packed.getvalue().to_pybytes(), table.getvalue().to_pybytes()]
+    return [bytes([place]) + form for place, form in enumerate(forms)]
 
 
 def main() -> None:
@@ -39,7 +58,11 @@ def main() -> None:
         except ProbeError as error:
             assert "\n" not in str(error), repr(str(error))
 
-    atheris.Setup(sys.argv, one_input)
+    corpus = folder / "corpus"
+    corpus.mkdir()
+    for place, seed in enumerate(seeds()):
+        (corpus / str(place)).write_bytes(seed)
+    atheris.Setup([*sys.argv, str(corpus)], one_input)
     atheris.Fuzz()
 
 
