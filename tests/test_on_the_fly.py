@@ -140,6 +140,10 @@ def test_an_allocation_of_other_weights_or_rows_is_not_taken_up(tmp_path, tiny_q
     assert has_earlier_allocation(tmp_path / "a", hybrid, lambda: data_of_run(elsewhere, hybrid)), (
         "a copy is the same model"
     )
+    hybrid.probe.train_on = "all"
+    with pytest.raises(ConfigurationError, match="hybrid_lora.probe.train_on: "):
+        has_earlier_allocation(tmp_path / "a", hybrid, lambda: data_of_run(config, hybrid))
+    hybrid.probe.train_on = "last"
     write_jsonl(tmp_path / "rows.jsonl", sums(41))
     with pytest.raises(ConfigurationError, match="hybrid_lora.probe.files: "):
         has_earlier_allocation(tmp_path / "a", hybrid, lambda: data_of_run(config, hybrid))
