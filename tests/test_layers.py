@@ -24,13 +24,13 @@ PURE = {
     "report": ({"numpy", "torch"}, {"matplotlib"}),
 }
 #: What stands below every folder of the package.
-CONFIG_PARTS = {"config_field", "config_selection", "config_probe", "config_sync"}
+CONFIG_PARTS = {"config_field", "config_selection", "config_probe", "config_sync", "config_checkpoint"}
 GROUND = {"__version__", "errors", "names", "files", "seeding", "parameter_counts", "config"} | CONFIG_PARTS
 #: What tells models apart, by their modules and their files.
 MODELS = {"base_checkpoint", "candidates", "linear_account", "model_families"}
 # What a layer may use of this package: data flow one way, from the first row to the last.
 INTERNAL = {
-    **{f"config_{part}.py": {"config_field", "errors"} for part in ("selection", "probe", "sync")},
+    **{f"config_{part}.py": {"config_field", "errors"} for part in ("selection", "probe", "sync", "checkpoint")},
     "config.py": CONFIG_PARTS | {"errors"},
     "config_validation.py": {"config", "errors"},
     "model_families.py": {"errors"},

@@ -33,9 +33,9 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
             what the run needs.
         ImportError: the installed verl is untested, and nobody allows it.
     """
-    from hybrid_lora_plugin.verl_backend import registration, requirements, run_kinds, run_settings
+    from hybrid_lora_plugin.verl_backend import registration, requirements, run_kinds, run_settings, validation_log
     from hybrid_lora_plugin.verl_backend.doctor import gate
-    from hybrid_lora_plugin.verl_backend.earlier_checkpoint import check_earlier_checkpoint
+    from hybrid_lora_plugin.verl_backend.earlier_checkpoint import check_earlier_checkpoint, settle_tracker
     from hybrid_lora_plugin.verl_backend.unused_settings import unused_settings
 
     registration.register()
@@ -44,12 +44,13 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
     hybrid = requirements.hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
     requirements.check_run(config)
     gate.require_features(config, hybrid)
-    for line in [*decided, *unused_settings(config)]:
+    for line in [*decided, *unused_settings(config), *validation_log.said_of_best(config, hybrid)]:
         run_kinds.tell(line)
-    # SFT's trainer saves its last step whatever the frequency, which may be a word.
-    if not kind.samples or (OmegaConf.select(config, "trainer.save_freq") or -1) > 0:
+    if validation_log.saves(config, kind):
         folder = str(OmegaConf.select(config, "trainer.default_local_dir"))
         OmegaConf.update(config, "hybrid_lora.checkpoint_dir", folder)
+    if line := settle_tracker(config, probing=hybrid.phase == "probe"):
+        run_kinds.tell(line)
     if hybrid.allocation:
         from hybrid_lora_plugin.allocation.storage import load_allocation
 
