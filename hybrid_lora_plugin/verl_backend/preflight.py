@@ -7,7 +7,6 @@ Hydra only warns when a callback raises, so a refusal leaves as SystemExit: one 
 from __future__ import annotations
 
 import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -77,6 +76,7 @@ def _local_model(config: DictConfig) -> tuple[Any, list] | None:
 def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     """A run that probes first: where the artifact goes, what it needs, and that no older one is ignored."""
     from hybrid_lora_plugin.allocation.storage import refuse_existing
+    from hybrid_lora_plugin.probing.resume import remove_finished
     from hybrid_lora_plugin.probing.runner import check_budget, check_shapes
     from hybrid_lora_plugin.scoring import get_criterion
     from hybrid_lora_plugin.verl_backend.probe.resume import (
@@ -99,8 +99,7 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     OmegaConf.update(config, "hybrid_lora.probe.files", hybrid.probe.files)
     if hybrid.phase == "train":
         if has_earlier_allocation(Path(hybrid.output_dir), hybrid, lambda: data_of_run(config, hybrid)):
-            if hybrid.probe.objective == "policy":
-                shutil.rmtree(f"{hybrid.output_dir}.partial", ignore_errors=True)
+            remove_finished(hybrid.output_dir)
             return
         resumed = allocation_of_checkpoint(config)
         if resumed is not None:
