@@ -7,16 +7,17 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+from hybrid_lora_plugin.checkpoint_tensors import refuse, refuse_pointer, stored_tensors
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.model_families import refuse_quantised
 
-_INDEX = "model.safetensors.index.json"
-#: what Git LFS leaves in the place of a file whose content was not fetched
-_POINTER = b"version https://git-lfs"
+ADAPTER = "adapter_config.json"
 
 
 def check_model_folder(folder: str | Path, *, safetensors: bool) -> None:
-    """Refuse a checkpoint that is quantised, has an adapter beside it, or lacks its weights.
+    """Refuse a checkpoint that is quantised, has an adapter beside it, or lacks its config or its weights.
+
+    Of the weights the headers are read.
 
     Args:
         folder: of the checkpoint.
@@ -26,15 +27,28 @@ def check_model_folder(folder: str | Path, *, safetensors: bool) -> None:
         ConfigurationError: naming the file that says so, or the one that is missing.
     """
     folder = Path(folder)
-    if (folder / "adapter_config.json").is_file():
-        raise ConfigurationError(
-            f"model: {folder} holds an adapter (adapter_config.json), which transformers would load and the rollout "
-            f"engine would leave out; merge it into the weights with PEFT's merge_and_unload and save_pretrained, or "
-            f"move it to another folder",
-            see="checkpoint-with-an-adapter",
-        )
+    if (folder / ADAPTER).is_file():
+        refuse_adapter(str(folder))
+    for file in sorted(folder.glob("*.json")):
+        if file.is_file():
+            refuse_pointer(file)
+    if not (folder / "config.json").is_file():
+        refuse(f"{folder} has no config.json", "give the folder that save_pretrained or a download has made")
     _refuse_quantised(folder)
     _require_weights(folder, safetensors)
+
+
+def refuse_adapter(name: str) -> None:
+    """Raise the error for a model that has an adapter beside its weights.
+
+    Args:
+        name: of the model, for the message.
+    """
+    raise ConfigurationError(
+        f"model: {name} holds an adapter ({ADAPTER}), which transformers would load and the rollout engine would leave "
+        f"out; merge it into the weights with PEFT's merge_and_unload and save_pretrained, or move it elsewhere",
+        see="checkpoint-with-an-adapter",
+    )
 
 
 def _refuse_quantised(folder: Path) -> None:
@@ -54,35 +68,23 @@ def _refuse_quantised(folder: Path) -> None:
 
 
 def _require_weights(folder: Path, safetensors: bool) -> None:
-    index = folder / _INDEX
-    if index.is_file():
-        try:
-            shards = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError):
-            _refuse(f"{index} is no index of weights", "copy the checkpoint again")
-        for shard in shards:
-            if not (folder / shard).is_file():
-                _refuse(f"{index} names {shard}, which is not there", "copy the checkpoint again, with all its shards")
-        files = [folder / shard for shard in shards]
-    else:
-        files = sorted(folder.glob("*.safetensors"))
-    for file in files:
-        with file.open("rb") as stream:
-            if stream.read(len(_POINTER)) == _POINTER:
-                _refuse(f"{file} is a Git LFS pointer without the weights", "fetch them with git lfs pull")
-    if files:
+    if stored_tensors(folder):
         return
     others = sorted(file.name for pattern in ("*.bin", "*.pt", "*.pth") for file in folder.glob(pattern))
     others = [name for name in others if not name.startswith("training_args")]
+    for name in others:
+        if not (folder / name).is_file():
+            refuse(f"{folder / name} is a link to a file that is not there", "copy the checkpoint with its files")
+        refuse_pointer(folder / name)
     if not others:
-        _refuse(f"{folder} has no weights", "give a folder with model.safetensors")
+        named = [file.name for file in sorted(folder.glob("*.safetensors"))]
+        refuse(
+            f"{folder} has no weights" + (f" under a name that is read ({named[0]})" if named else ""),
+            "give a folder with model.safetensors, or with model.safetensors.index.json and the files it names",
+        )
     if safetensors:
-        _refuse(
+        refuse(
             f"{folder} has its weights in {others[0]} and none in safetensors",
             "save it again with transformers' save_pretrained, or, with hybrid_lora.sync=merge, give "
             "actor_rollout_ref.rollout.load_format=auto",
         )
-
-
-def _refuse(what: str, way_out: str) -> None:
-    raise ConfigurationError(f"model: {what}; {way_out}", see="checkpoint-without-weights")

@@ -83,6 +83,9 @@ CRITERIA = (
     "explicit",
     "spread",
 )
+#: of these, those that read nothing of a probe, and those that name the modules, so that no budget applies
+WITHOUT_PROBE = ("random", "lora_ffn", "explicit", "spread")
+NAMING = ("lora_ffn", "explicit")
 NORMALISATIONS = ("none", "sqrt_dims", "delta_norm", "type_zscore")
 
 

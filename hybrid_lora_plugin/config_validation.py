@@ -7,6 +7,7 @@ other.
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -54,6 +55,9 @@ def _check_fields(config: Any, prefix: str) -> None:
         choices, bound = spec.metadata.get("choices"), spec.metadata.get("bound")
         if choices and value not in choices:
             raise ConfigurationError(f"{name}: {value!r} is not supported; choose one of {', '.join(choices)}")
+        if isinstance(value, float) and not math.isfinite(value):
+            wanted = bound.wanted if bound else "a finite number"
+            raise ConfigurationError(f"{name}: {value!r} is not usable; give {wanted}")
         if bound and value is not None and not bound.holds(value):
             raise ConfigurationError(f"{name}: {value!r} is not usable; give {bound.wanted}")
 

@@ -1,7 +1,7 @@
 """Every error this package raises on purpose, in one hierarchy.
 
     HybridLoraError
-      ConfigurationError      a value the user gave cannot be used: one line, exit status 2 (1 in a verl run)
+      ConfigurationError      a value the user gave cannot be used: one line, exit status 2 (1 where a worker finds it)
         UsageError              an argument of a command
         AllocationError         an allocation that cannot be made, written, read or used
         ScoringError            measurements from which no ranking can be made

@@ -16,6 +16,9 @@ VERL_LAYERS = ("verl_backend", "cli", "conf")
 PURE = {
     "model_families.py": ({"torch"}, set()),
     "base_checkpoint.py": (set(), set()),
+    "base_identity.py": ({"numpy"}, {"huggingface_hub"}),
+    "checkpoint_tensors.py": (set(), set()),
+    "weight_loading.py": ({"torch"}, {"transformers"}),
     "candidates.py": ({"numpy", "torch"}, {"transformers"}),
     "linear_account.py": ({"torch"}, set()),
     "scoring": ({"numpy", "torch"}, set()),
@@ -25,28 +28,43 @@ PURE = {
 }
 #: What stands below every folder of the package.
 CONFIG_PARTS = {"config_field", "config_selection", "config_probe", "config_sync", "config_checkpoint"}
+#: What looks at a whole configuration.
+CONFIG_CHECKS = {"config_validation", "config_effect"}
 GROUND = {"__version__", "errors", "names", "files", "seeding", "parameter_counts", "config"} | CONFIG_PARTS
 #: What tells models apart, by their modules and their files.
-MODELS = {"base_checkpoint", "candidates", "linear_account", "model_families"}
+MODELS = {
+    "base_checkpoint",
+    "base_identity",
+    "candidates",
+    "checkpoint_tensors",
+    "linear_account",
+    "model_families",
+    "weight_loading",
+}
 # What a layer may use of this package: data flow one way, from the first row to the last.
 INTERNAL = {
     **{f"config_{part}.py": {"config_field", "errors"} for part in ("selection", "probe", "sync", "checkpoint")},
     "config.py": CONFIG_PARTS | {"errors"},
     "config_validation.py": {"config", "errors"},
+    "config_effect.py": CONFIG_PARTS | {"errors"},
     "model_families.py": {"errors"},
-    "base_checkpoint.py": {"errors", "model_families"},
+    "base_checkpoint.py": {"checkpoint_tensors", "errors", "model_families"},
+    "base_identity.py": {"checkpoint_tensors"},
+    "checkpoint_tensors.py": {"errors"},
+    "weight_loading.py": {"base_checkpoint", "checkpoint_tensors", "errors"},
     "candidates.py": {"errors", "model_families"},
     "linear_account.py": {"candidates"},
     "scoring": GROUND | {"candidates"},
     "allocation": GROUND | {"candidates", "linear_account", "scoring"},
     "report": GROUND | {"candidates", "linear_account", "scoring", "allocation"},
     "probing": GROUND | MODELS | {"config_validation", "scoring", "allocation", "report"},
-    "training": GROUND | {"candidates", "allocation"},
+    "training": GROUND | MODELS | {"allocation"},
     "sync": GROUND | {"training"},
     "verl_backend": GROUND
     | MODELS
-    | {"config_validation", "scoring", "allocation", "report", "probing", "training", "sync"},
-    "cli": GROUND | {"config_validation", "scoring", "allocation", "report", "probing", "training", "verl_backend"},
+    | CONFIG_CHECKS
+    | {"scoring", "allocation", "report", "probing", "training", "sync"},
+    "cli": GROUND | CONFIG_CHECKS | {"scoring", "allocation", "report", "probing", "training", "verl_backend"},
 }
 
 

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hybrid_lora_plugin.base_checkpoint import check_model_folder
@@ -16,8 +17,9 @@ from hybrid_lora_plugin.config import ModelConfig
 from hybrid_lora_plugin.errors import ConfigurationError, split_reference
 from hybrid_lora_plugin.linear_account import account_markdown, account_text, frozen_linear
 from hybrid_lora_plugin.model_families import FAMILIES, refuse_config, untried
-from hybrid_lora_plugin.probing.loading import check_model
-from tests.support.tiny_families import SIZES
+from hybrid_lora_plugin.probing.loading import check_model, load_model
+from hybrid_lora_plugin.weight_loading import check_weights
+from tests.support.tiny_families import SIZES, make_family
 from tests.support.verl_processes import ROOT
 
 SMALL = {name: value for name, value in SIZES.items() if name != "head_dim"} | {"vocab_size": 50}
@@ -138,25 +140,68 @@ def test_a_quantised_folder_is_refused(checkpoint, file):
     assert anchor == "quantised-checkpoint" and file in text and "gptq" in text
 
 
-def _shards(folder, there: bool):
-    weights = folder / "model.safetensors"
-    weights.rename(folder / "model-00001-of-00002.safetensors")
-    index = {"metadata": {}, "weight_map": {"a": "model-00001-of-00002.safetensors"}}
-    if not there:
-        index["weight_map"]["b"] = "model-00002-of-00002.safetensors"
+def _shards(folder, there: bool = True, **changes):
+    """Two files with an index in the place of one; ``changes`` are more entries of its map."""
+    weights = load_file(folder / "model.safetensors")
+    names = sorted(weights)
+    files = {f"model-0000{part + 1}-of-00002.safetensors": names[part::2] for part in range(2)}
+    for file, held in files.items():
+        save_file({name: weights[name] for name in held}, folder / file, metadata={"format": "pt"})
+    index = {"metadata": {}, "weight_map": {name: file for file, held in files.items() for name in held} | changes}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    (folder / "model.safetensors").unlink()
+    if not there:
+        (folder / "model-00002-of-00002.safetensors").unlink()
 
 
+def _cut(file, bytes_):
+    file.write_bytes(file.read_bytes()[:bytes_])
+
+
+def _link(file):
+    file.unlink()
+    file.symlink_to("../blobs/0123")
+
+
+POINTER = "version https://git-lfs.github.com/spec/v1\n"
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 DAMAGES = {
-    "no weights": (lambda folder: (folder / "model.safetensors").unlink(), "has no weights"),
+    "no weights": (lambda folder: (folder / WEIGHTS).unlink(), "has no weights"),
+    "no config": (lambda folder: (folder / "config.json").unlink(), "has no config.json"),
     "an absent shard": (lambda folder: _shards(folder, there=False), "names model-00002-of-00002.safetensors"),
-    "a pointer": (
-        lambda folder: (folder / "model.safetensors").write_text("version https://git-lfs.github.com/spec/v1\n"),
-        "git lfs pull",
+    "a shard without its tensor": (
+        lambda folder: _shards(folder, lost="model-00001-of-00002.safetensors"),
+        "puts lost into model-00001-of-00002.safetensors, which does not hold it (1 such names)",
     ),
-    "no index": (lambda folder: (folder / "model.safetensors.index.json").write_text("[]"), "is no index of weights"),
+    "weights twice": (
+        lambda folder: (
+            shutil.copy(folder / WEIGHTS, folder / "kept"),
+            _shards(folder),
+            (folder / "kept").rename(folder / WEIGHTS),
+        ),
+        "the trainer would read the one",
+    ),
+    "a pointer": (lambda folder: (folder / WEIGHTS).write_text(POINTER), "git lfs pull"),
+    "a pointer for the index": (lambda folder: (folder / INDEX).write_text(POINTER), "git lfs pull"),
+    "a pointer for the tokenizer": (lambda folder: (folder / "tokenizer.json").write_text(POINTER), "git lfs pull"),
+    "a dangling link": (lambda folder: _link(folder / WEIGHTS), "is a link to ../blobs/0123, which is not there"),
+    "cut in its weights": (lambda folder: _cut(folder / WEIGHTS, -4), "bytes where its header describes"),
+    "cut in its header": (lambda folder: _cut(folder / WEIGHTS, 200), "is no safetensors file (200 bytes; its header"),
+    "cut to nothing": (lambda folder: _cut(folder / WEIGHTS, 0), "is no safetensors file (0 bytes; "),
+    "not safetensors": (
+        lambda folder: (folder / WEIGHTS).write_bytes(b"\x02" + bytes(7) + b"[]"),
+        "is no safetensors file",
+    ),
+    "no index": (
+        lambda folder: ((folder / WEIGHTS).unlink(), (folder / INDEX).write_text("[]")),
+        "is no index of weights",
+    ),
+    "an unknown name": (
+        lambda folder: (folder / WEIGHTS).rename(folder / "consolidated.safetensors"),
+        "has no weights under a name that is read (consolidated.safetensors)",
+    ),
     "another format": (
-        lambda folder: (folder / "model.safetensors").rename(folder / "pytorch_model.bin"),
+        lambda folder: (folder / WEIGHTS).rename(folder / "pytorch_model.bin"),
         "has its weights in pytorch_model.bin",
     ),
 }
@@ -177,8 +222,90 @@ def test_a_folder_without_weights_that_vllm_can_load_is_refused(checkpoint, dama
 def test_a_whole_folder_passes(checkpoint):
     check_model_folder(checkpoint, safetensors=True)
     check_model(ModelConfig(path=str(checkpoint)))
-    _shards(checkpoint, there=True)
+    _shards(checkpoint)
     check_model_folder(checkpoint, safetensors=True)
+    check_model(ModelConfig(path=str(checkpoint)))
+
+
+# -- what transformers would load -------------------------------------------------------------------------------------
+
+NORM, EMBEDDING, HEAD = "model.norm.weight", "model.embed_tokens.weight", "lm_head.weight"
+
+
+def _prefixed(prefix):
+    return lambda weights: {prefix + name: tensor for name, tensor in weights.items()}
+
+
+#: what happens to the tensors of a checkpoint, and words of the refusal
+CHANGED = {
+    "torch.compile": (_prefixed("_orig_mod."), ["_orig_mod.model.embed_tokens.weight", "without '_orig_mod.'"]),
+    "data parallel": (_prefixed("module."), ["27 weights of the model are in none", "26 tensors in its files"]),
+    "PEFT": (_prefixed("base_model.model."), ["without 'base_model.model.'"]),
+    "a lost norm": (
+        lambda w: {n: t for n, t in w.items() if n != NORM},
+        [f"1 weights of the model are in none of its files ({NORM})"],
+    ),
+    "a layer more": (
+        lambda w: w | {"model.layers.2.mlp.up_proj.weight": torch.ones(64, 32)},
+        ["1 tensors in its files belong to no part of the model (model.layers.2.mlp.up_proj.weight)"],
+    ),
+    "a value head": (lambda w: w | {"v_head.weight": torch.ones(1, 32)}, ["(v_head.weight)"]),
+    "another shape": (lambda w: w | {NORM: torch.ones(31)}, [f"{NORM} [31] in the files and [32] in the model"]),
+    "another vocabulary": (lambda w: w | {EMBEDDING: torch.ones(9, 32)}, [f"{EMBEDDING} [9, 32] in the files"]),
+    "another head under a tied config": (
+        lambda w: w | {HEAD: w[EMBEDDING] + 1},
+        [f"other values in {HEAD} than in {EMBEDDING}", "tie_word_embeddings: false"],
+    ),
+}
+
+
+def change_weights(folder, change):
+    weights = change(load_file(folder / WEIGHTS))
+    save_file(
+        {name: tensor.contiguous() for name, tensor in weights.items()}, folder / WEIGHTS, metadata={"format": "pt"}
+    )
+
+
+@pytest.mark.parametrize("changed", CHANGED)
+def test_weights_that_are_not_the_models_are_refused_by_name_and_number(checkpoint, checked, capfd, changed):
+    """transformers fills them with random numbers, or leaves them out, in a warning: before this, exit status 0."""
+    change, words = CHANGED[changed]
+    change_weights(checkpoint, change)
+    for call, argument in ((check_model, ModelConfig(path=str(checkpoint))), (checked, run_of(checkpoint))):
+        text, anchor = refusal(call, argument)
+        assert anchor == "checkpoint-does-not-fit-its-config"
+        assert str(checkpoint) in text and all(word in text for word in words), text
+    assert "MISSING" not in "".join(capfd.readouterr()), "transformers' own report beside the line"
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda w: w | {HEAD: w[EMBEDDING].clone()},
+        lambda w: {n: t for n, t in w.items() if n != EMBEDDING} | {HEAD: w[EMBEDDING]},
+        lambda w: w | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)},
+        lambda w: {n.removeprefix("model."): t for n, t in w.items()},
+    ],
+    ids=["a tied head twice", "a tied head alone", "a buffer that is computed", "without the outer name"],
+)
+def test_what_transformers_reads_as_the_same_model_passes(checkpoint, change):
+    change_weights(checkpoint, change)
+    check_weights(checkpoint)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_passes_and_misses_what_is_lost(family, tmp_path):
+    folder = make_family(family, tmp_path / "model")
+    check_weights(folder)
+    change_weights(folder, lambda w: {n: t for n, t in w.items() if n != NORM})
+    assert NORM in refusal(check_weights, folder)[0]
+
+
+def test_the_report_of_what_was_loaded_is_read_too(checkpoint):
+    """Of a name on a hub and of a GGUF file nothing can be asked before."""
+    change_weights(checkpoint, CHANGED["a lost norm"][0])
+    text, _ = refusal(load_model, ModelConfig(path=str(checkpoint)), torch.device("cpu"))
+    assert NORM in text
 
 
 # -- the account ------------------------------------------------------------------------------------------------------
@@ -264,7 +391,7 @@ def test_the_driver_refuses_a_folder_and_a_name_on_the_hub_by_its_config_alone(
     # A folder needs weights to get that far.
     folder = tmp_path / "folder"
     config.save_pretrained(folder)
-    (folder / "model.safetensors").write_bytes(b"0")
+    save_file({"weight": torch.ones(1)}, folder / WEIGHTS)
     assert refusal(checked, run_of(folder))[1] == anchor
     # The hub's own layout on this machine: a name of which nothing but the config has been fetched.
     snapshot = tmp_path / "hub/models--some--model/snapshots/0123456789abcdef0123456789abcdef01234567"
@@ -286,14 +413,15 @@ def test_the_driver_leaves_what_is_on_another_file_system_to_the_workers(checked
 
 
 def test_the_driver_asks_for_what_the_rollout_engine_loads(checked, checkpoint):
-    DAMAGES["another format"][0](checkpoint)
+    torch.save(load_file(checkpoint / WEIGHTS), checkpoint / "pytorch_model.bin")
+    (checkpoint / WEIGHTS).unlink()
     assert refusal(checked, run_of(checkpoint))[1] == "checkpoint-without-weights"
     assert checked(run_of(checkpoint, load_format="auto")) is not None
+    (checkpoint / "pytorch_model.bin").write_bytes(b"no archive")
+    assert "cannot be loaded (" in refusal(checked, run_of(checkpoint, load_format="auto"))[0]
 
 
 def test_packed_projections_take_one_rollout_worker_each(checked, tmp_path):
-    from tests.support.tiny_families import make_family
-
     model = make_family("phi3", tmp_path / "model")
     with pytest.raises(ConfigurationError) as caught:
         checked(run_of(model, tensor_model_parallel_size=2))
@@ -304,8 +432,6 @@ def test_packed_projections_take_one_rollout_worker_each(checked, tmp_path):
 
 
 def test_a_kernel_without_the_cap_of_a_model_is_said(checked, tmp_path, capsys):
-    from tests.support.tiny_families import make_family
-
     run = run_of(make_family("gemma2", tmp_path / "model"))
     for kernel, warned in (("flash_attention_2", False), ("sdpa", True)):
         run.actor_rollout_ref.model.override_config = {"attn_implementation": kernel}

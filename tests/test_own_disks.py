@@ -207,7 +207,7 @@ def test_main_ppo_ends_with_the_refusal_and_starts_nothing(resuming, setting, ma
     more = [f"hybrid_lora.allocation={setting[2]}", f"hydra.run.dir={tmp_path / 'run'}"]
     done = main_ppo(*overrides(disk / "full", *more))
     last = done.stdout.strip().splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("hybrid_lora: checkpoint: ") and FOREIGN in last
+    assert done.returncode == 2 and last.startswith("hybrid_lora: checkpoint: ") and FOREIGN in last
     assert "Traceback" not in done.stdout and not (tmp_path / "run").exists()
 
 

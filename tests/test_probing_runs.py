@@ -266,7 +266,7 @@ def test_main_ppo_says_in_one_line_what_a_policy_probe_lacks(probing, tmp_path, 
     run_dir = f"hydra.run.dir={tmp_path / 'run'}"
     done = main_ppo(*probing, POLICY, "hybrid_lora.criterion=snip", run_dir)
     last = done.stdout.strip().splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("hybrid_lora: ") and "'snip'" in last
+    assert done.returncode == 2 and last.startswith("hybrid_lora: ") and "'snip'" in last
     assert "Traceback" not in done.stdout and not (tmp_path / "run").exists()
 
 

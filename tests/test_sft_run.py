@@ -153,7 +153,15 @@ def test_export_takes_the_trainers_checkpoint(run, trainer, capsys):
     out = {dtype: trainer.folder / f"exported-{dtype}" for dtype in ("auto", "float32")}
     for dtype, folder in out.items():
         assert export_command([f"checkpoint={checkpoint}", f"output_dir={folder}", f"dtype={dtype}"]) == 0
-    assert "weights in bfloat16, rounded by the run's thresholds" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "weights in bfloat16, rounded by the run's thresholds" in said
+    assert f"tokenizer and chat template: the run's, from {checkpoint / 'huggingface'}" in said
+    assert "| trainer | sft |" in (out["auto"] / "README.md").read_text()
+    delta, again = trainer.folder / "delta", trainer.folder / "again"
+    assert export_command([f"checkpoint={checkpoint}", f"output_dir={delta}", "format=delta"]) == 0
+    assert export_command([f"delta={delta}", f"output_dir={again}"]) == 0
+    capsys.readouterr()
+    assert (again / "model.safetensors").read_bytes() == (out["auto"] / "model.safetensors").read_bytes()
     auto, whole = (AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in out.values())
     assert auto.dtype == torch.bfloat16 and whole.dtype == torch.float32
     moved, base = trained(checkpoint), load_file(trainer.model / "model.safetensors")

@@ -10,6 +10,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from hybrid_lora_plugin.allocation.storage import load_allocation
 from hybrid_lora_plugin.errors import (
@@ -317,7 +318,7 @@ def test_a_report_of_other_weights_or_of_another_step_names_its_entry(server_ada
 def stopped(tiny_qwen2, tmp_path):
     """The line with which the preflight ends a run, one mistake added to a configuration that it accepts."""
     pytest.importorskip("verl", reason="verl is not installed")
-    from hybrid_lora_plugin.verl_backend.preflight import Preflight
+    from hybrid_lora_plugin.verl_backend.preflight import Preflight, RunRefused
     from tests.test_verl_configuration import composed
 
     (tmp_path / "rows.jsonl").write_text('{"prompt": "1 + 1", "response": "2"}\n')
@@ -333,10 +334,10 @@ def stopped(tiny_qwen2, tmp_path):
             "hybrid_lora.budget.ratio=0.3",
             *mistake,
         )
-        with pytest.raises(SystemExit) as ended:
+        with pytest.raises(RunRefused) as ended:
             Preflight().on_run_start(config)
-        assert ended.value.code.startswith("hybrid_lora: ")
-        return ended.value.code
+        assert ended.value.code == 2 and ended.value.line.startswith("hybrid_lora: ")
+        return ended.value.line
 
     return line
 
@@ -375,7 +376,7 @@ def test_an_allocation_of_another_model_names_its_entry(stopped, tmp_path):
 
 def test_an_error_that_nobody_foresaw_has_the_general_reference(stopped, tmp_path):
     (tmp_path / "model").mkdir()
-    (tmp_path / "model" / "model.safetensors").write_bytes(b"")
+    save_file({"weight": torch.ones(1)}, tmp_path / "model" / "model.safetensors")
     (tmp_path / "model" / "config.json").write_text("[]")
     assert reference(stopped(f"actor_rollout_ref.model.path={tmp_path / 'model'}")) == "configuration-not-checked"
 

@@ -323,7 +323,7 @@ def test_main_ppo_stops_with_one_line_and_writes_nothing(case, accepted, tmp_pat
     mistake, words = REFUSED[case]
     done = main_ppo(*accepted, *mistake, f"hydra.run.dir={tmp_path / 'run'}")
     last = done.stdout.strip().splitlines()[-1]
-    assert done.returncode == 1 and last.startswith("hybrid_lora: ") and all(word in last for word in words)
+    assert done.returncode == 2 and last.startswith("hybrid_lora: ") and all(word in last for word in words)
     assert "Traceback" not in done.stdout and not (tmp_path / "run").exists()
 
 

@@ -33,7 +33,9 @@ def write_measurements(folder: Path, allocation: Allocation, measurements: Mappi
 
     Raises:
         AllocationError: as ``check_measurements``.
+        OSError: the file cannot be written.
     """
+    from safetensors import SafetensorError
     from safetensors.torch import save_file
 
     check_measurements(measurements, len(allocation.modules))
@@ -45,7 +47,11 @@ def write_measurements(folder: Path, allocation: Allocation, measurements: Mappi
     }
     # One metadata key only: the order of several is not fixed, and with it the bytes.
     names = json.dumps([module.name for module in allocation.modules])
-    save_file(tensors, folder / MEASUREMENTS_FILE, metadata={"modules": names})
+    try:
+        save_file(tensors, folder / MEASUREMENTS_FILE, metadata={"modules": names})
+    except SafetensorError as error:
+        # A full disk, which the library tells in an error of its own.
+        raise OSError(str(error)) from error
 
 
 def load_measurements(folder: str | Path, allocation: Allocation) -> dict[str, Tensor]:

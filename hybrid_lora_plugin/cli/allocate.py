@@ -7,9 +7,19 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
+from hybrid_lora_plugin.cli.arguments import (
+    expand_home,
+    given_options,
+    parse,
+    print_help,
+    report_error,
+    require_given,
+    wants_help,
+)
+from hybrid_lora_plugin.cli.command import command, writing
 from hybrid_lora_plugin.cli.result import print_result
 from hybrid_lora_plugin.config import AllocateCommandConfig
+from hybrid_lora_plugin.config_effect import SELECTION, refuse_without_effect
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ConfigurationError
 
@@ -24,17 +34,17 @@ SUMMARY = (
 EXAMPLE = f"{PROGRAM} artifact=outputs/probe output_dir=outputs/random criterion=random control.seed=1"
 
 
+@command(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``key=value`` arguments; returns 0, or 2 on a user's mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if wants_help(argv):
         return print_help(PROGRAM, SUMMARY, EXAMPLE, AllocateCommandConfig)
     try:
-        config = parse(argv, AllocateCommandConfig)
-        for name in ("artifact", "output_dir"):
-            if not getattr(config, name):
-                raise ConfigurationError(f"{name}: not given; write {name}=FOLDER")
+        config = expand_home(parse(argv, AllocateCommandConfig))
+        require_given(config, {"artifact": "FOLDER", "output_dir": "FOLDER"})
         validate(config)
+        refuse_without_effect(config, given_options(argv), SELECTION)
         before, after = reallocate(config)
     except ConfigurationError as error:
         return report_error(PROGRAM, error)
@@ -72,7 +82,8 @@ def reallocate(config: AllocateCommandConfig) -> tuple[Allocation, Allocation]:
         probe=source.probe,
         environment=source.environment,
     )
-    save_allocation(config.output_dir, allocation, measurements)
+    with writing():
+        save_allocation(config.output_dir, allocation, measurements)
     return source, allocation
 
 

@@ -1,7 +1,10 @@
 """``key=value`` arguments into a configuration dataclass, with help generated from its fields.
 
-A command is ``main(argv=None) -> int`` built of ``wants_help``, ``print_help``, ``parse`` and
-``report_error``; see ``probe.py``.
+A command is ``main(argv=None) -> int`` under ``command.command``, built of ``wants_help``, ``print_help``, ``parse``,
+``require_given`` and ``report_error``; see ``probe.py``.
+
+Text stays as it was typed: a number, ``true`` or ``a: b # c`` is a fine name of a folder. ``null`` leaves an option
+that may be left out.
 """
 
 from __future__ import annotations
@@ -14,9 +17,6 @@ import textwrap
 import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
-
-from omegaconf import OmegaConf
-from omegaconf.errors import OmegaConfBaseException
 
 from hybrid_lora_plugin.errors import UsageError
 
@@ -45,7 +45,7 @@ def parse(argv: Sequence[str], kind: type[Config], aliases: Mapping[str, str] | 
         UsageError: an unknown option (with the closest known one) or a value of another type.
     """
     known = {name: type_ for name, type_, _ in options(kind)}
-    config = OmegaConf.structured(kind)
+    config = kind()
     for argument in argv:
         name, equals, value = argument.partition("=")
         name = (aliases or {}).get(name, name)
@@ -53,22 +53,113 @@ def parse(argv: Sequence[str], kind: type[Config], aliases: Mapping[str, str] | 
             raise UsageError(f"unknown option {name!r}{_closest(name, known)} (--help lists all)")
         if not equals:
             raise UsageError(f"{name}: no value; write {name}=VALUE")
+        place, _, leaf = name.rpartition(".")
         try:
-            if typing.get_origin(known[name]) is list and not value.startswith("["):
-                # Not through YAML: a file name may hold anything.
-                parsed = OmegaConf.create({"value": [value]})
-            else:
-                parsed = OmegaConf.from_dotlist([f"value={value}"])
-            OmegaConf.update(config, name, parsed["value"])
-            OmegaConf.select(config, name)
-        except (OmegaConfBaseException, ValueError) as error:
-            raise UsageError(f"{name}: {value!r} is not usable; give {_describe(known[name])}") from error
-        except Exception as error:  # a YAML error of "[a,b"
+            setattr(_part(config, place), leaf, _read(value, known[name]))
+        except _Unreadable as error:
             raise UsageError(f"{name}: {value!r} cannot be read; give {_describe(known[name])}") from error
-    try:
-        return typing.cast(Config, OmegaConf.to_object(config))
-    except OmegaConfBaseException as error:
-        raise UsageError(str(error).splitlines()[0]) from error
+        except ValueError as error:
+            raise UsageError(f"{name}: {value!r} is not usable; give {_describe(known[name])}") from error
+    return config
+
+
+def given_options(argv: Sequence[str], aliases: Mapping[str, str] | None = None) -> list[str]:
+    """Names of the options in arguments that ``parse`` accepts."""
+    names = [argument.partition("=")[0] for argument in argv]
+    return [(aliases or {}).get(name, name) for name in names]
+
+
+def require_given(config: Any, examples: Mapping[str, str]) -> None:
+    """Refuse a command without the options that have no default.
+
+    Args:
+        config: of the command.
+        examples: option -> a value as a user would type it.
+
+    Raises:
+        UsageError: naming all that are missing.
+    """
+    missing = []
+    for name in examples:
+        place, _, leaf = name.rpartition(".")
+        if not getattr(_part(config, place), leaf):
+            missing.append(name)
+    if missing:
+        wanted = " ".join(f"{name}={examples[name]}" for name in missing)
+        raise UsageError(f"{', '.join(missing)}: not given; write {wanted} (--help explains each)")
+
+
+def expand_home(config: Config) -> Config:
+    """``config`` with ``~`` and ``~/…`` in texts as the home folder, which shells leave alone behind ``=``; changed in
+    place."""
+    for name, _, _ in options(type(config)):
+        place, _, leaf = name.rpartition(".")
+        part = _part(config, place)
+        value = getattr(part, leaf)
+        if isinstance(value, str):
+            setattr(part, leaf, _expanded(value))
+        elif isinstance(value, list):
+            setattr(part, leaf, [_expanded(item) for item in value])
+    return config
+
+
+def _expanded(text: str) -> str:
+    return os.path.expanduser(text) if text == "~" or text.startswith("~/") else text
+
+
+def _part(config: Any, place: str) -> Any:
+    for name in place.split(".") if place else ():
+        config = getattr(config, name)
+    return config
+
+
+class _Unreadable(ValueError):
+    """A list that does not end."""
+
+
+_TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
+
+
+def _read(text: str, type_: Any) -> Any:
+    """A value as its option holds it; ValueError where it is none."""
+    if typing.get_origin(type_) is list:
+        return _items(text) if text.startswith("[") else [text]
+    choices = typing.get_args(type_) or (type_,)
+    if text == "null" and type(None) in choices:
+        return None
+    (plain,) = (choice for choice in choices if choice is not type(None))
+    if plain is not bool:
+        return plain(text)
+    if text.lower() in (*_TRUE, *_FALSE):
+        return text.lower() in _TRUE
+    raise ValueError(text)
+
+
+def _items(text: str) -> list[str]:
+    """The items of ``[a, b]``; in quotes or brackets of its own an item may hold a comma."""
+    items, item, quote, quoted, depth = [], "", "", False, 0
+
+    def keep() -> None:
+        items.append(item if quoted else item.strip())
+
+    for position, letter in enumerate(text[1:], start=1):
+        if quote:
+            item, quote = (item, "") if letter == quote else (item + letter, quote)
+        elif letter in "\"'" and not item.strip():
+            item, quote, quoted = "", letter, True
+        elif letter == "]" and depth == 0:
+            if position != len(text) - 1:
+                raise _Unreadable(text)
+            if items or quoted or item.strip():
+                keep()
+            return items
+        elif letter == "," and depth == 0:
+            keep()
+            item, quoted = "", False
+        elif not (quoted and letter.isspace()):
+            depth += (letter == "[") - (letter == "]")
+            item += letter
+    raise _Unreadable(text)
 
 
 def _closest(name: str, known: typing.Iterable[str]) -> str:
@@ -111,6 +202,9 @@ def help_text(program: str, summary: str, example: str, kind: type) -> str:
         *textwrap.wrap(summary, 100),
         "",
         f"example: {example}",
+        "",
+        "Texts are taken as typed, with ~/ as the home folder; null leaves an option out; a list is [a,b] or one item.",
+        "--version prints the version.",
         "",
         "options:",
     ]

@@ -6,7 +6,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
+from hybrid_lora_plugin.cli.arguments import expand_home, parse, print_help, report_error, require_given, wants_help
+from hybrid_lora_plugin.cli.command import command, writing
 from hybrid_lora_plugin.config import CompareCommandConfig
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.files import complete_folder
@@ -19,13 +20,15 @@ SUMMARY = (
 EXAMPLE = f"{PROGRAM} 'allocations=[runs/hybrid,runs/random]' output_dir=comparison"
 
 
+@command(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``key=value`` arguments; returns 0, or 2 on a user's mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
     if wants_help(argv):
         return print_help(PROGRAM, SUMMARY, EXAMPLE, CompareCommandConfig)
     try:
-        config = parse(argv, CompareCommandConfig)
+        config = expand_home(parse(argv, CompareCommandConfig))
+        require_given(config, {"allocations": "[runs/hybrid,runs/random]"})
         # Late, so that --help and a mistyped option answer at once.
         from hybrid_lora_plugin.allocation.storage import load_allocation, refuse_existing
         from hybrid_lora_plugin.report.compare import compare, make_labels
@@ -38,7 +41,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         tables = comparison_tables(comparison, config.allocations)
         print(as_text(tables))
         if config.output_dir:
-            write_comparison(comparison, tables, config.output_dir)
+            with writing():
+                write_comparison(comparison, tables, config.output_dir)
             print(f"\ncompare.md and compare.png written to {config.output_dir}")
     except ConfigurationError as error:
         return report_error(PROGRAM, error)

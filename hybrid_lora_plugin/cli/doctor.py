@@ -7,7 +7,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
+from hybrid_lora_plugin.cli.arguments import expand_home, parse, print_help, report_error, wants_help
+from hybrid_lora_plugin.cli.command import command
 from hybrid_lora_plugin.config import DoctorCommandConfig
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ConfigurationError
@@ -23,6 +24,7 @@ SUMMARY = (
 EXAMPLE = f"{PROGRAM} check=run json=doctor.json"
 
 
+@command(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command with ``key=value`` arguments; returns 0, 1 where a feature is broken, 2 on a user's mistake."""
     argv = list(sys.argv[1:] if argv is None else argv)
@@ -32,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wants_help(argv):
         return print_help(PROGRAM, SUMMARY, EXAMPLE, DoctorCommandConfig)
     try:
-        config = parse(argv, DoctorCommandConfig)
+        config = expand_home(parse(argv, DoctorCommandConfig))
         validate(config)
         _check_sources(config)
         # Late, so that --help and a mistyped option answer at once.

@@ -2,16 +2,33 @@
 
 from __future__ import annotations
 
+import os
 import shlex
 import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from hybrid_lora_plugin.cli.arguments import parse, print_help, report_error, wants_help
+from hybrid_lora_plugin.cli.arguments import (
+    expand_home,
+    given_options,
+    parse,
+    print_help,
+    report_error,
+    require_given,
+    wants_help,
+)
+from hybrid_lora_plugin.cli.command import command
 from hybrid_lora_plugin.cli.result import print_result
-from hybrid_lora_plugin.config import ProbeCommandConfig
+from hybrid_lora_plugin.config import WITHOUT_PROBE, ProbeCommandConfig
+from hybrid_lora_plugin.config_effect import COMMAND, PROBE, SELECTION, refuse_without_effect
+from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from hybrid_lora_plugin.probing.distributed import Ranks
+    from hybrid_lora_plugin.probing.progress import Progress
 
 PROGRAM = "hybrid-lora-probe"
 SUMMARY = (
@@ -23,6 +40,10 @@ SUMMARY = (
 EXAMPLE = f"{PROGRAM} model.path=Qwen/Qwen2.5-1.5B-Instruct 'probe.files=[train.jsonl]' output_dir=outputs/probe"
 
 
+ALIASES = {"data.files": "probe.files"}
+
+
+@command(PROGRAM)
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command.
 
@@ -36,10 +57,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     if wants_help(argv):
         return print_help(PROGRAM, SUMMARY, EXAMPLE, ProbeCommandConfig)
     try:
-        config = parse(argv, ProbeCommandConfig, aliases={"data.files": "probe.files"})
+        config = expand_home(parse(argv, ProbeCommandConfig, ALIASES))
+        _check(config, given_options(argv, ALIASES))
     except ConfigurationError as error:
-        return report_error(PROGRAM, error)
+        # Under torchrun one process speaks for all.
+        return report_error(PROGRAM, error) if os.environ.get("RANK", "0") == "0" else 2
     return probe(config, resume_command=shlex.join([PROGRAM, *argv]), program=PROGRAM)
+
+
+def _check(config: ProbeCommandConfig, given: list[str]) -> None:
+    """What can be known to fail before torch is there."""
+    examples = {"model.path": "Qwen/Qwen2.5-1.5B-Instruct"}
+    if not config.probe.dry_run:
+        examples["output_dir"] = "outputs/probe"
+    if config.criterion not in WITHOUT_PROBE and config.probe.objective == "sft":
+        examples["probe.files"] = "[train.jsonl]"
+    require_given(config, examples)
+    validate(config)
+    refuse_without_effect(config, given, (*COMMAND, *PROBE, *SELECTION))
 
 
 def probe(config: ProbeCommandConfig, *, resume_command: str, program: str) -> int:
@@ -65,6 +100,8 @@ def probe(config: ProbeCommandConfig, *, resume_command: str, program: str) -> i
         return report_error(program, error)
     progress = for_terminal() if ranks.first else Progress()
     try:
+        if config.probe.dry_run:
+            return _show_rows(config, progress, ranks)
         allocation = probe_model(config, progress, ranks)
     except ConfigurationError as error:
         progress.close()
@@ -79,6 +116,18 @@ def probe(config: ProbeCommandConfig, *, resume_command: str, program: str) -> i
     progress.close()
     if ranks.first:
         print_result(Path(config.output_dir), allocation)
+    processes.finish(ranks)
+    return 0
+
+
+def _show_rows(config: ProbeCommandConfig, progress: Progress, ranks: Ranks) -> int:
+    from hybrid_lora_plugin.probing import distributed as processes
+    from hybrid_lora_plugin.probing.prepare import dry_run
+
+    text = ranks.from_first(lambda: dry_run(config, progress))
+    progress.close()
+    if ranks.first:
+        print(text)
     processes.finish(ranks)
     return 0
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import os
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from hybrid_lora_plugin.base_checkpoint import check_model_folder
 from hybrid_lora_plugin.candidates import find_candidates, meta_model
 from hybrid_lora_plugin.config import ModelConfig
 from hybrid_lora_plugin.errors import ProbeError
+from hybrid_lora_plugin.weight_loading import check_weights, refuse_loaded_adapter, refuse_report
 
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
@@ -39,30 +41,56 @@ def load_model_config(config: ModelConfig) -> Any:
     return _load(AutoConfig, config, "model")
 
 
+def check_model_files(config: ModelConfig) -> None:
+    """Refuse a path that is no model, and a folder whose files cannot be used, before anything is loaded.
+
+    Raises:
+        ConfigurationError: naming what is missing or not usable.
+    """
+    path = str(config.path)
+    if os.path.isdir(path):
+        if config.gguf_file:
+            if not (Path(path) / config.gguf_file).is_file():
+                raise ProbeError(
+                    f"model.gguf_file: {config.gguf_file!r} is not in {path}; give the name of a file there"
+                )
+        else:
+            # transformers reads other formats too; what the rollout engine needs is asked for where there is one.
+            check_model_folder(path, safetensors=False)
+    elif os.path.lexists(path):
+        raise ProbeError(f"model.path: {path!r} is no folder; give the folder with config.json and the weights")
+    elif path.startswith(("/", ".", "~")) or path.count("/") > 1:
+        raise ProbeError(f"model.path: there is no folder {path!r}; give a Hugging Face folder or name")
+
+
 def check_model(config: ModelConfig) -> None:
     """Refuse a model that cannot be trained before its weights are read.
 
     Raises:
-        ConfigurationError: its folder or its structure is refused, or its config cannot be loaded.
+        ConfigurationError: its files, its structure or the names of its weights are refused, or its config cannot be
+            loaded.
     """
-    if config.path and Path(config.path).is_dir() and not config.gguf_file:
-        # transformers reads other formats too; what the rollout engine needs is asked for where there is one.
-        check_model_folder(config.path, safetensors=False)
+    check_model_files(config)
     find_candidates(meta_model(load_model_config(config), config.trust_remote_code))
+    if os.path.isdir(config.path) and not config.gguf_file:
+        check_weights(config.path, config.trust_remote_code)
 
 
 def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
     """The model of ``config.path`` on the CPU, in the ``config.dtype`` that is meant for ``device``.
 
     Raises:
-        ProbeError: it cannot be loaded.
+        ConfigurationError: it cannot be loaded, or what was loaded is not what the checkpoint's config describes.
     """
     from transformers import AutoModelForCausalLM
 
     name = config.dtype
     if name == "auto":
         name = "float32" if device.type == "cpu" else "bfloat16"
-    return _load(AutoModelForCausalLM, config, "model", dtype=getattr(torch, name))
+    model, report = _load(AutoModelForCausalLM, config, "model", dtype=getattr(torch, name), output_loading_info=True)
+    refuse_loaded_adapter(config.path, model)
+    refuse_report(config.path, report)
+    return model
 
 
 def _load(factory: Any, config: ModelConfig, what: str, **options: Any) -> Any:
@@ -70,7 +98,8 @@ def _load(factory: Any, config: ModelConfig, what: str, **options: Any) -> Any:
         options["gguf_file"] = config.gguf_file
     try:
         return factory.from_pretrained(config.path, trust_remote_code=config.trust_remote_code, **options)
-    except (OSError, ValueError, KeyError, ImportError) as error:
+    except Exception as error:
+        # Libraries below transformers, and a model's own code, have errors of every kind for what they cannot read.
         reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ProbeError(
             f"model.path: the {what} of {config.path!r} cannot be loaded ({reason}); give a Hugging Face folder or name"

@@ -5,6 +5,7 @@
                                `<module>.lora_A.weight` [r, d_in] and `<module>.lora_B.weight` [d_out, r]
       trainables.json          base model and its type, rank, alpha, step, how rollout weights are rounded
       allocation.json          the allocation the run trained under
+      base_weights.json        what tells the base model's weights from others (``recorded_base``)
 
 The folder appears under its name only when it is complete.
 """
@@ -24,6 +25,7 @@ from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.storage import load_allocation
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.files import complete_folder
+from hybrid_lora_plugin.training.recorded_base import write_base_weights
 from hybrid_lora_plugin.training.rounding import Rounding
 
 FOLDER = "hybrid_lora"
@@ -52,6 +54,9 @@ class CheckpointDescription:
     #: type in which the run held the base model's weights, which loses nothing of the checkpoint's; None where the
     #: checkpoint does not say
     base_dtype: str | None = None
+    #: what a model card says of the training: ``run``, its kind, and the rates ``full_lr`` and ``lora_lr``; None where
+    #: the checkpoint does not say
+    recipe: dict | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -70,6 +75,7 @@ def save_trained(
     tensors: dict[str, torch.Tensor],
     description: CheckpointDescription,
     allocation_json: str,
+    base_weights: dict[str, str] | None = None,
 ) -> Path:
     """Write ``<folder>/hybrid_lora``; an older one there is replaced only once the new one is complete.
 
@@ -78,12 +84,14 @@ def save_trained(
         tensors: fp32 CPU tensors by the names above.
         description: what they belong to.
         allocation_json: text of the allocation file to keep beside them.
+        base_weights: ``base_identity.weight_digests`` of the base model as the run loaded it, where they are known.
     """
     target = Path(folder) / FOLDER
     with complete_folder(target, replace=True) as unfinished:
         save_file(tensors, unfinished / TENSORS, metadata={"format": "pt"})
         (unfinished / DESCRIPTION).write_text(json.dumps(asdict(description), indent=2) + "\n")
         (unfinished / ALLOCATION).write_text(allocation_json)
+        write_base_weights(unfinished, base_weights)
     return target
 
 
@@ -99,6 +107,8 @@ def load_description(folder: Path) -> CheckpointDescription:
         if version not in _NOT_SAID:
             raise ValueError(f"schema_version is {version!r}, wanted {SCHEMA_VERSION}")
         raw |= _NOT_SAID[version]
+        # Nothing but a card depends on the recipe, so it is no reason for another version.
+        raw.setdefault("recipe", None)
         names = [f.name for f in fields(CheckpointDescription) if f.name != "schema_version"]
         return CheckpointDescription(**{name: raw[name] for name in names})
     except (OSError, ValueError, KeyError, TypeError) as error:

@@ -24,14 +24,15 @@ def sum_of_squares(tensors: Iterable[torch.Tensor | None]) -> torch.Tensor:
     return torch.stack(torch._foreach_norm(shards)).float().square().sum()
 
 
-def first_row(tensor: torch.Tensor) -> int:
-    """Which row of the whole tensor this rank's part begins with; 0 for a tensor that is not sharded by rows."""
+def first_element(tensor: torch.Tensor) -> int:
+    """Which element of the whole tensor, row by row, this rank's part begins with; 0 where no rows are sharded."""
     for dimension, placement in enumerate(getattr(tensor, "placements", ())):
         if placement.is_shard(0):
             ranks = tensor.device_mesh.size(dimension)
             # As torch.chunk cuts it: the last ranks may have fewer rows, or none.
             rows = -(-tensor.shape[0] // ranks)
-            return min(tensor.shape[0], rows * tensor.device_mesh.get_local_rank(dimension))
+            first = min(tensor.shape[0], rows * tensor.device_mesh.get_local_rank(dimension))
+            return first * tensor.shape[1:].numel()
     return 0
 
 

@@ -21,6 +21,7 @@ from verl.workers.engine import FSDPEngineWithLMHead
 from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.storage import allocation_file, load_allocation
 from hybrid_lora_plugin.base_checkpoint import check_model_folder
+from hybrid_lora_plugin.base_identity import weight_digests
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import explained
 from hybrid_lora_plugin.model_families import refuse_config
@@ -32,6 +33,7 @@ from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, trainable_groups
 from hybrid_lora_plugin.training.dtensor import local_tensor, sum_of_squares
+from hybrid_lora_plugin.training.flat_pieces import flat_pieces
 from hybrid_lora_plugin.training.memory import TrainingBytes, rank_bytes
 from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot, adapters_off
@@ -44,6 +46,7 @@ from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
 from hybrid_lora_plugin.verl_backend.run_kinds import kind_of_model
 from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import TrainerLogProbs
 from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource
+from hybrid_lora_plugin.weight_loading import check_weights
 
 
 class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
@@ -54,6 +57,8 @@ class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
     _log_probs: TrainerLogProbs | None = None
     _base_snapshot: BaseSnapshot | None = None
     _retention: Retention
+    #: on rank 0 what tells the base model's weights from others, once the model is built
+    _base_weights: dict[str, str] | None = None
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         self.hybrid = requirements.check_engine(model_config, engine_config, checkpoint_config)
@@ -111,9 +116,11 @@ class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
             print(f"hybrid_lora: frozen weights in {dtype[0]}".replace("torch.", ""))
         try:
             with only_parameters_cast():
-                return super()._build_module()
+                module = super()._build_module()
         finally:
             self.engine_config = given
+        self._ranks.from_first(self._check_fetched)
+        return module
 
     def _check_base(self) -> None:
         """Refuse a model that the driver could not see before its weights are read; its modules are looked at later."""
@@ -121,6 +128,15 @@ class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
         folder = Path(self.model_config.local_path)
         if folder.is_dir():
             check_model_folder(folder, safetensors=False)
+            # verl loads it without looking at what transformers says about it.
+            check_weights(folder, bool(self.model_config.trust_remote_code))
+            self._base_weights = weight_digests(folder)
+
+    def _check_fetched(self) -> None:
+        """The same of a model of a hub, whose weights are on this machine only now."""
+        if not Path(self.model_config.local_path).is_dir():
+            check_weights(self.model_config.local_path, bool(self.model_config.trust_remote_code))
+            self._base_weights = weight_digests(self.model_config.local_path)
 
     def _build_lora_module(self, module):
         # As in verl: the embedding output needs a gradient for checkpointed layers below the first adapter.
@@ -257,6 +273,8 @@ class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
         """``plan`` for full modules that are rounded from the base model's values."""
         if fsdp_version(self.module) != 1:
             return replace(plan, originals=self._base_snapshot.values)
+        if plan.arrival is not None:
+            plan = replace(plan, pieces=flat_pieces(self.module, self._base_snapshot.values))
         if plan.rounding.is_stochastic(plan.dtype):
             # FSDP1 keeps pieces of a parameter that begin and end within a row.
             return replace(plan, state_of=lambda model: self._state_on_grid(model, plan.dtype))

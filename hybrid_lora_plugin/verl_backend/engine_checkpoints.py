@@ -81,7 +81,7 @@ class Checkpoints:
 
             def write() -> None:
                 with unwritable_explained(folder):
-                    kept = save_trained(unfinished, tensors, description, self._allocation_json)
+                    kept = save_trained(unfinished, tensors, description, self._allocation_json, self._base_weights)
                     if self._saves_state:
                         schedule = self.lr_scheduler.state_dict()
                         save_state(kept, self.optimizer, optimizer, schedule, base, self._ranks.size)
@@ -106,6 +106,7 @@ class Checkpoints:
             rounding_mode=self.hybrid.sync_rounding,
             rounding_seed=self.hybrid.sync_seed,
             base_dtype=self._base_dtype,
+            recipe={"run": self._kind.name, "full_lr": self.hybrid.full_lr, "lora_lr": self.hybrid.lora.lr},
         )
 
     def _gathered(self) -> dict[str, torch.Tensor]:

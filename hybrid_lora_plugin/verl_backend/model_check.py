@@ -13,6 +13,7 @@ from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.linear_account import account_text, frozen_linear
 from hybrid_lora_plugin.model_families import untried
 from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, ROLLOUT, kind_of_run, tell
+from hybrid_lora_plugin.weight_loading import check_weights
 
 
 def checked_model(config: DictConfig) -> tuple[Any, list[Candidate]] | None:
@@ -42,6 +43,8 @@ def checked_model(config: DictConfig) -> tuple[Any, list[Candidate]] | None:
         model = meta_model(model_config, trust)
         candidates = find_candidates(model)
     _refuse_split_packed(config, candidates)
+    if local:
+        check_weights(path, trust)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     tell("linear modules: number, parameters, share of the model")
     for line in account_text(candidates, frozen_linear(model, candidates), parameters):

@@ -1,12 +1,13 @@
 """Check a composed configuration on the driver, before Ray starts and before anything is written.
 
 ``+hybrid_lora=enabled`` adds this as a Hydra callback; Hydra calls it with the final configuration of the run.
-Hydra only warns when a callback raises, so a refusal leaves as SystemExit: one line, exit status 1.
+Hydra only warns when a callback raises, so a refusal leaves as SystemExit: one line, exit status 2.
 """
 
 from __future__ import annotations
 
 import os
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,22 @@ from omegaconf import DictConfig, OmegaConf
 
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError, HybridLoraError, explained
+
+
+class RunRefused(SystemExit):
+    """A run ends before it begins: exit status 2, and one line on standard error, printed when this is made.
+
+    Attributes:
+        line: what was printed.
+    """
+
+    def __init__(self, line: str) -> None:
+        print(line, file=sys.stderr, flush=True)
+        super().__init__(2)
+        self.line = line
+
+    def __str__(self) -> str:
+        return self.line
 
 
 def check_configuration(config: DictConfig) -> HybridLoraConfig:
@@ -76,6 +93,7 @@ def _local_model(config: DictConfig) -> tuple[Any, list] | None:
 def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     """A run that probes first: where the artifact goes, what it needs, and that no older one is ignored."""
     from hybrid_lora_plugin.allocation.storage import refuse_existing
+    from hybrid_lora_plugin.probing.data.files import absolute
     from hybrid_lora_plugin.probing.resume import remove_finished
     from hybrid_lora_plugin.probing.runner import check_budget, check_shapes
     from hybrid_lora_plugin.scoring import get_criterion
@@ -95,7 +113,7 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     checkpoints = os.path.abspath(str(OmegaConf.select(config, "trainer.default_local_dir")))
     hybrid.output_dir = os.path.abspath(hybrid.output_dir or os.path.join(checkpoints, "allocation"))
     OmegaConf.update(config, "hybrid_lora.output_dir", hybrid.output_dir)
-    hybrid.probe.files = [os.path.abspath(os.path.expanduser(file)) for file in hybrid.probe.files]
+    hybrid.probe.files = [absolute(file) for file in hybrid.probe.files]
     OmegaConf.update(config, "hybrid_lora.probe.files", hybrid.probe.files)
     if hybrid.phase == "train":
         if has_earlier_allocation(Path(hybrid.output_dir), hybrid, lambda: data_of_run(config, hybrid)):
@@ -125,6 +143,7 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
 
 
 def _check_probe_data(config: DictConfig, hybrid: HybridLoraConfig) -> None:
+    from hybrid_lora_plugin.probing.data.files import is_there
     from hybrid_lora_plugin.verl_backend.probe.policy import check_policy_probe
 
     if hybrid.probe.objective == "policy":
@@ -137,8 +156,14 @@ def _check_probe_data(config: DictConfig, hybrid: HybridLoraConfig) -> None:
             "hybrid_lora.probe.objective=policy",
             see="nothing-to-probe-with",
         )
+    if hybrid.probe.dry_run:
+        raise ConfigurationError(
+            "hybrid_lora.probe.dry_run: True shows rows and trains nothing, so it is no run; give it to "
+            "hybrid-lora-probe as probe.dry_run=true, or leave it out",
+            see="nothing-to-probe-with",
+        )
     for file in hybrid.probe.files:
-        if not os.path.exists(file):
+        if not is_there(file):
             raise ConfigurationError(
                 f"hybrid_lora.probe.files: {file!r} does not exist; give existing files", see="nothing-to-probe-with"
             )
@@ -158,9 +183,9 @@ def _check_or_exit(config: DictConfig, may_probe: bool) -> None:
 
             run_policy_probe(config, hybrid)
     except (ConfigurationError, ImportError) as error:
-        raise SystemExit(_line_of(str(error).removeprefix("hybrid_lora: "))) from error
+        raise RunRefused(_line_of(str(error).removeprefix("hybrid_lora: "))) from error
     except Exception as error:  # Hydra would turn it into a warning and start the run unchecked
-        raise SystemExit(_line_of(f"the configuration could not be checked: {error!r}")) from error
+        raise RunRefused(_line_of(f"the configuration could not be checked: {error!r}")) from error
 
 
 def _line_of(text: str) -> str:

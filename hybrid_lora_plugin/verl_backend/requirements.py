@@ -6,8 +6,10 @@ run has them, so that a message names what its user can type.
 
 from __future__ import annotations
 
+import dataclasses
+import os
 from collections.abc import Callable, Mapping
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, get_args, get_type_hints
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
@@ -40,6 +42,7 @@ def hybrid_config(node: Mapping[str, Any]) -> HybridLoraConfig:
     Raises:
         ConfigurationError: an unknown option, a value of the wrong type, or one that ``validate`` refuses.
     """
+    _require_texts(node, HybridLoraConfig, "hybrid_lora.")
     try:
         config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(HybridLoraConfig), dict(node)))
     except OmegaConfBaseException as error:
@@ -50,12 +53,35 @@ def hybrid_config(node: Mapping[str, Any]) -> HybridLoraConfig:
         ) from error
     with explained(otherwise="option-not-usable"):
         validate(config, "hybrid_lora.")
+    for name in ("allocation", "output_dir"):
+        if (path := getattr(config, name)) is not None:
+            setattr(config, name, os.path.expanduser(path))
     if not config.enabled:
         raise ConfigurationError(
             "hybrid_lora.enabled: False cannot undo +hybrid_lora=enabled; leave that argument out",
             see="option-not-usable",
         )
     return config
+
+
+def _require_texts(node: Mapping[str, Any], kind: type, prefix: str) -> None:
+    """Refuse what Hydra has made of a text that looks like a truth value or a fraction: it cannot be undone."""
+    types = get_type_hints(kind)
+    for spec in dataclasses.fields(kind):
+        value, name = node.get(spec.name), prefix + spec.name
+        if dataclasses.is_dataclass(types[spec.name]):
+            if isinstance(value, Mapping):
+                _require_texts(value, types[spec.name], name + ".")
+            continue
+        if str not in (types[spec.name], *get_args(types[spec.name])):
+            continue
+        for item in value if isinstance(value, list) else [value]:
+            if isinstance(item, bool | float):
+                raise ConfigurationError(
+                    f"{name}: {item!r} is what Hydra makes of a text that is not quoted; quote it for Hydra and for "
+                    f"the shell, e.g. '{name}=\"{str(item).lower()}\"'",
+                    see="option-not-usable",
+                )
 
 
 def require_rates(config: HybridLoraConfig) -> None:

@@ -13,8 +13,10 @@ from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf, open_dict
+from omegaconf.errors import OmegaConfBaseException
 
-from hybrid_lora_plugin.config import HybridLoraConfig, SyncConfig
+from hybrid_lora_plugin.config import HybridLoraConfig, SelectionConfig, SyncConfig
+from hybrid_lora_plugin.config_effect import PROBE, SELECTION, without_effect
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.sync.base_weights import stored_dtypes
 from hybrid_lora_plugin.training.learning_rates import Rate, learning_rates
@@ -72,6 +74,7 @@ def settle(config: DictConfig) -> list[str]:
     lines.append(_settle_rates(config, given, trained, rate))
     if not kind.samples:
         lines.append(_without_effect(given))
+    lines.append(_unread(config, given))
     return [line for line in [*lines, copied] if line]
 
 
@@ -160,6 +163,30 @@ def _without_effect(given: dict[str, Given]) -> str:
     }
     named = sorted(options & given.keys())
     return f"without effect, as there is no rollout engine: {', '.join(named)}" if named else ""
+
+
+def _unread(config: DictConfig, given: dict[str, Given]) -> str:
+    """A line on options that nothing reads under the others; refused where the command itself gives one."""
+    options, group = config.hybrid_lora, "hybrid_lora."
+    names = [name.removeprefix(group) for name in given if name.startswith(group)]
+    if options.get("allocation"):
+        # Kept by a command that probed when it was first started.
+        choosing = {spec.name for spec in dataclasses.fields(SelectionConfig)} | {"probe", "output_dir"}
+        unread = sorted(group + name for name in names if name.partition(".")[0] in choosing)
+        return f"without effect, as hybrid_lora.allocation is given: {', '.join(unread)}" if unread else ""
+    if options.get("phase") == "probe":
+        return ""
+    try:
+        unread = without_effect(options, names, (*PROBE, *SELECTION))
+    except OmegaConfBaseException:
+        return ""  # what is no such option is refused where all are read
+    for name, when in unread:
+        if given[group + name].where == COMMAND_LINE:
+            raise ConfigurationError(
+                f"{group}{name}: {given[group + name].value!r} has no effect here; leave it out, it is read {when}",
+                see="option-not-usable",
+            )
+    return f"without effect under the other options: {', '.join(group + name for name, _ in unread)}" if unread else ""
 
 
 def _settle_modules(config: DictConfig, name: str, given: Given | None) -> str:

@@ -21,10 +21,14 @@ from typing import Any, NamedTuple
 from unittest import mock
 
 import huggingface_hub.constants
+import torch
 import yaml
 from omegaconf import DictConfig
 from safetensors.torch import save_file
+from transformers import AutoConfig
 
+from hybrid_lora_plugin.candidates import meta_model
+from hybrid_lora_plugin.errors import ConfigurationError
 from tests.support.allocations import decide_for, draw_measurements
 from tests.support.hydra_bases import HydraBases
 
@@ -131,8 +135,18 @@ def _with_common(command: str, common: str) -> str:
     return f"{head}{module} {common.strip()}{arguments}"
 
 
+@cache
+def _weights(family: str, config: str) -> dict[str, torch.Tensor]:
+    """Weights, all zero, of a model; one of no meaning for a model that is refused before they are looked at."""
+    try:
+        model = meta_model(AutoConfig.for_model(**json.loads(config)))
+    except ConfigurationError:
+        return {"weight": torch.zeros(1)}
+    return {name: torch.zeros(parameter.shape) for name, parameter in model.named_parameters()}
+
+
 class Workplace:
-    """A folder to launch from, in which the models of ``models.yaml`` lie under their hub names, without weights.
+    """A folder to launch from, in which the models of ``models.yaml`` lie under their hub names, with weights of zero.
 
     Args:
         folder: an empty one.
@@ -147,11 +161,11 @@ class Workplace:
             (self.folder / name).mkdir(parents=True)
             content = SIZES | models["families"][family]
             (self.folder / name / "config.json").write_text(json.dumps(content))
-            save_file({}, self.folder / name / "model.safetensors")
+            save_file(_weights(family, json.dumps(content)), self.folder / name / "model.safetensors")
 
     def judge(self, command: LaunchCommand) -> Verdict:
         """The verdict on ``command``, as the run's user gets it."""
-        from hybrid_lora_plugin.verl_backend.preflight import Preflight
+        from hybrid_lora_plugin.verl_backend.preflight import Preflight, RunRefused
 
         printed = io.StringIO()
         environment = {"PWD": str(self.folder)} | command.environment
@@ -163,8 +177,8 @@ class Workplace:
                 with redirect_stdout(printed), self.bases.files_looked_up_once():
                     Preflight().on_run_start(config)
                 line = ""
-            except SystemExit as end:
-                line = str(end.code)
+            except RunRefused as end:
+                line = end.line
         said = [line.removeprefix("hybrid_lora: ") for line in printed.getvalue().splitlines()]
         return Verdict(line, said, config)
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hybrid_lora_plugin.verl_backend.contracts.record import SYNC, Subject, behaviour, rows
 
 _ENGINE = "verl_backend/engine.py"
+_PIECES = "training/flat_pieces.py"
 _ENGINES = "verl_backend/engine_registration.py"
 _POLICY = "verl_backend/probe/policy_engine.py"
 _SFT = "verl_backend/probe/sft.py"
@@ -199,7 +200,7 @@ ENGINE = Subject(
             "engine",
             "torch.distributed.fsdp",
             "FullyShardedDataParallel",
-            ("_handle", _ENGINE, "FSDP1's flat parameter, resharded around the reference policy"),
+            ("_handle", (_ENGINE, _PIECES), "FSDP1's flat parameter, resharded around the reference policy"),
             ("_is_root", _ENGINE, "None until the first forward pass, before which there is no shard to go back to"),
             ("sharding_strategy process_group", _ENGINE, "the ranks that share one copy"),
         ),
@@ -209,6 +210,19 @@ ENGINE = Subject(
             "FlatParamHandle",
             ("uses_sharded_strategy", _ENGINE, "whether there is something to reshard"),
             ("reshard", _ENGINE, "frees the gathered copy", "free_unsharded_flat_param"),
+            ("flat_param", _PIECES, "what a rank holds of a unit, for the metric of what arrived"),
+        ),
+        *rows(
+            "engine",
+            "torch.distributed.fsdp._flat_param",
+            "FlatParameter",
+            ("_shard_param_infos _fqns _params", _PIECES, "which parameters a rank's piece is of, and where it begins"),
+        ),
+        *rows(
+            "engine",
+            "torch.distributed.fsdp._flat_param",
+            "_ShardParamInfo",
+            ("in_shard offset_in_shard numel_in_shard intra_param_start_idx", _PIECES, "where that lies"),
         ),
         *rows("engine", "torch", "", ("_foreach_norm", "training/dtensor.py", "norms of many shards in one call")),
     ),

@@ -1,0 +1,108 @@
+"""Options that change nothing under the other options: refused where somebody gives one, and not dropped in silence."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from typing import Any, NamedTuple
+
+from hybrid_lora_plugin.config_probe import AdaLoraConfig
+from hybrid_lora_plugin.config_selection import NAMING, WITHOUT_PROBE
+from hybrid_lora_plugin.errors import ConfigurationError
+
+
+class Effect(NamedTuple):
+    """When an option is read.
+
+    Attributes:
+        option: its dotted name, or the part of several names up to a dot.
+        is_read: configuration -> whether anything reads it.
+        when: under which options it is, in words.
+    """
+
+    option: str
+    is_read: Callable[[Any], bool]
+    when: str
+
+
+def _criterion(*names: str) -> Callable[[Any], bool]:
+    return lambda config: config.criterion in names
+
+
+def _initialised_by_adalora(config: Any) -> bool:
+    return config.criterion == "adalora" or (_probed_by_svd_lora(config) and config.probe.init == "adalora")
+
+
+def _probed_by_svd_lora(config: Any) -> bool:
+    return config.criterion not in (*WITHOUT_PROBE, "adalora", "autolora", "full_pruning")
+
+
+#: of whoever selects modules
+SELECTION = (
+    Effect("control.seed", _criterion("random"), "with criterion=random"),
+    Effect("control.type", _criterion("spread"), "with criterion=spread"),
+    Effect("control.modules", _criterion("explicit"), "with criterion=explicit"),
+    Effect("direction", lambda config: config.criterion not in NAMING, "with a criterion that orders the modules"),
+    Effect("budget.", lambda config: config.criterion not in NAMING, "with a criterion that orders the modules"),
+    Effect("budget.total", lambda config: config.budget.mode == "total_trainable", "with budget.mode=total_trainable"),
+    Effect(
+        "budget.ratio", lambda config: config.budget.mode != "total_trainable", "with budget.mode=parameters or modules"
+    ),
+)
+#: of whoever probes
+PROBE = (
+    Effect("probe.", lambda config: config.criterion not in WITHOUT_PROBE, "with a criterion that needs a probe"),
+    Effect("probe.adalora.lr", _initialised_by_adalora, "with criterion=adalora or probe.init=adalora"),
+    *(
+        Effect(f"probe.adalora.{spec.name}", _criterion("adalora"), "with criterion=adalora")
+        for spec in dataclasses.fields(AdaLoraConfig)
+        if spec.name != "lr"
+    ),
+    Effect("probe.autolora.", _criterion("autolora"), "with criterion=autolora"),
+    Effect("probe.full_lr", _criterion("full_pruning"), "with criterion=full_pruning"),
+    Effect(
+        "probe.lr",
+        lambda config: config.criterion != "full_pruning" and not _initialised_by_adalora(config),
+        "with another criterion and probe.init=default; give probe.full_lr or probe.adalora.lr",
+    ),
+    Effect("probe.init", _probed_by_svd_lora, "with another criterion, as this one has its own"),
+    Effect("probe.controls", _probed_by_svd_lora, "with another criterion, as this one measures no controls"),
+)
+#: of the command that probes and trains nothing else
+COMMAND = (
+    Effect("lora.dropout", lambda config: False, "in a run, as hybrid_lora.lora.dropout"),
+    Effect(
+        "lora.alpha",
+        _criterion("adalora"),
+        "with criterion=adalora; else the probe has a scale of its own (Eq. 7), and a run takes hybrid_lora.lora.alpha",
+    ),
+    Effect("model.dtype", lambda config: config.criterion not in WITHOUT_PROBE, "with a criterion that needs a probe"),
+)
+
+
+def without_effect(config: Any, given: Iterable[str], effects: Iterable[Effect]) -> list[tuple[str, str]]:
+    """(option, when it is read) for each option that was given and that nothing reads.
+
+    Args:
+        config: with all options, given or not.
+        given: names of the options that somebody gave.
+        effects: that apply.
+    """
+    effects = list(effects)
+    found = []
+    for name in dict.fromkeys(given):
+        for effect in effects:
+            concerned = name.startswith(effect.option) if effect.option.endswith(".") else name == effect.option
+            if concerned and not effect.is_read(config):
+                found.append((name, effect.when))
+                break
+    return found
+
+
+def refuse_without_effect(config: Any, given: Iterable[str], effects: Iterable[Effect]) -> None:
+    """Raise ``ConfigurationError`` on the first option that was given and that nothing reads; as ``without_effect``."""
+    for name, when in without_effect(config, given, effects):
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        raise ConfigurationError(f"{name}: {value!r} has no effect here; leave it out, it is read {when}")
