@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from hybrid_lora_plugin.base_checkpoint import check_model_folder
 from hybrid_lora_plugin.candidates import find_candidates, meta_model
 from hybrid_lora_plugin.config import ModelConfig
-from hybrid_lora_plugin.errors import ProbeError
+from hybrid_lora_plugin.errors import ProbeError, reason_of
 from hybrid_lora_plugin.weight_loading import check_weights, refuse_loaded_adapter, refuse_report
 
+#: names of the files that tokenizers are made of
+_TOKENIZERS = ("tokenizer*", "*.model", "vocab*", "*.tiktoken", "merges.txt")
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -57,6 +59,9 @@ def check_model_files(config: ModelConfig) -> None:
         else:
             # transformers reads other formats too; what the rollout engine needs is asked for where there is one.
             check_model_folder(path, safetensors=False)
+            # transformers would make one up from the config, without a single token.
+            if not any(file for pattern in _TOKENIZERS for file in Path(path).glob(pattern)):
+                raise ProbeError(f"model.path: {path!r} has no tokenizer; put its files there, such as tokenizer.json")
     elif os.path.lexists(path):
         raise ProbeError(f"model.path: {path!r} is no folder; give the folder with config.json and the weights")
     elif path.startswith(("/", ".", "~")) or path.count("/") > 1:
@@ -74,6 +79,24 @@ def check_model(config: ModelConfig) -> None:
     find_candidates(meta_model(load_model_config(config), config.trust_remote_code))
     if os.path.isdir(config.path) and not config.gguf_file:
         check_weights(config.path, config.trust_remote_code)
+
+
+def check_vocabulary(config: ModelConfig, largest_id: int) -> None:
+    """Refuse rows with a token that the model has no embedding of.
+
+    Args:
+        config: of the model.
+        largest_id: the largest token id in the rows.
+
+    Raises:
+        ProbeError: naming it and the size of the embedding.
+    """
+    size = getattr(load_model_config(config).get_text_config(), "vocab_size", None)
+    if size is not None and largest_id >= size:
+        raise ProbeError(
+            f"model.path: the tokenizer of {config.path!r} makes token {largest_id} of the rows, and the model has "
+            f"embeddings of 0 to {size - 1}; give the tokenizer that belongs to the model"
+        )
 
 
 def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
@@ -100,9 +123,9 @@ def _load(factory: Any, config: ModelConfig, what: str, **options: Any) -> Any:
         return factory.from_pretrained(config.path, trust_remote_code=config.trust_remote_code, **options)
     except Exception as error:
         # Libraries below transformers, and a model's own code, have errors of every kind for what they cannot read.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ProbeError(
-            f"model.path: the {what} of {config.path!r} cannot be loaded ({reason}); give a Hugging Face folder or name"
+            f"model.path: the {what} of {config.path!r} cannot be loaded ({reason_of(error)}); give a Hugging Face "
+            f"folder or name"
         ) from error
 
 

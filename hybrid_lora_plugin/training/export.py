@@ -112,6 +112,15 @@ def merged_model(
         for name in allocation.lora_names:
             weight, plain = modules[name].weight, f"{name}.weight"
             factors = take(wire_factor(name, "A")), take(wire_factor(name, "B"))
+            rows, columns = weight.shape
+            for kind, factor, shape in zip(
+                "AB", factors, ((description.rank, columns), (rows, description.rank)), strict=True
+            ):
+                if factor.shape != shape:
+                    raise ConfigurationError(
+                        f"checkpoint: tensor {wire_factor(name, kind)!r} has shape {list(factor.shape)}, and "
+                        f"{list(shape)} belongs to rank {description.rank}; use another checkpoint"
+                    )
             weight.data = merge_weight(weight, *factors, description.scaling, target, rounding, plain, arrival)
             trained.add(weight)
         for name, parameter in model.named_parameters():
@@ -120,7 +129,10 @@ def merged_model(
     except WeightSyncError as error:
         raise ConfigurationError(f"dtype: {chosen} does not hold all weights ({error}); give dtype=float32") from error
     if unused:
-        raise ConfigurationError(f"checkpoint: tensor {sorted(unused)[0]!r} belongs to no module of {base!r}")
+        raise ConfigurationError(
+            f"checkpoint: tensor {sorted(unused)[0]!r} belongs to no module of {base!r}; give the base it was trained "
+            f"from"
+        )
     model.config.dtype = target
     share = {kind: arrived[0] for kind, sums in arrival.sums().items() if (arrived := arrival_of(sums))}
     return model, base, KeptUpdate(target, rounding, share, uncertain)

@@ -118,6 +118,7 @@ class ProbeData:
     Attributes:
         validation_batches: how many there are, enough for K partitions at ``partitions_per_batch`` each.
         record: what the artifact says about the data: files, split and a digest of the tokens used.
+        largest_id: the largest token id in them.
         dropped: rows looked at whose response did not fit into ``max_length``.
     """
 
@@ -153,6 +154,7 @@ class ProbeData:
             )
         self._validation = [example for _, example in usable[:held_out]]
         self._training = [example for _, example in usable[held_out:]]
+        self.largest_id = max(max(example.input_ids) for _, example in usable)
         digest = hashlib.sha256()
         for _, example in usable:
             digest.update(json.dumps([example.input_ids.tolist(), example.response_start]).encode())

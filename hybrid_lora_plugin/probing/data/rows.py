@@ -131,6 +131,10 @@ def row_of(value: Any, where: str) -> Row:
         raise ProbeError(f"{where}: no response; give a text or remove the row")
     if not prompt:
         raise ProbeError(f"{where}: no prompt; give a text or remove the row")
+    try:
+        f"{prompt}{response}".encode()
+    except UnicodeEncodeError as error:
+        raise ProbeError(f"{where}: half of a surrogate pair, which is no character; correct the text") from error
     return Row(prompt, response)
 
 
