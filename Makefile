@@ -19,6 +19,10 @@ DEMO_DIR ?= outputs/demo
 SMOLLM2_DIR ?= outputs/smollm2-135m
 GPU_PYTHON ?= python3
 
+# What is installed: the exact set, and what it may bend of the packages' own requirements.
+LOCK ?= requirements/cpu.txt
+OVERRIDES ?= requirements/overrides.txt
+
 BIN := $(VENV)/bin
 UV := $(BIN)/uv
 # An environment variable or a pip configuration file: both count.
@@ -26,7 +30,7 @@ FIND_LINKS = $(or $(PIP_FIND_LINKS),$(shell $(BIN)/pip config get global.find-li
 TORCH_SOURCE = $(if $(strip $(FIND_LINKS)),$(addprefix --find-links ,$(FIND_LINKS)),--torch-backend cpu)
 
 .DEFAULT_GOAL := help
-.PHONY: help install test test-fast demo gpu-check probe-smollm2 bench bench-probe bench-sync bench-training docs contracts-gpu lint lock clean
+.PHONY: help install test test-fast test-next demo gpu-check probe-smollm2 bench bench-probe bench-sync bench-training docs contracts-gpu lint lock clean
 
 help:
 	@sed -n 's/^\([a-z0-9-]*\):.*## /\1 /p' $(MAKEFILE_LIST) | while read -r name text; do printf '  make %-15s %s\n' "$$name" "$$text"; done
@@ -40,8 +44,8 @@ $(BIN)/uv:
 
 # Compiled while installing: every test of verl or vLLM imports thousands of files, in many processes, and where Python
 # may not write bytecode (PYTHONDONTWRITEBYTECODE) each process would compile them again.
-$(VENV)/.installed: requirements/cpu.txt requirements/overrides.txt pyproject.toml | $(BIN)/uv
-	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python $(TORCH_SOURCE) --override requirements/overrides.txt -r requirements/cpu.txt
+$(VENV)/.installed: $(LOCK) $(OVERRIDES) pyproject.toml | $(BIN)/uv
+	$(UV) pip install --quiet --compile-bytecode --python $(BIN)/python $(TORCH_SOURCE) $(addprefix --override ,$(OVERRIDES)) -r $(LOCK)
 	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
 	@touch $@
 
@@ -55,6 +59,17 @@ test-fast: install ## the tests that start neither verl nor several ranks: a few
 	@log=$$(mktemp); $(FAST) -p no:cacheprovider tests/test_[r-z]*.py >$$log 2>&1 & half=$$!; \
 	$(FAST) tests/test_[a-q]*.py; failed=$$?; \
 	wait $$half || failed=1; cat $$log; rm -f $$log; exit $$failed
+
+# In an environment of its own: what touches vLLM or transformers, then a run of verl in every mode.
+NEXT_VENV ?= .venv-next
+NEXT_TESTS ?= tests/test_contracts.py tests/test_sync_verl.py tests/test_plain_run.py tests/test_model_families.py
+NEXT_RUNS ?= merge,sparse_merge,adapter,receiver_merge
+
+test-next: ## runs, syncs and model families with the vLLM and transformers of verl's main, in .venv-next
+	$(MAKE) install VENV=$(NEXT_VENV) LOCK=requirements/cpu-next.txt OVERRIDES="requirements/overrides.txt requirements/overrides-next.txt"
+	$(NEXT_VENV)/bin/python -m pytest $(NEXT_TESTS)
+	$(NEXT_VENV)/bin/python -m recipes.gpu_check --output outputs/next --device cpu --layers 2 --hidden 64 --vocabulary 2048 \
+	  --steps 2 --minutes 60 --runs $(NEXT_RUNS)
 
 demo: install ## the whole line on two CPU cores: probe, verl GSPO run, proof, export, report
 	$(BIN)/python -m recipes.demo --steps $(DEMO_STEPS) --ranks $(DEMO_RANKS) --output $(DEMO_DIR) $(addprefix --on-the-fly ,$(DEMO_ON_THE_FLY)) $(DEMO_OVERRIDES)
@@ -91,9 +106,14 @@ lint: install
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-lock: | $(BIN)/uv ## resolve requirements/cpu.txt again
-	$(UV) pip compile --quiet pyproject.toml --extra cpu --extra dev $(TORCH_SOURCE) --override requirements/overrides.txt \
-	  --python-version 3.11 --no-annotate --custom-compile-command "make lock" --output-file requirements/cpu.txt
+COMPILE = $(UV) pip compile --quiet pyproject.toml --extra cpu --extra dev $(TORCH_SOURCE) --python-version 3.11 --no-annotate \
+  --custom-compile-command "make lock" $(foreach file,$(2),--override $(file)) --output-file $(1)
+
+# The second set keeps all that its overrides do not move: what differs in a test is then theirs.
+lock: | $(BIN)/uv ## resolve requirements/cpu.txt and cpu-next.txt again
+	$(call COMPILE,requirements/cpu.txt,requirements/overrides.txt)
+	cp requirements/cpu.txt requirements/cpu-next.txt
+	$(call COMPILE,requirements/cpu-next.txt,requirements/overrides.txt requirements/overrides-next.txt)
 
 clean: ## remove the environment, caches and outputs
 	rm -rf $(VENV) .cache outputs

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from datetime import date as Day
 
 from hybrid_lora_plugin.config_field import Bound, above, at_least, documented
 
@@ -73,6 +74,13 @@ class AutoLoraConfig:
     )
 
 
+def _is_day(value: str) -> bool:
+    try:
+        return Day.fromisoformat(value).isoformat() == value
+    except ValueError:
+        return False
+
+
 _HALF_OF_THE_PARTITIONS = "1 to half of probe.partitions, so that there are two validation batches or more"
 
 
@@ -89,9 +97,45 @@ class ProbeConfig:
     )
     files: list[str] = documented(
         [],
-        "Rows as JSONL, Parquet or a Hugging Face `datasets` folder, each with `messages`, or with `prompt` and "
-        "`response`.",
+        "Rows as JSONL, JSON arrays (both also `.gz`, `.zst`) or Parquet: files, patterns such as `part-*.jsonl`, "
+        "folders, a folder saved by `datasets`, or `org/name:train[:500]` of the hub. Each row has `messages`, or "
+        "`prompt` and `response`.",
         source="none: must be given for objective sft",
+    )
+    messages_key: str = documented(
+        "messages",
+        "Column of whole chats, `{role, content}` each turn or ShareGPT's `{from, value}`, e.g. `conversations`.",
+        source="verl's data.messages_key",
+    )
+    prompt_key: str = documented(
+        "prompt",
+        "Column of prompts, texts or chats. Several columns of texts are joined by a newline, e.g. "
+        "`instruction+input`; a dot leads into a column.",
+        source="verl's data.prompt_key",
+    )
+    response_key: str = documented(
+        "response",
+        "Column of responses, e.g. `answer`; a dot leads into a column, e.g. `extra_info.answer`.",
+        source="verl's data.response_key",
+    )
+    train_on: str = documented(
+        "last",
+        "Assistant turns that are trained: the `last` one, as what a rollout writes, or `all`.",
+        source="own choice: a rollout writes one response",
+        choices=("last", "all"),
+    )
+    date: str | None = documented(
+        None,
+        "Day that a chat template which prints one takes for today, as YYYY-MM-DD; null: the day on which the probe "
+        "begins.",
+        source="own choice: the same rows give the same tokens on every day",
+        bound=Bound(_is_day, "a day such as 2026-07-26, or null"),
+    )
+    dry_run: bool = documented(
+        False,
+        "Show one row as it is trained, and what would be cut or left out, and stop: no weights are read and nothing "
+        "is written. `hybrid-lora-probe` only.",
+        source="own choice",
     )
     warmup_steps: int = documented(
         500, "Optimizer steps before scoring.", source="paper §4.3", unit="steps", bound=at_least(0, "0 or more steps")

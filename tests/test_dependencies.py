@@ -14,6 +14,8 @@ import tomllib
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
+from tests.support.locked_versions import locked
+
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 BACKEND = ROOT / "hybrid_lora_plugin/verl_backend"
@@ -134,8 +136,13 @@ def test_what_is_installed_satisfies_its_bound(extra, name):
     assert specifier.contains(found, prereleases=True), f"{name} {found} is installed, declared is {specifier}"
 
 
+def test_the_second_locked_set_differs_in_what_its_overrides_say_and_in_nothing_else():
+    first, second = locked("cpu.txt"), locked("cpu-next.txt")
+    assert second == first | locked("overrides-next.txt") != first
+
+
 def test_the_locked_set_satisfies_every_bound():
-    locked = dict(re.findall(r"^([a-z0-9.-]+)==(\S+)", (ROOT / "requirements/cpu.txt").read_text(), re.M))
+    pins = locked("cpu.txt")
     for extra in (None, "cpu", "dev"):
         for name, requirement in requirements(extra).items():
-            assert requirement.specifier.contains(locked[name], prereleases=True), f"{name}=={locked[name]}"
+            assert requirement.specifier.contains(pins[name], prereleases=True), f"{name}=={pins[name]}"

@@ -2,12 +2,15 @@
 
 import io
 import json
+import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
 from contextlib import redirect_stderr, redirect_stdout
 from dataclasses import dataclass
+from datetime import date
 from pathlib import Path
 
 import pytest
@@ -17,6 +20,7 @@ from hybrid_lora_plugin.cli.arguments import help_text, options, parse
 from hybrid_lora_plugin.config import ProbeCommandConfig
 from hybrid_lora_plugin.config_field import documented
 from hybrid_lora_plugin.errors import UsageError
+from hybrid_lora_plugin.probing import prepare, runner
 
 
 def run(*arguments):
@@ -158,6 +162,76 @@ def test_a_model_that_cannot_be_loaded_gives_one_line_and_status_2(arguments, tm
     (tmp_path / "nothing").mkdir()
     status, _, err = run(*arguments(model__path=tmp_path / "nothing"))
     assert status == 2 and err.startswith("hybrid-lora-probe: model: ") and "has no config.json" in err
+
+
+def test_a_dry_run_shows_a_row_with_its_trained_tokens_and_the_counts_and_writes_nothing(arguments, tmp_path):
+    """With the tokenizer and the model's config alone: its weights are gone."""
+    (model,) = [argument.removeprefix("model.path=") for argument in arguments() if argument.startswith("model.path=")]
+    folder = tmp_path / "without weights"
+    shutil.copytree(model, folder, ignore=shutil.ignore_patterns("*.safetensors"))
+    line = arguments(model__path=folder, output_dir=None, probe__dry_run="true", probe__max_length=28)
+    before = sorted(tmp_path.iterdir())
+    status, out, err = run(*line)
+    assert (status, err) == (0, "") and sorted(tmp_path.iterdir()) == before
+    row = re.search(r"user\s*(\d+)\+1=<\|im_end\|>\s*<\|im_start\|>assistant\s*>>>(\d+)<\|im_end\|><<<", out)
+    assert int(row[2]) == int(row[1]) + 1
+    assert "40 rows: 6 held out, 8 for the warm-up" in out
+    status, _, err = run(*line, "probe.files=none.jsonl")
+    assert status == 2 and err.count("\n") == 1 and "is not a file or folder" in err
+
+
+def test_what_is_cut_is_in_progress_report_and_artifact(arguments, tmp_path):
+    rows = [{"prompt": f"{i}+1=", "response": "x" * 40, "source": "s"} for i in range(40)]
+    (tmp_path / "long.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    status, _, err = run(*arguments(probe__files=tmp_path / "long.jsonl", probe__max_length=40))
+    assert status == 0
+    told = json.loads((tmp_path / "out" / "allocation.json").read_text())["probe"]["data"]["told"]
+    assert any("14 rows cut at probe.max_length=40" in sentence for sentence in told)
+    assert "columns that nothing reads: source" in told
+    report = (tmp_path / "out" / "report.md").read_text()
+    assert all(sentence in err and f"| rows | {sentence} |" in report for sentence in told)
+
+
+def dated(model, folder):
+    """A copy of a model whose template prints the day."""
+    shutil.copytree(model, folder)
+    template = folder / "chat_template.jinja"
+    template.write_text("{{ strftime_now('%d %b %Y') }}\n" + template.read_text())
+    return folder
+
+
+def test_a_day_later_an_unfinished_probe_continues_and_a_new_one_says_so(arguments, tiny_qwen2, tmp_path, monkeypatch):
+    days = iter((date(2026, 7, 26), date(2026, 7, 27), date(2026, 7, 28)))
+
+    class Today(date):
+        @classmethod
+        def today(cls):
+            return next(days)
+
+    monkeypatch.setattr(prepare, "date", Today)
+    line = arguments(model__path=dated(tiny_qwen2, tmp_path / "dated"))
+    with monkeypatch.context() as stopped:
+        stopped.setattr(runner._Probe, "_score", lambda self, stop: (_ for _ in ()).throw(KeyboardInterrupt()))
+        assert run(*line)[0] == 130
+    status, _, err = run(*line)
+    assert status == 0 and "prints the date: 2026-07-26" in err
+    artifact = json.loads((tmp_path / "out" / "allocation.json").read_text())
+    assert artifact["probe"]["data"]["date"] == "2026-07-26"
+
+    def tokens_of(*more):
+        line = arguments(model__path=tmp_path / "dated", output_dir=tmp_path / "again")
+        shutil.rmtree(tmp_path / "again", ignore_errors=True)
+        status, _, err = run(*line, *more)
+        assert status == 0
+        data = json.loads((tmp_path / "again" / "allocation.json").read_text())["probe"]["data"]
+        return data["tokens_sha256"], err
+
+    first = artifact["probe"]["data"]["tokens_sha256"]
+    assert tokens_of("probe.date=2026-07-26")[0] == first
+    later, err = tokens_of()
+    assert later != first and "prints the date: 2026-07-27" in err
+    status, _, err = run(*arguments(), "probe.date=tomorrow")
+    assert status == 2 and "probe.date: 'tomorrow' is not usable; give a day such as 2026-07-26, or null" in err
 
 
 def test_an_existing_artifact_is_not_overwritten(arguments):

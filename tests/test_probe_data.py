@@ -8,10 +8,10 @@ import torch
 
 from hybrid_lora_plugin.config import ProbeConfig
 from hybrid_lora_plugin.errors import ProbeError
-from hybrid_lora_plugin.probing.data import batches as data_module
 from hybrid_lora_plugin.probing.data import rows as rows_module
-from hybrid_lora_plugin.probing.data.batches import ProbeData, tokenize
+from hybrid_lora_plugin.probing.data.batches import ProbeData
 from hybrid_lora_plugin.probing.data.rows import Row, row_of
+from hybrid_lora_plugin.probing.data.tokens import RowTokenizer
 from hybrid_lora_plugin.probing.forward import IGNORED
 from tests.support.tiny_models import make_char_tokenizer, sums, write_jsonl
 
@@ -25,7 +25,7 @@ def test_all_row_forms_give_the_same_tokens_with_loss_on_the_response_and_its_en
         {"prompt": turns, "response": "2"},
         {"prompt": "1+1=", "response": "2"},
     ]
-    examples = [tokenize(row, tokenizer, 100) for row in (row_of(value, "row") for value in files)]
+    examples = [RowTokenizer(tokenizer)(row_of(value, "row")) for value in files]
     assert all(example == examples[0] for example in examples)
     ids, start = examples[0].input_ids, examples[0].response_start
     assert tokenizer.decode(ids[:start]) == "<|im_start|>user\n1+1=<|im_end|>\n<|im_start|>assistant\n"
@@ -36,10 +36,10 @@ def test_all_row_forms_give_the_same_tokens_with_loss_on_the_response_and_its_en
 def test_without_a_chat_template_texts_are_verbatim_and_chats_are_refused():
     tokenizer = make_char_tokenizer()
     tokenizer.chat_template = None
-    example = tokenize(Row("ab", "c"), tokenizer, 10)
+    example = RowTokenizer(tokenizer)(Row("ab", "c"))
     assert tokenizer.decode(example.input_ids) == "abc<|im_end|>" and example.response_start == 2
     with pytest.raises(ProbeError, match="no chat template"):
-        tokenize(Row([{"role": "user", "content": "ab"}], "c"), tokenizer, 10)
+        RowTokenizer(tokenizer)(Row([{"role": "user", "content": "ab"}], "c"))
 
 
 def write_parquet(file, rows):
@@ -114,8 +114,8 @@ def test_too_few_rows_are_refused_with_the_number_needed(tmp_path):
 
 
 def test_rows_one_token_too_long_are_refused_and_one_more_token_admits_them(tmp_path):
-    rows = [{"prompt": "1+1=", "response": "2"}] * 40
-    prompt = tokenize(Row("1+1=", "2"), make_char_tokenizer(), 1000).response_start
+    rows = [{"prompt": f"{i}+10=", "response": "2"} for i in range(10, 50)]
+    prompt = RowTokenizer(make_char_tokenizer())(Row("11+10=", "2")).response_start
 
     def of_length(length):
         file = write_jsonl(tmp_path / "equal.jsonl", rows)
@@ -154,17 +154,17 @@ def test_only_rows_that_are_needed_are_converted_and_one_at_a_time(tmp_path, mon
     """Of a Parquet file no row becomes a Python object unless it is used, and none outlives its tokens."""
     converted, alive = [], []  # references to rows; how many of them were alive at each tokenisation
 
-    def counted(value, where, row_of=rows_module.row_of):
-        row = row_of(value, where)
+    def counted(*arguments, row_of=rows_module.row_of):
+        row = row_of(*arguments)
         converted.append(weakref.ref(row))
         return row
 
-    def watched(row, *arguments, tokenize=data_module.tokenize):
+    def watched(self, row, tokens_of=RowTokenizer.__call__):
         alive.append(sum(reference() is not None for reference in converted))
-        return tokenize(row, *arguments)
+        return tokens_of(self, row)
 
     monkeypatch.setattr(rows_module, "row_of", counted)
-    monkeypatch.setattr(data_module, "tokenize", watched)
+    monkeypatch.setattr(RowTokenizer, "__call__", watched)
     data_of(tmp_path, files=[write_parquet(tmp_path / "rows.parquet", sums(3000))])
     assert len(converted) == len(alive) == 3 * 4 + 5 * 4
     assert max(alive) <= 2
@@ -202,3 +202,74 @@ def test_jsonl_and_parquet_of_the_same_rows_give_identical_batches(tmp_path):
     assert parquet.record.keys() == jsonl.record.keys()
     assert parquet.record["tokens_sha256"] == jsonl.record["tokens_sha256"]
     assert torch.equal(parquet.warmup_batch(3).input_ids, jsonl.warmup_batch(3).input_ids)
+
+
+def files_of(tmp_path, rows):
+    return [write_jsonl(tmp_path / "counted.jsonl", rows)]
+
+
+def test_what_is_cut_and_lost_is_counted_and_told(tmp_path):
+    rows = [{"prompt": f"{i}+1=", "response": "x" * (30 if i % 2 else 3)} for i in range(10, 50)]
+    data = data_of(tmp_path, files=files_of(tmp_path, rows), max_length=50)
+    cut = [row for row in rows if len(row["response"]) == 30]
+    length = len(RowTokenizer(make_char_tokenizer())(row_of(cut[0], "row")).input_ids)
+    counts = data.record["counts"]
+    taken = data.record["validation_rows"] + list(range(data.record["warmup_rows"]))
+    assert 0 < counts["cut"] < len(taken) and counts["cut_response_tokens"] == counts["cut"] * (length - 50)
+    assert f"{counts['cut']} rows cut at probe.max_length=50: {counts['cut_tokens']} tokens lost" in "\n".join(
+        data.told
+    )
+    assert data.record["told"] == data.told and data.record["train_on"] == "last"
+
+
+def test_rows_with_the_same_tokens_are_never_on_both_sides_and_are_counted(tmp_path):
+    """The same row thrice, twice in another form."""
+    once = [{"prompt": row["messages"][0]["content"], "response": row["messages"][1]["content"]} for row in sums(20)]
+    data = data_of(tmp_path, files=files_of(tmp_path, sums(20) + once + once), warmup_steps=500)
+
+    def texts(batches):
+        return {tuple(i for i in row if i) for batch in batches for row in batch.input_ids.tolist()}
+
+    held_out = texts(data.validation_batch(t) for t in range(3))
+    trained = texts(data.warmup_batch(step) for step in range(12))
+    assert len(held_out) == 12 and len(trained) == 8 and not held_out & trained
+    counts = data.record["counts"]
+    assert (counts["left_out_as_held_out"], data.record["warmup_rows"], counts["repeated_in_warmup"]) == (24, 24, 16)
+    told = "\n".join(data.told)
+    assert "24 rows left out: the same tokens are held out" in told and "16 rows of the warm-up repeat" in told
+    with pytest.raises(ProbeError, match="1 usable rows .*39 more have the tokens of a held-out row"):
+        data_of(tmp_path, files=files_of(tmp_path, sums(1) * 40))
+
+
+def test_all_assistant_turns_are_labels_if_asked_for(tmp_path):
+    rows = [{"messages": row["messages"] * 2} for row in sums(40)]
+    last, every = (
+        data_of(tmp_path, files=files_of(tmp_path, rows), train_on=turns, max_length=200) for turns in ("last", "all")
+    )
+    assert every.record["counts"]["trained_tokens"] == 2 * last.record["counts"]["trained_tokens"]
+    assert every.record["tokens_sha256"] != last.record["tokens_sha256"]
+    assert torch.equal(every.validation_batch(0).input_ids, last.validation_batch(0).input_ids)
+    trained = every.validation_batch(0).labels != IGNORED
+    assert int(trained.sum()) == 2 * int((last.validation_batch(0).labels != IGNORED).sum())
+
+
+def test_padding_has_an_embedding(tmp_path):
+    tokenizer = make_char_tokenizer()
+    tokenizer.add_special_tokens({"pad_token": "<another pad>"})
+    config = ProbeConfig(files=[write_jsonl(tmp_path / "r.jsonl", sums(40))], partitions=2, batch_size=4)
+    batch = ProbeData(config, tokenizer, vocabulary=tokenizer.pad_token_id).validation_batch(0)
+    assert int(batch.attention_mask.min()) == 0 and int(batch.input_ids.max()) < tokenizer.pad_token_id
+
+
+def test_reading_and_tokenising_are_reported_when_they_take_long(tmp_path):
+    import io
+
+    from hybrid_lora_plugin.probing.progress import LineProgress
+
+    config = ProbeConfig(files=files_of(tmp_path, sums(40)), partitions=2, batch_size=4, warmup_steps=5)
+    said = {}
+    for interval in (0.0, 60.0):
+        stream = io.StringIO()
+        ProbeData(config, make_char_tokenizer(), progress=LineProgress(stream, interval=interval))
+        said[interval] = stream.getvalue()
+    assert "reading rows: 40, 100 %" in said[0.0] and "tokenising rows: 28 of 28" in said[0.0] and not said[60.0]

@@ -412,10 +412,7 @@ def test_update_that_arrived_is_measured(run, setting):
         sums[kind][0] += (moved * exact).sum().item()
         sums[kind][1] += exact.square().sum().item()
     assert run["arrival"]["update_arrived_lora"] == pytest.approx(sums["lora"][0] / sums["lora"][1], rel=1e-3)
-    # Under FSDP1 a rank's original values do not begin with a row.
-    assert ("update_arrived_full" in run["arrival"]) == run["name"].startswith("fsdp2")
-    if run["name"].startswith("fsdp2"):
-        assert run["arrival"]["update_arrived_full"] == pytest.approx(sums["full"][0] / sums["full"][1], rel=1e-3)
+    assert run["arrival"]["update_arrived_full"] == pytest.approx(sums["full"][0] / sums["full"][1], rel=1e-3)
 
 
 @pytest.mark.parametrize("ranks, name", list(product(RANKS, SAVED)))

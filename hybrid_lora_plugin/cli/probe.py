@@ -8,6 +8,7 @@ import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from hybrid_lora_plugin.cli.arguments import (
     expand_home,
@@ -24,6 +25,10 @@ from hybrid_lora_plugin.config import WITHOUT_PROBE, ProbeCommandConfig
 from hybrid_lora_plugin.config_effect import COMMAND, PROBE, SELECTION, refuse_without_effect
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ConfigurationError
+
+if TYPE_CHECKING:
+    from hybrid_lora_plugin.probing.distributed import Ranks
+    from hybrid_lora_plugin.probing.progress import Progress
 
 PROGRAM = "hybrid-lora-probe"
 SUMMARY = (
@@ -62,7 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def _check(config: ProbeCommandConfig, given: list[str]) -> None:
     """What can be known to fail before torch is there."""
-    examples = {"model.path": "Qwen/Qwen2.5-1.5B-Instruct", "output_dir": "outputs/probe"}
+    examples = {"model.path": "Qwen/Qwen2.5-1.5B-Instruct"}
+    if not config.probe.dry_run:
+        examples["output_dir"] = "outputs/probe"
     if config.criterion not in WITHOUT_PROBE and config.probe.objective == "sft":
         examples["probe.files"] = "[train.jsonl]"
     require_given(config, examples)
@@ -93,6 +100,8 @@ def probe(config: ProbeCommandConfig, *, resume_command: str, program: str) -> i
         return report_error(program, error)
     progress = for_terminal() if ranks.first else Progress()
     try:
+        if config.probe.dry_run:
+            return _show_rows(config, progress, ranks)
         allocation = probe_model(config, progress, ranks)
     except ConfigurationError as error:
         progress.close()
@@ -107,6 +116,18 @@ def probe(config: ProbeCommandConfig, *, resume_command: str, program: str) -> i
     progress.close()
     if ranks.first:
         print_result(Path(config.output_dir), allocation)
+    processes.finish(ranks)
+    return 0
+
+
+def _show_rows(config: ProbeCommandConfig, progress: Progress, ranks: Ranks) -> int:
+    from hybrid_lora_plugin.probing import distributed as processes
+    from hybrid_lora_plugin.probing.prepare import dry_run
+
+    text = ranks.from_first(lambda: dry_run(config, progress))
+    progress.close()
+    if ranks.first:
+        print(text)
     processes.finish(ranks)
     return 0
 

@@ -81,24 +81,6 @@ def check_model(config: ModelConfig) -> None:
         check_weights(config.path, config.trust_remote_code)
 
 
-def check_vocabulary(config: ModelConfig, largest_id: int) -> None:
-    """Refuse rows with a token that the model has no embedding of.
-
-    Args:
-        config: of the model.
-        largest_id: the largest token id in the rows.
-
-    Raises:
-        ProbeError: naming it and the size of the embedding.
-    """
-    size = getattr(load_model_config(config).get_text_config(), "vocab_size", None)
-    if size is not None and largest_id >= size:
-        raise ProbeError(
-            f"model.path: the tokenizer of {config.path!r} makes token {largest_id} of the rows, and the model has "
-            f"embeddings of 0 to {size - 1}; give the tokenizer that belongs to the model"
-        )
-
-
 def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
     """The model of ``config.path`` on the CPU, in the ``config.dtype`` that is meant for ``device``.
 

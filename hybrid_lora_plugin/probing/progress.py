@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import sys
 import time
-from typing import TextIO
+from collections.abc import Callable
+from typing import Any, TextIO
 
 
 class Progress:
@@ -12,6 +13,12 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Say something once."""
+
+    def reading(self, rows: int, share: float) -> None:
+        """``rows`` rows are read and checked, ``share`` of all files, from 0 to 1."""
+
+    def tokenising(self, done: int, total: int) -> None:
+        """``done`` of ``total`` rows are tokenised."""
 
     def stage(self, name: str, total: int, done: int) -> None:
         """Begin a stage of ``total`` steps of which ``done`` were taken by an earlier run."""
@@ -29,9 +36,22 @@ class LineProgress(Progress):
     def __init__(self, stream: TextIO | None = None, interval: float = 5.0) -> None:
         self._stream = stream or sys.stderr
         self._interval = interval
+        self._said = time.monotonic()
 
     def note(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
+
+    def reading(self, rows: int, share: float) -> None:
+        self._sometimes(lambda: f"reading rows: {rows:,}, {100 * share:.0f} %")
+
+    def tokenising(self, done: int, total: int) -> None:
+        self._sometimes(lambda: f"tokenising rows: {done:,} of {total:,}")
+
+    def _sometimes(self, text: Callable[[], str]) -> None:
+        """Say what takes longer than the interval, and that only once in it: a mistake is one line."""
+        if time.monotonic() - self._said >= self._interval:
+            self._said = time.monotonic()
+            self.note(text())
 
     def stage(self, name: str, total: int, done: int) -> None:
         self._name, self._total, self._first = name, total, done
@@ -66,11 +86,30 @@ class BarProgress(Progress):
             console=Console(stderr=True),
         )
         self._bars.start()
+        self._rows: Any = None
+        self._drawn = time.monotonic()
+
+    def reading(self, rows: int, share: float) -> None:
+        self._count_rows(f"reading rows: {rows:,}", share, 1.0)
+
+    def tokenising(self, done: int, total: int) -> None:
+        self._count_rows(f"tokenising rows: {done:,}", done, total)
+
+    def _count_rows(self, text: str, done: float, total: float) -> None:
+        if time.monotonic() - self._drawn < 0.1:
+            return
+        self._drawn = time.monotonic()
+        if self._rows is None:
+            self._rows = self._bars.add_task(text, total=total, loss="–")
+        self._bars.update(self._rows, description=text, completed=done, total=total)
 
     def note(self, text: str) -> None:
         self._bars.console.print(text, markup=False, highlight=False)
 
     def stage(self, name: str, total: int, done: int) -> None:
+        if self._rows is not None:
+            self._bars.remove_task(self._rows)
+            self._rows = None
         self._task = self._bars.add_task(name, total=total, completed=done, loss="–")
 
     def advance(self, done: int, loss: float) -> None:

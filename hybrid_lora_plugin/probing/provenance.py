@@ -17,7 +17,7 @@ from hybrid_lora_plugin.linear_account import frozen_linear
 from hybrid_lora_plugin.probing.data.batches import ProbeData
 
 # These change memory and speed, not what is measured.
-_WITHOUT_EFFECT = ("files", "micro_batch_size")
+_WITHOUT_EFFECT = ("files", "micro_batch_size", "dry_run")
 
 
 def probe_settings(
@@ -41,6 +41,8 @@ def probe_settings(
             probe |= {f"probe.{name}.{inner}": inner_value for inner, inner_value in vars(value).items()}
         elif name not in _WITHOUT_EFFECT:
             probe[f"probe.{name}"] = value
+    # The day that a chat template prints, which began with the probe; None where it prints none.
+    probe["probe.date"] = data.date
     files = [f"{file['name']}, {file['rows']} rows, sha256 {file['sha256']}" for file in data.record["files"]]
     return probe | {
         "criterion": f"needs the run {run}{' with perturbations' if config.criterion == 'perturbation' else ''}",

@@ -25,7 +25,6 @@ from hybrid_lora_plugin.config import BudgetConfig, ProbeCommandConfig
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.linear_account import account_text
-from hybrid_lora_plugin.probing.data.batches import ProbeData
 from hybrid_lora_plugin.probing.distributed import Ranks, place
 from hybrid_lora_plugin.probing.forward import Passes
 from hybrid_lora_plugin.probing.interrupt import ProbeInterrupted, StopRequest
@@ -33,11 +32,9 @@ from hybrid_lora_plugin.probing.loading import (
     CheckpointWatch,
     check_model,
     check_model_files,
-    check_vocabulary,
     checkpoint_fingerprint,
     load_model,
     load_model_config,
-    load_tokenizer,
     parameter_count,
     weights_digest,
 )
@@ -46,6 +43,7 @@ from hybrid_lora_plugin.probing.methods.adalora import AdaLoraMethod
 from hybrid_lora_plugin.probing.methods.autolora import AutoLoraMethod
 from hybrid_lora_plugin.probing.methods.full_delta import FullDeltaMethod
 from hybrid_lora_plugin.probing.methods.svd_lora import SvdLoraMethod
+from hybrid_lora_plugin.probing.prepare import prepare_data
 from hybrid_lora_plugin.probing.progress import Progress
 from hybrid_lora_plugin.probing.provenance import environment, model_identity, probe_record, probe_settings
 from hybrid_lora_plugin.probing.resume import PartialState
@@ -178,14 +176,10 @@ class _Probe:
             ranks,
         )
         # The data first: a mistake there is found before the weights are read.
-        self.data = ranks.from_first(lambda: ProbeData(config.probe, load_tokenizer(config.model)))
-        if self.data.dropped:
-            progress.note(
-                f"{self.data.dropped} rows left out: no response token within "
-                f"probe.max_length={config.probe.max_length}"
-            )
+        self.data = ranks.from_first(lambda: prepare_data(config, progress))
+        for sentence in self.data.told:
+            progress.note(sentence)
         ranks.from_first(lambda: check_model(config.model))
-        ranks.from_first(lambda: check_vocabulary(config.model, self.data.largest_id))
         self.watch = CheckpointWatch(config.model.path)
         self.model = load_model(config.model, ranks.device)
         self.candidates = find_candidates(self.model)

@@ -136,6 +136,7 @@ def _probe_settings(probe: ProbeRecord) -> list[str]:
     ]
     for source in probe.data.get("files", []):
         lines.append(f"| data | {source['name']}, {source['rows']} rows, sha256 {source['sha256'][:16]}… |")
+    lines += [f"| rows | {told.replace('|', chr(92) + '|')} |" for told in probe.data.get("told", [])]
     return lines
 
 

@@ -10,6 +10,7 @@ from torch.distributed.fsdp import FullyShardedDataParallel
 from hybrid_lora_plugin.names import is_adapter, is_wrapped, peft_factor, plain_name, wire_factor
 from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import parts_of
+from hybrid_lora_plugin.training.arrival import TrainedPiece
 from hybrid_lora_plugin.training.dtensor import local_tensor, whole, with_local
 from hybrid_lora_plugin.training.merge import merge_weight
 from hybrid_lora_plugin.training.rounding import NEAREST, on_grid, round_weight
@@ -81,8 +82,12 @@ def unmerged(model: torch.nn.Module, plain: str, name: str, tensor: torch.Tensor
         exact = tensor.detach().to(plan.device)
         exact = with_local(exact, on_grid(local_tensor(exact), original.to(plan.device), plan.dtype))
     sent = round_weight(plain, whole(exact, plan.device), plan.dtype, plan.rounding, spent=moves)
-    if plan.arrival is not None and original is not None:
-        plan.arrival.add_full(tensor, original, sent)
+    if plan.arrival is not None:
+        piece = plan.pieces.get(name)
+        if piece is None and original is not None:
+            piece = TrainedPiece.of(tensor, original)
+        if piece is not None:
+            plan.arrival.add_full(piece, sent)
     return sent
 
 

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 import torch
 
 from hybrid_lora_plugin.sync.sent_weights import Changes
-from hybrid_lora_plugin.training.arrival import Arrival
+from hybrid_lora_plugin.training.arrival import Arrival, TrainedPiece
 from hybrid_lora_plugin.training.rounding import NEAREST, Rounding
 
 
@@ -30,6 +30,9 @@ class SyncPlan:
     #: added to them is rounded by thresholds, and what arrived of it is counted. A full module without one is rounded
     #: as a whole, which is the same where the checkpoint is of ``dtype``
     originals: Mapping[str, torch.Tensor] = field(default_factory=dict)
+    #: what this rank holds of the full modules, by the same names, where their tensors in ``state_dict()`` are not it:
+    #: counted as arrived as ``originals`` are
+    pieces: Mapping[str, TrainedPiece] = field(default_factory=dict)
     #: makes the model's ``state_dict()``
     state_of: Callable[[torch.nn.Module], dict[str, torch.Tensor]] = torch.nn.Module.state_dict
     #: what this sync builds on, for a mode that does; without it everything is sent

@@ -1,20 +1,42 @@
 """How much of an update is in the rounded weights that a rollout engine gets.
 
 With ``d`` the exact update of an element and ``r`` its rounded weight less its original one, ``arrived`` is
-``⟨r, d⟩ / ‖d‖²``, 1.0 where all of the update is there, and ``noise`` is ``‖r − d‖ / ‖d‖``. Both come from a block of
-rows of every tensor, another one at each sync: what is left out costs nothing, and millions of elements remain.
+``⟨r, d⟩ / ‖d‖²``, 1.0 where all of the update is there, and ``noise`` is ``‖r − d‖ / ‖d‖``. Both come from a block
+of every tensor, another one at each sync: what is left out costs nothing, and millions of elements remain.
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 import torch
 
-from hybrid_lora_plugin.training.dtensor import first_row, local_tensor
+from hybrid_lora_plugin.training.dtensor import first_element, local_tensor
 
 #: elements of one tensor that are looked at in one sync
 SAMPLED = 1 << 16
 #: below this much of the update, a user has to know
 ENOUGH = 0.9
+
+
+@dataclass(frozen=True)
+class TrainedPiece:
+    """What this rank holds of a full module's weight or bias.
+
+    Attributes:
+        exact: its trained values, float32; FSDP1 has them flat and cut anywhere, FSDP2 as whole rows in a DTensor.
+        original: the same elements as they were before training.
+        first: which element of the whole tensor, counted row by row, is the first of them.
+    """
+
+    exact: torch.Tensor
+    original: torch.Tensor
+    first: int
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor, original: torch.Tensor) -> TrainedPiece:
+        """Of a whole tensor [d_out, …], or of a DTensor with this rank's rows of it."""
+        return cls(tensor, original, first_element(tensor))
 
 
 class Arrival:
@@ -34,8 +56,11 @@ class Arrival:
         """The rows to look at of a tensor of [d_out, …]."""
         if self._sampled is None:
             return slice(0, shape[0])
-        count = min(shape[0], max(1, self._sampled // max(1, shape[1:].numel())))
-        first = self._number * count % (shape[0] - count + 1)
+        return self._block(shape[0], max(1, self._sampled // max(1, shape[1:].numel())))
+
+    def _block(self, of: int, most: int) -> slice:
+        count = min(of, most)
+        first = self._number * count % (of - count + 1)
         return slice(first, first + count)
 
     def add(self, kind: str, exact: torch.Tensor, rounded: torch.Tensor) -> None:
@@ -52,21 +77,20 @@ class Arrival:
         sums = torch.stack([rounded.dot(exact), exact.dot(exact), rounded.dot(rounded), count]).double()
         self._sums[kind] = self._sums[kind] + sums if kind in self._sums else sums
 
-    def add_full(self, parameter: torch.Tensor, original: torch.Tensor, rounded: torch.Tensor) -> None:
+    def add_full(self, piece: TrainedPiece, rounded: torch.Tensor) -> None:
         """Count some elements of a full module's weight or bias.
 
         Args:
-            parameter: [d_out, …] float32, the whole tensor or this rank's rows of it as a DTensor.
-            original: the same rows as they were before training.
+            piece: of it, on this rank; without elements it counts nothing.
             rounded: [d_out, …] all of it, as the rollout engine gets it.
         """
-        if not original.numel():
+        exact = local_tensor(piece.exact).detach().reshape(-1)
+        if not exact.numel():
             return
-        rows, first = self.rows(original.shape), first_row(parameter)
-        exact = local_tensor(parameter).detach()[rows].to(rounded.device)
-        start = original[rows].to(rounded.device)
-        moved = rounded[first + rows.start : first + rows.stop].float() - start.to(rounded.dtype).float()
-        self.add("full", exact - start.float(), moved)
+        block = slice(0, exact.numel()) if self._sampled is None else self._block(exact.numel(), self._sampled)
+        exact, start = (held.reshape(-1)[block].to(rounded.device) for held in (exact, piece.original))
+        there = rounded.reshape(-1)[piece.first + block.start : piece.first + block.stop]
+        self.add("full", exact - start.float(), there.float() - start.to(rounded.dtype).float())
 
     def sums(self) -> dict[str, list[float]]:
         """By kind ⟨r, d⟩, ‖d‖², ‖r‖² and the number of elements; those of several ranks may be added."""

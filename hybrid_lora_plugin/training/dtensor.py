@@ -24,15 +24,32 @@ def sum_of_squares(tensors: Iterable[torch.Tensor | None]) -> torch.Tensor:
     return torch.stack(torch._foreach_norm(shards)).float().square().sum()
 
 
-def first_row(tensor: torch.Tensor) -> int:
-    """Which row of the whole tensor this rank's part begins with; 0 for a tensor that is not sharded by rows."""
+def first_element(tensor: torch.Tensor) -> int:
+    """Which element of the whole tensor, row by row, this rank's part begins with; 0 where no rows are sharded."""
     for dimension, placement in enumerate(getattr(tensor, "placements", ())):
         if placement.is_shard(0):
             ranks = tensor.device_mesh.size(dimension)
             # As torch.chunk cuts it: the last ranks may have fewer rows, or none.
             rows = -(-tensor.shape[0] // ranks)
-            return min(tensor.shape[0], rows * tensor.device_mesh.get_local_rank(dimension))
+            first = min(tensor.shape[0], rows * tensor.device_mesh.get_local_rank(dimension))
+            return first * tensor.shape[1:].numel()
     return 0
+
+
+def first_elements(pieces: Iterable[torch.Tensor], group: torch.distributed.ProcessGroup | None) -> list[int]:
+    """Which element of its whole tensor each of this rank's pieces begins with, under FSDP1; a collective.
+
+    Args:
+        pieces: of the same parameters on every rank. FSDP1 lays a unit's parameters one behind the other, row by row,
+            and cuts them into as many parts as there are ranks, in their order.
+        group: the ranks that share one copy; None where this one has it alone.
+    """
+    counts = [piece.numel() for piece in pieces]
+    if group is None:
+        return [0] * len(counts)
+    of_ranks: list = [None] * group.size()
+    torch.distributed.all_gather_object(of_ranks, counts, group=group)
+    return [sum(held[: group.rank()]) for held in zip(*of_ranks, strict=True)]
 
 
 def with_local(tensor: torch.Tensor, part: torch.Tensor) -> torch.Tensor:

@@ -14,7 +14,7 @@ from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.errors import ConfigurationError, WeightSyncError
 from hybrid_lora_plugin.files import complete_folder
 from hybrid_lora_plugin.names import wire_factor
-from hybrid_lora_plugin.training.arrival import ENOUGH, Arrival, arrival_of
+from hybrid_lora_plugin.training.arrival import ENOUGH, Arrival, TrainedPiece, arrival_of
 from hybrid_lora_plugin.training.checkpoint import load_trained
 from hybrid_lora_plugin.training.merge import merge_weight
 from hybrid_lora_plugin.training.model_folder import LARGEST_FILE
@@ -107,7 +107,7 @@ def merged_model(
                 exact, original = take(plain), parameter.detach()
                 moved = on_grid(exact, original, target) if rounding.is_stochastic(target) else exact
                 parameter.data = round_weight(plain, moved, target, rounding)
-                arrival.add_full(exact, original, parameter)
+                arrival.add_full(TrainedPiece.of(exact, original), parameter)
                 trained.add(parameter)
         for name in allocation.lora_names:
             weight, plain = modules[name].weight, f"{name}.weight"

@@ -33,6 +33,7 @@ from hybrid_lora_plugin.sync.mode_base import SyncMode
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, trainable_groups
+from hybrid_lora_plugin.training.arrival import TrainedPiece
 from hybrid_lora_plugin.training.checkpoint import (
     FOLDER,
     CheckpointDescription,
@@ -40,7 +41,7 @@ from hybrid_lora_plugin.training.checkpoint import (
     require_same_setting,
     save_trained,
 )
-from hybrid_lora_plugin.training.dtensor import local_tensor, sum_of_squares, whole
+from hybrid_lora_plugin.training.dtensor import first_elements, local_tensor, sum_of_squares, whole
 from hybrid_lora_plugin.training.memory import TrainingBytes, rank_bytes
 from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot, adapters_off
@@ -62,6 +63,8 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
     hybrid: HybridLoraConfig
     _weight_source: WeightSource | None = None
     _log_probs: TrainerLogProbs | None = None
+    #: under FSDP1, where this rank's piece of each full module's parameter begins
+    _first_elements: dict[str, int] | None = None
     _base_snapshot: BaseSnapshot | None = None
     #: on rank 0 what tells the base model's weights from others, once the model is built
     _base_weights: dict[str, str] | None = None
@@ -279,10 +282,21 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         """``plan`` for full modules that are rounded from the base model's values."""
         if fsdp_version(self.module) != 1:
             return replace(plan, originals=self._base_snapshot.values)
+        if plan.arrival is not None:
+            plan = replace(plan, pieces=self._pieces())
         if plan.rounding.is_stochastic(plan.dtype):
             # FSDP1 keeps pieces of a parameter that begin and end within a row.
             return replace(plan, state_of=lambda model: self._state_on_grid(model, plan.dtype))
         return plan
+
+    def _pieces(self) -> dict[str, TrainedPiece]:
+        """What this rank holds of the full modules under FSDP1, by name in ``state_dict()``."""
+        full = dict(trainable_groups(self.module)["full"])
+        if self._first_elements is None:
+            firsts = first_elements(full.values(), self._shard_group())
+            self._first_elements = dict(zip(full, firsts, strict=True))
+        originals = self._base_snapshot.values
+        return {name: TrainedPiece(held, originals[name], self._first_elements[name]) for name, held in full.items()}
 
     def _state_on_grid(self, model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """FSDP1's ``state_dict()``, a copy, with full modules as ``rounding.on_grid`` has them."""

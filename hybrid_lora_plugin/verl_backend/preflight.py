@@ -118,6 +118,7 @@ def _local_model(config: DictConfig) -> tuple[Any, list] | None:
 def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     """A run that probes first: where the artifact goes, what it needs, and that no older one is ignored."""
     from hybrid_lora_plugin.allocation.storage import refuse_existing
+    from hybrid_lora_plugin.probing.data.files import absolute
     from hybrid_lora_plugin.probing.runner import check_budget, check_shapes
     from hybrid_lora_plugin.scoring import get_criterion
     from hybrid_lora_plugin.verl_backend.probe.resume import (
@@ -136,7 +137,7 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     checkpoints = os.path.abspath(str(OmegaConf.select(config, "trainer.default_local_dir")))
     hybrid.output_dir = os.path.abspath(hybrid.output_dir or os.path.join(checkpoints, "allocation"))
     OmegaConf.update(config, "hybrid_lora.output_dir", hybrid.output_dir)
-    hybrid.probe.files = [os.path.abspath(os.path.expanduser(file)) for file in hybrid.probe.files]
+    hybrid.probe.files = [absolute(file) for file in hybrid.probe.files]
     OmegaConf.update(config, "hybrid_lora.probe.files", hybrid.probe.files)
     if hybrid.phase == "train":
         if has_earlier_allocation(Path(hybrid.output_dir), hybrid, lambda: data_of_run(config, hybrid)):
@@ -167,6 +168,7 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
 
 
 def _check_probe_data(config: DictConfig, hybrid: HybridLoraConfig) -> None:
+    from hybrid_lora_plugin.probing.data.files import is_there
     from hybrid_lora_plugin.verl_backend.probe.policy import check_policy_probe
 
     if hybrid.probe.objective == "policy":
@@ -179,8 +181,14 @@ def _check_probe_data(config: DictConfig, hybrid: HybridLoraConfig) -> None:
             "hybrid_lora.probe.objective=policy",
             see="nothing-to-probe-with",
         )
+    if hybrid.probe.dry_run:
+        raise ConfigurationError(
+            "hybrid_lora.probe.dry_run: True shows rows and trains nothing, so it is no run; give it to "
+            "hybrid-lora-probe as probe.dry_run=true, or leave it out",
+            see="nothing-to-probe-with",
+        )
     for file in hybrid.probe.files:
-        if not os.path.exists(file):
+        if not is_there(file):
             raise ConfigurationError(
                 f"hybrid_lora.probe.files: {file!r} does not exist; give existing files", see="nothing-to-probe-with"
             )

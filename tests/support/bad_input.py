@@ -612,7 +612,7 @@ MODELS = {
     ),
     "a tokenizer of another model": Case(
         "probe",
-        ("makes token ", "embeddings of 0 to 9", "give the tokenizer that belongs to the model"),
+        ("has id ", "embedding has 10 rows", "give the tokenizer that belongs to the model"),
         lambda place: (
             config_of(vocab_size=10)(place),
             weights_of(lambda w: w | {EMBEDDING: w[EMBEDDING][:10].clone()})(place),
@@ -643,7 +643,7 @@ ROWS = {
     "no JSON": Case("probe", ("probe.files: row 2 of", "JSON"), rows_are(lines(GOOD_ROW) + "{\n")),
     "a row that is a list": Case("probe", ("probe.files: row 2 of", "give "), rows_are(lines(GOOD_ROW, [1]))),
     "a row without a response": Case(
-        "probe", ("probe.files: row 2 of", "give "), rows_are(lines(GOOD_ROW, {"prompt": "a"}))
+        "probe", ("probe.files: row 2 of", "probe.response_key"), rows_are(lines(GOOD_ROW, {"prompt": "a"}))
     ),
     "an empty response": Case(
         "probe", ("probe.files: row 2 of", "no response"), rows_are(lines(GOOD_ROW, {"prompt": "a", "response": " "}))

@@ -6,6 +6,7 @@ import re
 
 from hybrid_lora_plugin.errors import split_reference
 from tests.support.launch_commands import DATA, Kind, Verdict, settled
+from tests.support.locked_versions import locked
 from tests.support.verl_processes import ROOT
 
 #: of those in requirements/cpu.txt, what decides whether a command works
@@ -26,9 +27,12 @@ two arguments and look: whoever is refused has lost seconds. `--cfg job` behind 
 """
 VERSIONS = """## What ran
 
-All tests, the demo and these verdicts ran on CPUs with the versions below (`requirements/cpu.txt`, CPython 3.11). The
-versions that fit a GPU machine are those of the extra `gpu` in `pyproject.toml`; they were read, and
-[the GPU check](gpu-check.md) tries them on yours.
+All tests, the demo and these verdicts ran on CPUs with the versions of the first column (`requirements/cpu.txt`,
+CPython 3.11). Those of the second (`requirements/cpu-next.txt`) are where verl's main has moved to; verl 0.9.1 itself
+asks for an older transformers, and pip has to be told to let that be (`requirements/overrides-next.txt`). With them ran
+what `make test-next` runs: every contract by import, a round trip of each [family](models.md) through every sync mode,
+and a run of verl in each mode with its proofs. The versions that fit a GPU machine are those of the extra `gpu` in
+`pyproject.toml`; they were read, and [the GPU check](gpu-check.md) tries them on yours.
 """
 
 
@@ -41,9 +45,9 @@ def compatibility_page(kinds: list[Kind], verdicts: dict[str, Verdict]) -> str:
     for kind, file in zip(kinds, sorted(DATA.glob("[0-9]*.yaml")), strict=True):
         commands_file = f"[The commands](../{file.relative_to(ROOT)})."
         lines += [f"## {kind.title}", "", f"{kind.about} {commands_file}", "", *_table(kind, verdicts), ""]
-    lines += [VERSIONS, "| package | version |", "| --- | --- |"]
-    locked = dict(re.findall(r"^([\w.-]+)==(\S+)", (ROOT / "requirements" / "cpu.txt").read_text(), re.M))
-    return "\n".join([*lines, *(f"| {name} | {locked[name]} |" for name in PACKAGES), ""])
+    first, second = locked("cpu.txt"), locked("cpu-next.txt")
+    lines += [VERSIONS, "| package | all of it ran with | its runs and syncs ran with |", "| --- | --- | --- |"]
+    return "\n".join([*lines, *(f"| {name} | {first[name]} | {second[name]} |" for name in PACKAGES), ""])
 
 
 def _overview(kinds: list[Kind], verdicts: dict[str, Verdict]) -> list[str]:

@@ -1,4 +1,4 @@
-"""From rows to batches: tokens, a fixed validation split and a data order that needs no memory.
+"""From rows to batches: a fixed validation split and a data order that needs no memory.
 
 Every batch is a function of the seed and its number alone, so a resumed run sees exactly the rows that an
 uninterrupted one would have.
@@ -9,103 +9,22 @@ from __future__ import annotations
 import hashlib
 import json
 import math
-from array import array
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Sequence
+from datetime import date
 from typing import Any
 
 import torch
 
 from hybrid_lora_plugin.config import ProbeConfig
 from hybrid_lora_plugin.errors import ProbeError
-from hybrid_lora_plugin.probing.data.rows import Row, Rows, read_rows
+from hybrid_lora_plugin.probing.data.findings import count_of
+from hybrid_lora_plugin.probing.data.layout import Layout
+from hybrid_lora_plugin.probing.data.rows import Rows, read_rows
+from hybrid_lora_plugin.probing.data.selection import Selection
+from hybrid_lora_plugin.probing.data.tokens import Example, RowTokenizer
 from hybrid_lora_plugin.probing.forward import IGNORED, Batch
+from hybrid_lora_plugin.probing.progress import Progress
 from hybrid_lora_plugin.seeding import generator
-
-
-@dataclass(frozen=True)
-class Example:
-    """One tokenised row.
-
-    Attributes:
-        input_ids: prompt and response tokens, at most ``max_length``, as int32 because a run keeps thousands of rows.
-        response_start: index of the first response token, at least 1.
-    """
-
-    input_ids: array[int]
-    response_start: int
-
-
-def tokenize(row: Row, tokenizer: Any, max_length: int) -> Example | None:
-    """Tokens of one row as a rollout would produce them: the prompt, then the response and the end token.
-
-    Chat turns go through the tokenizer's chat template with its generation prompt. A plain prompt is one
-    user turn if there is a template (as in verl's SFT data), else verbatim text.
-
-    Args:
-        row: prompt and response.
-        tokenizer: a ``transformers`` tokenizer.
-        max_length: the end of a longer row is cut.
-
-    Returns:
-        The example, or None if no response token is left.
-
-    Raises:
-        ProbeError: chat turns without a chat template, or turns the template refuses.
-    """
-    if isinstance(row.prompt, str) and tokenizer.chat_template is None:
-        prompt_ids = tokenizer(row.prompt)["input_ids"]
-    else:
-        turns = [{"role": "user", "content": row.prompt}] if isinstance(row.prompt, str) else row.prompt
-        if tokenizer.chat_template is None:
-            raise ProbeError(
-                "probe.files: rows are chats but the tokenizer has no chat template; give `prompt` and `response` as "
-                "texts, or the instruct version of the model"
-            )
-        try:
-            text = tokenizer.apply_chat_template(turns, tokenize=False, add_generation_prompt=True)
-        except Exception as error:  # templates raise whatever Jinja raises
-            raise ProbeError(
-                f"probe.files: the chat template refuses a row ({error}); give turns it accepts"
-            ) from error
-        prompt_ids = tokenizer(text, add_special_tokens=False)["input_ids"]
-    response_ids = tokenizer(row.response, add_special_tokens=False)["input_ids"]
-    end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
-    input_ids = (prompt_ids + response_ids + end)[:max_length]
-    if not prompt_ids or len(prompt_ids) >= len(input_ids):
-        return None
-    return Example(array("i", input_ids), len(prompt_ids))
-
-
-def _first_usable(
-    rows: Rows, order: Sequence[int], wanted: int, tokens_of: Callable[[Row], Example | None]
-) -> tuple[list[tuple[int, Example]], int]:
-    """The first rows in an order that have response tokens.
-
-    Args:
-        rows: all rows.
-        order: their indices, in the order to take them.
-        wanted: how many examples to find, if there are as many.
-        tokens_of: a row's example, None if it is of no use.
-
-    Returns:
-        Index and example of each, in that order, and how many rows before the last one were of no use.
-    """
-    usable: list[tuple[int, Example]] = []
-    looked, request = 0, wanted
-    while len(usable) < wanted and looked < len(order):
-        asked = order[looked : looked + request]
-        # Read in the order of the files, each row reduced to its tokens before the next is decoded.
-        examples = {index: tokens_of(row) for index, row in rows.read(asked)}
-        for index in asked:
-            if len(usable) == wanted:
-                break
-            looked += 1
-            if (example := examples[index]) is not None:
-                usable.append((index, example))
-        # Every request may cost a pass over the files: ask for twice what the rows so far suggest.
-        request = 2 * math.ceil((wanted - len(usable)) * looked / max(1, len(usable)))
-    return usable, looked - len(usable)
 
 
 class ProbeData:
@@ -117,55 +36,133 @@ class ProbeData:
 
     Attributes:
         validation_batches: how many there are, enough for K partitions at ``partitions_per_batch`` each.
-        record: what the artifact says about the data: files, split and a digest of the tokens used.
-        largest_id: the largest token id in them.
+        record: what the artifact says about the data: files, split, counts and a digest of the tokens used.
+        told: what a user should know about the rows, a sentence each.
         dropped: rows looked at whose response did not fit into ``max_length``.
+        date: the day that the chat template prints; None if it prints none.
     """
 
-    def __init__(self, config: ProbeConfig, tokenizer: Any) -> None:
+    def __init__(
+        self,
+        config: ProbeConfig,
+        tokenizer: Any,
+        *,
+        vocabulary: int | None = None,
+        stops: Collection[int] = (),
+        day: date | None = None,
+        progress: Progress | None = None,
+    ) -> None:
         """Read, tokenise and split.
 
+        Args:
+            config: of the probe.
+            tokenizer: a ``transformers`` tokenizer.
+            vocabulary: rows of the model's embedding; by default not checked.
+            stops: token ids at which a rollout ends, beside the tokenizer's end token.
+            day: what a chat template takes for today; today by default.
+            progress: where reading is reported.
+
         Raises:
-            ProbeError: as ``read_rows`` and ``tokenize``; too few rows; no response fits into ``max_length``.
+            ProbeError: as ``read_rows`` and ``RowTokenizer``; too few rows; no response fits into ``max_length``.
         """
-        rows, sources = read_rows(config.files)
+        progress = progress or Progress()
+        rows, sources = read_rows(config.files, Layout.of(config), progress.reading)
         self._batch_size, self._seed = config.batch_size, config.seed
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
-        self._pad = pad if pad is not None else 0
+        # Padding is masked, but its embedding is looked up.
+        self._pad = pad if pad is not None and (vocabulary is None or pad < vocabulary) else 0
         self.validation_batches = math.ceil(config.partitions / config.partitions_per_batch)
         held_out = self.validation_batches * config.batch_size
-        wanted = held_out + config.warmup_steps * config.batch_size
+        tokens_of = RowTokenizer(tokenizer, train_on=config.train_on, day=day, vocabulary=vocabulary, stops=stops)
         order = torch.randperm(len(rows), generator=generator(config.seed, "split")).tolist()
-        usable, self.dropped = _first_usable(
-            rows, order, wanted, lambda row: tokenize(row, tokenizer, config.max_length)
-        )
+        chosen = Selection(held_out, config.warmup_steps * config.batch_size, config.max_length)
+        chosen.take(rows, order, tokens_of, progress)
+        self.dropped = chosen.dropped
+        self._refuse_too_few(config, rows, chosen, held_out)
+        self._validation = [example for _, example in chosen.held_out]
+        self._training = [example for _, example in chosen.training]
+        self.date = tokens_of.printed_date
+        usable = self._validation + self._training
+        self.record = {
+            "files": sources,
+            "rows": len(rows),
+            # Numbered from 0 over all files in their order.
+            "validation_rows": [index for index, _ in chosen.held_out],
+            "warmup_rows": len(self._training),
+            "train_on": config.train_on,
+            "date": self.date,
+            "counts": {
+                "looked_at": chosen.looked_at,
+                "trained_tokens": sum(example.trained for example in usable),
+                "without_response": chosen.dropped,
+                "cut": sum(example.cut > 0 for example in usable),
+                "cut_tokens": sum(example.cut for example in usable),
+                "cut_response_tokens": sum(example.lost for example in usable),
+                "left_out_as_held_out": chosen.repeats_of_held_out,
+                "repeated_in_warmup": chosen.repeats_in_training,
+            },
+            "tokens_sha256": _digest(usable),
+        }
+        self.told = self._sentences(config, rows, tokens_of)
+        self.record["told"] = self.told
+
+    def _refuse_too_few(self, config: ProbeConfig, rows: Rows, chosen: Selection, held_out: int) -> None:
+        usable = len(chosen.held_out) + len(chosen.training)
         if not usable:
             raise ProbeError(
                 f"probe.max_length: {config.max_length} tokens cut away the response of all {len(rows)} rows; "
                 f"raise it or give shorter prompts"
             )
         needed = held_out + min(1, config.warmup_steps) * config.batch_size
-        if len(usable) < needed:
+        if usable < needed:
             and_warmup = "and one warm-up batch " if config.warmup_steps else ""
+            repeats = chosen.repeats_of_held_out
+            and_repeats = f", {repeats} more have the tokens of a held-out row" if repeats else ""
             raise ProbeError(
-                f"probe.files: {len(usable)} usable rows ({self.dropped} more do not fit probe.max_length), but "
-                f"{needed} are needed: {self.validation_batches} validation batches {and_warmup}of "
+                f"probe.files: {usable} usable rows ({self.dropped} more do not fit probe.max_length{and_repeats}), "
+                f"but {needed} are needed: {self.validation_batches} validation batches {and_warmup}of "
                 f"{config.batch_size}; give more rows or lower probe.batch_size or probe.partitions"
             )
-        self._validation = [example for _, example in usable[:held_out]]
-        self._training = [example for _, example in usable[held_out:]]
-        self.largest_id = max(max(example.input_ids) for _, example in usable)
-        digest = hashlib.sha256()
-        for _, example in usable:
-            digest.update(json.dumps([example.input_ids.tolist(), example.response_start]).encode())
-        self.record = {
-            "files": sources,
-            "rows": len(rows),
-            # Numbered from 0 over all files in their order.
-            "validation_rows": [index for index, _ in usable[:held_out]],
-            "warmup_rows": len(self._training),
-            "tokens_sha256": digest.hexdigest(),
-        }
+
+    def _sentences(self, config: ProbeConfig, rows: Rows, tokens_of: RowTokenizer) -> list[str]:
+        counts = self.record["counts"]
+        tokens = sum(len(example.input_ids) for example in self._validation + self._training)
+        told = [
+            f"{count_of(len(rows), 'row')}: {len(self._validation):,} held out, {len(self._training):,} for the "
+            f"warm-up; {counts['trained_tokens']:,} of their {count_of(tokens, 'token')} are trained"
+        ]
+        if self.dropped:
+            told.append(
+                f"{count_of(self.dropped, 'row')} left out: no response token within "
+                f"probe.max_length={config.max_length}"
+            )
+        if counts["cut"]:
+            told.append(
+                f"{count_of(counts['cut'], 'row')} cut at probe.max_length={config.max_length}: "
+                f"{count_of(counts['cut_tokens'], 'token')} lost, {counts['cut_response_tokens']:,} of them of "
+                f"responses"
+            )
+        if counts["left_out_as_held_out"]:
+            told.append(f"{count_of(counts['left_out_as_held_out'], 'row')} left out: the same tokens are held out")
+        if counts["repeated_in_warmup"]:
+            told.append(
+                f"{count_of(counts['repeated_in_warmup'], 'row')} of the warm-up repeat the tokens of another: kept"
+            )
+        if self.date:
+            told.append(
+                f"the chat template prints the date: {self.date} in this probe, also if it is continued on another day "
+                f"(probe.date={self.date} makes it again)"
+            )
+        elif config.date:
+            told.append("probe.date has no effect: the chat template prints no date")
+        if rows.unused:
+            told.append(f"columns that nothing reads: {', '.join(rows.unused)}")
+        return told + tokens_of.findings.lines()
+
+    @property
+    def first_held_out(self) -> Example:
+        """The first row of the first validation batch."""
+        return self._validation[0]
 
     def warmup_batch(self, step: int) -> Batch:
         """The batch of warm-up step ``step`` (from 0): ``[B, S]``; rows are shuffled anew in every epoch."""
@@ -188,9 +185,20 @@ class ProbeData:
         shape = (len(examples), max(len(example.input_ids) for example in examples))
         batch = Batch(torch.full(shape, self._pad), torch.zeros(shape, dtype=torch.long), torch.full(shape, IGNORED))
         for row, example in enumerate(examples):
-            length, start = len(example.input_ids), example.response_start
+            length = len(example.input_ids)
             ids = torch.frombuffer(example.input_ids, dtype=torch.int32)
             batch.input_ids[row, :length] = ids
             batch.attention_mask[row, :length] = 1
-            batch.labels[row, start:length] = ids[start:]
+            for start, end in example.spans:
+                batch.labels[row, start:end] = ids[start:end]
         return batch
+
+
+def _digest(examples: Sequence[Example]) -> str:
+    digest = hashlib.sha256()
+    for example in examples:
+        ids, spans = example.input_ids.tolist(), [list(span) for span in example.spans]
+        # A single response that ends the row is written as in the first release.
+        plain = len(spans) == 1 and spans[0][1] == len(ids)
+        digest.update(json.dumps([ids, example.response_start if plain else spans]).encode())
+    return digest.hexdigest()

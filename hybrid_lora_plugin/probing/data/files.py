@@ -1,7 +1,8 @@
-"""Which data files an entry of ``probe.files`` stands for: itself, or those of a saved dataset or a plain folder."""
+"""Which data files an entry of ``probe.files`` stands for: itself, or those of a pattern, a saved dataset, a folder."""
 
 from __future__ import annotations
 
+import glob
 import json
 import os
 import re
@@ -12,9 +13,12 @@ from typing import Any
 
 from hybrid_lora_plugin.errors import ProbeError
 
-_FILES = (".jsonl", ".json", ".parquet")
+_COMPRESSED = (".jsonl.gz", ".jsonl.zst", ".json.gz", ".json.zst")
+_FILES = (".jsonl", ".json", ".parquet", *_COMPRESSED)
 # Not .json: in a folder that is metadata more often than rows.
-_FILES_IN_FOLDERS = (".jsonl", ".parquet")
+_FILES_IN_FOLDERS = (".jsonl", ".parquet", ".jsonl.gz", ".jsonl.zst")
+# `org/name:train[:500]`, `org/name/configuration@revision:train+test`
+_HUB = re.compile(r"(\w[\w.-]*/\w[\w.-]*)(?:/(\w[\w.-]*))?(?:@(\w[\w./-]*))?:(\w[\w.\[\]:%+-]*)")
 # How the hub names the split of a file: `train-00000-of-00010.parquet`, `train.jsonl`, `train/0000.parquet`.
 _SPLIT = re.compile(r"(\w+(?:\.\w+)*)-\d{5}-of-\d{5}|(train|test|validation|valid|val|dev|eval)(?=[-.]|$)")
 
@@ -23,9 +27,10 @@ def data_files(entry: str) -> list[tuple[str, Path]]:
     """The data files of one entry, in the order in which their rows count.
 
     Args:
-        entry: a ``.jsonl``, ``.json`` or ``.parquet`` file; a folder saved by ``Dataset.save_to_disk`` or
-            ``DatasetDict.save_to_disk`` (its ``train`` split, or the only one); or a folder with ``.jsonl`` and
-            ``.parquet`` files at any depth (those of the split ``train`` if file names tell splits).
+        entry: a JSON or Parquet file, JSON also as ``.gz`` or ``.zst``; a pattern of such files (``part-*.jsonl``,
+            ``**`` for any depth); a folder saved by ``Dataset.save_to_disk`` or ``DatasetDict.save_to_disk`` (its
+            ``train`` split, or the only one); or a folder with files at any depth (those of the split ``train`` if
+            file names tell splits).
 
     Returns:
         For each file its name relative to the entry's folder, which does not depend on where the data lie, and
@@ -34,14 +39,86 @@ def data_files(entry: str) -> list[tuple[str, Path]]:
     Raises:
         ProbeError: nothing there, nothing usable in it, or more than one split or configuration to choose from.
     """
-    path = Path(entry)
+    path = Path(entry).expanduser()
     if path.is_dir():
-        return _saved_files(path) or _plain_files(path)
-    if not path.is_file():
-        raise ProbeError(f"probe.files: {entry!r} is not a file or folder; give a JSONL or Parquet file or a folder")
-    if path.suffix not in _FILES:
-        raise ProbeError(f"probe.files: {entry} ends in {path.suffix!r}; give a .jsonl or .parquet file")
-    return [(path.name, path)]
+        files = _saved_files(path) or _plain_files(path)
+    elif not os.path.lexists(path) and glob.has_magic(entry):
+        files = _matching_files(entry, path)
+    else:
+        files = [(path.name, path)]
+    for _, file in files:
+        _check_file(entry, file)
+    return files
+
+
+def hub_split(entry: str) -> tuple[str, str | None, str | None, str] | None:
+    """Repository, configuration, revision and split of an entry that names a dataset on the hub; None for any other.
+
+    Args:
+        entry: ``org/name[/configuration][@revision]:split``; a file or folder of that name comes first.
+    """
+    match = _HUB.fullmatch(entry)
+    return None if match is None or os.path.lexists(Path(entry)) else (match[1], match[2], match[3], match[4])
+
+
+def is_there(entry: str) -> bool:
+    """Whether an entry names something on this machine, or a dataset of the hub, which only loading can tell."""
+    path = Path(entry).expanduser()
+    return hub_split(entry) is not None or path.exists() or bool(glob.glob(str(path), recursive=True))
+
+
+def absolute(entry: str) -> str:
+    """An entry that means the same in another working folder."""
+    return entry if hub_split(entry) is not None else os.path.abspath(os.path.expanduser(entry))
+
+
+def _matching_files(entry: str, pattern: Path) -> list[tuple[str, Path]]:
+    # The folder before the first part with a wildcard: names are relative to it.
+    fixed = list(pattern.parts[:-1])
+    while any(glob.has_magic(part) for part in fixed):
+        fixed.pop()
+    root = Path(*fixed)
+    files = sorted(Path(name) for name in glob.glob(str(pattern), recursive=True) if not os.path.isdir(name))
+    if not files:
+        raise ProbeError(f"probe.files: {entry!r} matches no file; give a pattern of files, e.g. data/*.jsonl")
+    return [(file.relative_to(root).as_posix() if fixed else file.as_posix(), file) for file in files]
+
+
+def _check_file(entry: str, file: Path) -> None:
+    """Refuse what is no file with rows, before a library says so in words of its own."""
+    if not file.is_file():
+        if file.is_symlink():
+            target = os.readlink(file)
+            raise ProbeError(
+                f"probe.files: {file} is a link to {target}, which is not there; fetch the file or give another"
+            )
+        if str(file) != str(Path(entry).expanduser()):
+            raise ProbeError(f"probe.files: {file} is part of {entry} and is not there; save the dataset again")
+        hub = "; a dataset of the hub needs its split, as in org/name:train" if entry.count("/") == 1 else ""
+        raise ProbeError(
+            f"probe.files: {entry!r} is not a file or folder; give a JSONL or Parquet file or a folder{hub}"
+        )
+    if not file.name.endswith((*_FILES, ".arrow")) or (file.suffix == ".arrow" and str(file) == entry):
+        raise ProbeError(
+            f"probe.files: {file} ends in {_suffix(file)!r}; give a .jsonl or .parquet file (JSON also as .gz or .zst)"
+        )
+    try:
+        with file.open("rb") as stream:
+            head = stream.read(200)
+    except OSError as error:
+        raise ProbeError(f"probe.files: {file} cannot be read ({error.strerror}); give a readable file") from error
+    if not head and file.suffix in (".parquet", ".arrow"):
+        raise ProbeError(f"probe.files: {file} is empty (0 bytes); write it again or fetch it again")
+    if head.startswith(b"version https://git-lfs"):
+        size = re.search(rb"size (\d+)", head)
+        raise ProbeError(
+            f"probe.files: {file} is a Git LFS pointer{f' to {int(size[1]):,} bytes' if size else ''} and not the "
+            f"file; run `git lfs pull` where it was cloned, or download the file"
+        )
+
+
+def _suffix(file: Path) -> str:
+    return "".join(file.suffixes[-2:]) if file.suffix in (".gz", ".zst") else file.suffix
 
 
 def _saved_files(folder: Path) -> list[tuple[str, Path]]:
@@ -77,7 +154,7 @@ def _plain_files(folder: Path) -> list[tuple[str, Path]]:
             f"probe.files: {folder} is a hub cache with any number of revisions; give one of its snapshots"
         )
     present = sorted(_walk(folder))
-    names = [name for name in present if Path(name).suffix in _FILES_IN_FOLDERS]
+    names = [name for name in present if name.endswith(_FILES_IN_FOLDERS)]
     if not names:
         suffixes = sorted({Path(name).suffix or Path(name).name for name in present})
         raise ProbeError(

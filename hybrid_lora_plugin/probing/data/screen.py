@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING
 
 import numpy
 
+from hybrid_lora_plugin.probing.data.layout import TEMPLATE_COLUMNS, Layout
+
 if TYPE_CHECKING:
     import pyarrow
 
@@ -13,27 +15,35 @@ if TYPE_CHECKING:
 _VISIBLE = r"[!-~\pL]"
 
 
-def unproven(batch: pyarrow.RecordBatch) -> list[int]:
+def unproven(batch: pyarrow.RecordBatch, layout: Layout | None = None) -> list[int]:
     """Positions of the rows that must be looked at one by one.
 
     Never proves a row that ``rows.row_of`` would refuse; the others may be good all the same, such as a column
-    of a type not known here.
+    of a type not known here, or one with tools.
 
     Args:
-        batch: n rows with any of the columns ``messages``, ``prompt`` and ``response``.
+        batch: n rows with any of the columns that ``layout`` names.
+        layout: which columns make a row.
     """
     import pyarrow.compute as compute
 
+    layout = layout or Layout()
     names = batch.schema.names
+    if not layout.plain:
+        return list(range(batch.num_rows))
     chat = pair = numpy.zeros(batch.num_rows, dtype=bool)
-    if "prompt" in names and "response" in names:
-        pair = _has_prompt(batch.column("prompt")) & _is_visible(batch.column("response"))
-    if "messages" in names:
-        messages = batch.column("messages")
+    if layout.prompt in names and layout.response in names:
+        pair = _has_prompt(batch.column(layout.prompt)) & _is_visible(batch.column(layout.response))
+    if layout.messages in names:
+        messages = batch.column(layout.messages)
         chat = _ends_with_response(messages)
-        # `prompt` and `response` count only in a row without messages.
+        # Prompt and response count only in a row without messages.
         pair = pair & _truth(compute.is_null(messages))
-    return numpy.flatnonzero(~(chat | pair)).tolist()
+    proven = chat | pair
+    for name in TEMPLATE_COLUMNS:
+        if name in names:
+            proven = proven & _truth(compute.is_null(batch.column(name)))
+    return numpy.flatnonzero(~proven).tolist()
 
 
 class _Turns:

@@ -20,6 +20,7 @@ from hybrid_lora_plugin.verl_backend.contracts.probe import PROBE
 from hybrid_lora_plugin.verl_backend.contracts.record import (
     EVERY_RUN,
     FEATURES,
+    RAN_WITH,
     READ_IN,
     SYNC,
     Behaviour,
@@ -37,6 +38,7 @@ __all__ = [
     "CONTRACTS",
     "EVERY_RUN",
     "FEATURES",
+    "RAN_WITH",
     "READ_IN",
     "SUBJECTS",
     "SYNC",

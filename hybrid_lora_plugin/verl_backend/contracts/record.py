@@ -16,6 +16,9 @@ READ_IN = {
     "omegaconf": "OmegaConf 2.3",
 }
 
+#: newer ones that runs, syncs and model families were tried with, of those in requirements/cpu-next.txt
+RAN_WITH = {"vllm": "0.29.0", "transformers": "5.12.1"}
+
 #: what a user can do with the plugin, and cannot where a symbol of that feature is missing
 FEATURES = {
     "registration": "verl finds the plugin: its entry point, engine, rollout side and checks on the driver",

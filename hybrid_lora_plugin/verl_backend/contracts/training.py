@@ -83,7 +83,7 @@ TRAINING = Subject(
             ("PreTrainedModel.get_output_embeddings", "linear_account.py", "which linear module is the head"),
             (
                 "AutoModelForCausalLM",
-                ("candidates.py", _LOADING, _EXPORT),
+                ("candidates.py", _LOADING, _EXPORT, _WEIGHTS),
                 "the model, with or without weights",
             ),
             ("AutoModelForCausalLM.from_config", "candidates.py", "the model on the meta device"),
@@ -95,7 +95,7 @@ TRAINING = Subject(
             "",
             ("AutoTokenizer", (_LOADING, _EXPORT), "tokenizer of a checkpoint"),
             ("AutoTokenizer.from_pretrained", (_LOADING, _EXPORT), "tokenizer of a checkpoint"),
-            ("AutoModelForCausalLM.from_pretrained", (_LOADING, _EXPORT), "the model with its weights"),
+            ("AutoModelForCausalLM.from_pretrained", (_LOADING, _EXPORT, _WEIGHTS), "the model with its weights"),
         ),
         *rows(
             "probe",
@@ -120,8 +120,6 @@ TRAINING = Subject(
             "registration engine probe export",
             "transformers",
             "",
-            ("AutoModelForCausalLM", _WEIGHTS, "the model as its checkpoint would fill it"),
-            ("AutoModelForCausalLM.from_pretrained", _WEIGHTS, "its report of what is missing or left over"),
             ("PreTrainedModel.all_tied_weights_keys", _WEIGHTS, "which weights are one"),
             ("PreTrainedModel._hf_peft_config_loaded", _WEIGHTS, "whether an adapter came with the weights"),
         ),
@@ -130,7 +128,7 @@ TRAINING = Subject(
             "transformers.utils.logging",
             "",
             (
-                "get_verbosity set_verbosity CRITICAL is_progress_bar_enabled disable_progress_bar enable_progress_bar",
+                "get_verbosity set_verbosity is_progress_bar_enabled disable_progress_bar enable_progress_bar",
                 _WEIGHTS,
                 "silence about what one line will say",
             ),

@@ -10,7 +10,7 @@ import re
 from collections.abc import Sequence
 from typing import Any
 
-from hybrid_lora_plugin.verl_backend.contracts import READ_IN
+from hybrid_lora_plugin.verl_backend.contracts import RAN_WITH, READ_IN
 from hybrid_lora_plugin.verl_backend.contracts.by_source import Sources
 from hybrid_lora_plugin.verl_backend.contracts.versions import DISTRIBUTIONS
 
@@ -35,17 +35,23 @@ CPU_ENVIRONMENT = {
 
 
 def versions(sources: Sources) -> list[dict[str, Any]]:
-    """Each library's distribution and version (None: not there), and the versions that are tested and were read."""
+    """Each library's distribution and version (None: not there).
+
+    Beside them those that all tests run with, that runs were tried with as well, and that were only read.
+    """
     read = _pinned_for_gpus()
     python = platform.python_version()
-    found: list[dict[str, Any]] = [{"name": "python", "version": python, "tested": TESTED_PYTHON, "read": None}]
+    found: list[dict[str, Any]] = [
+        {"name": "python", "version": python, "tested": TESTED_PYTHON, "ran": None, "read": None}
+    ]
     for library, text in READ_IN.items():
         known = sources.distribution(library)
         name = known.name if known is not None else DISTRIBUTIONS.get(library, (library,))[0]
         version = known.version if known is not None else None
         if version is None and sources.has(library):
             version = "unknown"
-        found.append({"name": name, "version": version, "tested": text.split()[-1], "read": read.get(library)})
+        known_in = {"tested": text.split()[-1], "ran": RAN_WITH.get(library), "read": read.get(library)}
+        found.append({"name": name, "version": version} | known_in)
     return found
 
 

@@ -154,8 +154,13 @@ def _entry(said: str, of: str) -> str:
 
 def _version_row(row: dict[str, Any]) -> tuple[str, ...]:
     version = row["version"] or "not installed"
-    text = row["tested"] + (f", and {row['read']} was read" if row["read"] else "")
-    known = any(v and (version == v or version.startswith((f"{v}.", f"{v}+"))) for v in (row["tested"], row["read"]))
+    text = (
+        row["tested"]
+        + (f"; {row['ran']} ran" if row["ran"] else "")
+        + (f"; {row['read']} was read" if row["read"] else "")
+    )
+    seen = (row["tested"], row["ran"], row["read"])
+    known = any(v and (version == v or version.startswith((f"{v}.", f"{v}+"))) for v in seen)
     return row["name"], version, text if known else f"{text}: this is another one"
 
 

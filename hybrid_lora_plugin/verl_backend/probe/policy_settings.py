@@ -43,7 +43,9 @@ _ACTOR_SETTINGS = (
     "entropy_coeff",
     "grad_clip",
 )
-_PROBE_WITHOUT_EFFECT = ("files", "micro_batch_size", "controls")
+# The first are of a probe on rows.
+_PROBE_WITHOUT_EFFECT = ("files", "messages_key", "prompt_key", "response_key", "train_on", "date", "dry_run")
+_PROBE_WITHOUT_EFFECT += ("micro_batch_size", "controls")
 _DATA_WITHOUT_EFFECT = ("val_", "validation_", "dataloader_", "hybrid_lora")
 
 

@@ -21,6 +21,7 @@ from hybrid_lora_plugin.config import (
     SelectionConfig,
 )
 from hybrid_lora_plugin.errors import ConfigurationError, explained
+from hybrid_lora_plugin.probing.data.files import hub_split, is_there
 from hybrid_lora_plugin.probing.data.rows import file_digests
 from hybrid_lora_plugin.probing.loading import checkpoint_fingerprint
 from hybrid_lora_plugin.probing.method import warmup_rate
@@ -71,8 +72,10 @@ def data_of_run(config: DictConfig, hybrid: HybridLoraConfig) -> dict[str, Any]:
     data: dict[str, Any] = {"checkpoint": checkpoint_fingerprint(path), "model": kind.place(MODEL + "path")}
     if hybrid.probe.objective == "policy":
         data["settings"] = policy_settings(config, hybrid)
-    elif all(Path(file).exists() for file in hybrid.probe.files):
-        data["files"] = file_digests(hybrid.probe.files)
+    else:
+        data["train_on"] = hybrid.probe.train_on
+        if all(is_there(file) and hub_split(file) is None for file in hybrid.probe.files):
+            data["files"] = file_digests(hybrid.probe.files)
     return data
 
 
@@ -156,6 +159,9 @@ def _data(kept: Mapping[str, Any], now: Mapping[str, Any]) -> Iterator[tuple[str
     for name, value in now.get("settings", {}).items():
         if name in kept.get("settings", {}):
             yield name, kept["settings"][name], value
+    if "train_on" in now and "files" in kept:
+        # An earlier version trained the last turn and did not say so.
+        yield "hybrid_lora.probe.train_on", kept.get("train_on", "last"), now["train_on"]
     if now.get("files") is not None and "files" in kept:
         files = [{"name": file["name"], "sha256": file["sha256"]} for file in kept["files"]]
         yield "hybrid_lora.probe.files", files, now["files"]

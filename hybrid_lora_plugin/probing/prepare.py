@@ -1,0 +1,89 @@
+"""The rows of a probe from its command, with what only the model's folder knows; and a look at them on their own."""
+
+from __future__ import annotations
+
+import json
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from hybrid_lora_plugin.config import ModelConfig, ProbeCommandConfig
+from hybrid_lora_plugin.config_validation import validate
+from hybrid_lora_plugin.errors import ProbeError
+from hybrid_lora_plugin.probing.data.batches import ProbeData
+from hybrid_lora_plugin.probing.loading import check_model_files, load_model_config, load_tokenizer
+from hybrid_lora_plugin.probing.progress import Progress
+from hybrid_lora_plugin.probing.resume import partial_folder
+
+
+def prepare_data(config: ProbeCommandConfig, progress: Progress) -> ProbeData:
+    """Read, check and tokenise the rows of a probe; no weights are needed.
+
+    Raises:
+        ProbeError: the tokenizer, the model's configuration or the rows cannot be used.
+    """
+    tokenizer, model_config = load_tokenizer(config.model), load_model_config(config.model)
+    return ProbeData(
+        config.probe,
+        tokenizer,
+        vocabulary=getattr(model_config.get_text_config(), "vocab_size", None),
+        stops=_stop_tokens(config.model, model_config),
+        day=_day(config),
+        progress=progress,
+    )
+
+
+def dry_run(config: ProbeCommandConfig, progress: Progress) -> str:
+    """What a probe with these rows would train, as a text for people: one row, then the counts.
+
+    Raises:
+        ConfigurationError: a setting, the tokenizer or the rows cannot be used.
+    """
+    validate(config)
+    if not config.model.path:
+        raise ProbeError("model.path: nothing given; give it, e.g. model.path=Qwen/Qwen2.5-1.5B-Instruct")
+    check_model_files(config.model)
+    data, tokenizer = prepare_data(config, progress), load_tokenizer(config.model)
+    example = data.first_held_out
+    lines = [
+        f"one row of {data.record['rows']:,}, number {data.record['validation_rows'][0] + 1}: "
+        f"{len(example.input_ids):,} tokens, of which those between >>> and <<< are trained ({example.trained:,})",
+        "",
+        _marked(example.input_ids.tolist(), example.spans, tokenizer),
+        "",
+        *data.told,
+        "nothing was trained and nothing written; without probe.dry_run=true the same command probes",
+    ]
+    return "\n".join(lines)
+
+
+def _marked(ids: list[int], spans: tuple[tuple[int, int], ...], tokenizer: Any) -> str:
+    parts, last = [], 0
+    for start, end in spans:
+        parts += [tokenizer.decode(ids[last:start]), ">>>", tokenizer.decode(ids[start:end]), "<<<"]
+        last = end
+    return "".join([*parts, tokenizer.decode(ids[last:])])
+
+
+def _stop_tokens(model: ModelConfig, model_config: Any) -> list[int]:
+    """Ids at which a rollout ends by the generation config of the model, or else by its config."""
+    from transformers import GenerationConfig
+
+    try:
+        stop = GenerationConfig.from_pretrained(model.path).eos_token_id
+    except (OSError, ValueError):
+        stop = None  # most models of one's own have none
+    if stop is None:
+        stop = getattr(model_config, "eos_token_id", None)
+    return [] if stop is None else stop if isinstance(stop, list) else [stop]
+
+
+def _day(config: ProbeCommandConfig) -> date:
+    """The day that is asked for, or on which the unfinished probe of this output folder was begun, or today."""
+    if config.probe.date is not None:
+        return date.fromisoformat(config.probe.date)
+    try:
+        settings = partial_folder(config.output_dir or "") / "settings.json"
+        return date.fromisoformat(json.loads(Path(settings).read_text(encoding="utf-8"))["probe.date"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return date.today()  # no unfinished probe, or one whose template prints no date
