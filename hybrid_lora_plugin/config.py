@@ -9,6 +9,7 @@ generated from or checked against these files, so a field is documented there an
     config_selection.py   which modules are fully tuned: criterion, budget, controls
     config_probe.py       the probe
     config_sync.py        the weight sync of a run
+    config_checkpoint.py  its checkpoints
     config_field.py       how a field is declared
     config_validation.py  what one field cannot check of itself
     config_effect.py      which options the others leave without an effect
@@ -19,6 +20,7 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 
+from hybrid_lora_plugin.config_checkpoint import SAVES, BestCheckpointConfig, CheckpointConfig
 from hybrid_lora_plugin.config_field import Bound, above, at_least, documented
 from hybrid_lora_plugin.config_probe import AdaLoraConfig, AutoLoraConfig, ProbeConfig
 from hybrid_lora_plugin.config_selection import (
@@ -41,13 +43,16 @@ __all__ = [
     "FROZEN_DTYPES",
     "NORMALISATIONS",
     "ROUNDINGS",
+    "SAVES",
     "SYNC_MODES",
     "WITHOUT_PROBE",
     "AdaLoraConfig",
     "AdapterConfig",
     "AllocateCommandConfig",
     "AutoLoraConfig",
+    "BestCheckpointConfig",
     "BudgetConfig",
+    "CheckpointConfig",
     "CompareCommandConfig",
     "ControlConfig",
     "DoctorCommandConfig",
@@ -81,18 +86,18 @@ class AdapterConfig:
         source="2r, the paper does not say",
         bound=above(0, "a LoRA alpha above 0, e.g. 32"),
     )
-    dropout: float = documented(
-        0.0,
-        "Dropout on the adapter input while training.",
-        source="verl default",
-        bound=Bound(lambda value: 0 <= value < 1, "a dropout in [0, 1), e.g. 0.0"),
-    )
 
 
 @dataclass
 class TrainedAdapterConfig(AdapterConfig):
     """The LoRA adapters of a verl run."""
 
+    dropout: float = documented(
+        0.0,
+        "Dropout on the adapter input while training.",
+        source="verl default",
+        bound=Bound(lambda value: 0 <= value < 1, "a dropout in [0, 1), e.g. 0.0"),
+    )
     lr: float | None = documented(
         None,
         "Learning rate of the LoRA modules; null follows `actor_rollout_ref.actor.optim.lr` where your command trains "
@@ -159,7 +164,7 @@ class TrainingConfig(SelectionConfig):
 
 
 @dataclass
-class HybridLoraConfig(SyncConfig, TrainingConfig):
+class HybridLoraConfig(CheckpointConfig, SyncConfig, TrainingConfig):
     """The ``hybrid_lora`` node of a verl configuration."""
 
 

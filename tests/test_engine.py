@@ -16,11 +16,13 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from hybrid_lora_plugin import load_allocation  # noqa: E402
+from hybrid_lora_plugin.base_identity import weight_digests  # noqa: E402
 from hybrid_lora_plugin.names import plain_name  # noqa: E402
 from hybrid_lora_plugin.sync.base_weights import base_digests  # noqa: E402
 from hybrid_lora_plugin.training.export import apply_delta, export_checkpoint  # noqa: E402
 from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
 from hybrid_lora_plugin.training.model_card import CARD  # noqa: E402
+from hybrid_lora_plugin.training.recorded_base import read_base_weights  # noqa: E402
 from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
 from tests.support.engine_worker import make_batch  # noqa: E402
@@ -301,6 +303,10 @@ def test_two_ranks_train_as_one_rank_does(request, one, other):
         torch.testing.assert_close(two["trained_on"][name], tensor, rtol=1e-3, atol=2e-5)
 
 
+def test_a_checkpoint_records_what_tells_its_base_from_others(result, setting):
+    assert read_base_weights(result["folder"] / "checkpoint" / "hybrid_lora") == weight_digests(setting[1])
+
+
 def test_resumed_run_continues_bit_for_bit(result):
     assert result["steps_resumed"] == result["steps_on"]
     assert all(torch.equal(tensor, result["trained_on"][name]) for name, tensor in result["resumed"].items())
@@ -326,12 +332,16 @@ def test_resume_is_refused_where_it_would_make_another_model(result, case, words
         ("float32, another seed", ["sync_seed is 7 and was 0 in", "float32 rollouts stay", "hybrid_lora.sync_seed=0"]),
         ("bfloat16 after float32", ["dtype is bfloat16 and was float32 in", "rollouts differ", "dtype=float32"]),
         ("bfloat16", []),
-        ("bfloat16, another seed", ["sync_seed is 7 and was 0 in", "rollouts differ", "hybrid_lora.sync_seed=0"]),
-        ("bfloat16, another rounding", ["sync_rounding is nearest and was stochastic", "rollouts differ"]),
+        (
+            "bfloat16, another seed",
+            ["refused", "with sync_seed 7 rounds bfloat16", "hybrid_lora.sync_seed=0"],
+        ),
+        ("bfloat16, another rounding", ["refused", "sync_rounding: nearest", "hybrid_lora.sync_rounding=stochastic"]),
     ],
 )
-def test_resume_says_where_rollouts_will_be_rounded_otherwise(result, case, words):
-    """It changes no weight that trains, so it is not refused."""
+def test_resume_is_refused_or_says_where_rollouts_will_be_rounded_otherwise(result, case, words):
+    """Another type changes no weight that trains, and float32 is not rounded: that is said."""
     lines = result["said"][case]
     assert len(lines) == bool(words), lines
-    assert all(word in line for line in lines for word in ["hybrid_lora: WARNING", "checkpoint", *words]), lines
+    words = words if "refused" in words else ["hybrid_lora: WARNING", *words]
+    assert all(word in line for line in lines for word in ["checkpoint", *words]), lines

@@ -19,6 +19,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE
 from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.files import complete_file
 
@@ -121,6 +122,12 @@ class PartialState:
     def delete(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder)
+
+
+def remove_finished(output_dir: str | Path) -> None:
+    """Remove the state of a probe that was killed when its artifact was there already, and so is over."""
+    if (Path(output_dir) / ALLOCATION_FILE).exists():
+        shutil.rmtree(partial_folder(output_dir), ignore_errors=True)
 
 
 def partial_folder(output_dir: str | Path) -> Path:

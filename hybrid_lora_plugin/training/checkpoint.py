@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.storage import load_allocation
+from hybrid_lora_plugin.config import ROUNDINGS
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.files import complete_folder
 from hybrid_lora_plugin.training.recorded_base import write_base_weights
@@ -95,6 +96,29 @@ def save_trained(
     return target
 
 
+def _checked(description: CheckpointDescription) -> CheckpointDescription:
+    """``description`` if its values can be what a run has written; ValueError names the first that cannot."""
+    types = (None, "float32", "bfloat16", "float16")
+    allowed = {
+        "base_model": isinstance(description.base_model, str),
+        "rank": _is_count(description.rank) and description.rank > 0,
+        "alpha": _is_count(description.alpha),
+        "global_step": _is_count(description.global_step),
+        "rounding_mode": description.rounding_mode in ROUNDINGS,
+        "rounding_seed": _is_count(description.rounding_seed),
+        "rollout_dtype": description.rollout_dtype in types,
+        "base_dtype": description.base_dtype in types,
+    }
+    for name, holds in allowed.items():
+        if not holds:
+            raise ValueError(f"{name} is {getattr(description, name)!r}")
+    return description
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def load_description(folder: Path) -> CheckpointDescription:
     """Read the JSON of a ``hybrid_lora`` folder.
 
@@ -110,7 +134,7 @@ def load_description(folder: Path) -> CheckpointDescription:
         # Nothing but a card depends on the recipe, so it is no reason for another version.
         raw.setdefault("recipe", None)
         names = [f.name for f in fields(CheckpointDescription) if f.name != "schema_version"]
-        return CheckpointDescription(**{name: raw[name] for name in names})
+        return _checked(CheckpointDescription(**{name: raw[name] for name in names}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"checkpoint: {str(folder)!r} cannot be read ({error}); use another checkpoint",
@@ -142,6 +166,30 @@ def require_same_setting(folder: Path, allocation: Allocation, rank: int, alpha:
             f"with hybrid_lora.lora.rank={description.rank} hybrid_lora.lora.alpha={description.alpha}",
             see="checkpoint-of-another-setting",
         )
+
+
+def require_same_rounding(folder: Path, rollout_dtype: str, rounding: Rounding) -> None:
+    """Refuse to resume where rollouts in 16 bits, and a model exported in them, would be rounded otherwise.
+
+    Args:
+        folder: the checkpoint's ``hybrid_lora`` folder.
+        rollout_dtype, rounding: of the run that resumes.
+
+    Raises:
+        ConfigurationError: mode or seed are others than in the run that saved the checkpoint, or the description is
+            missing or not understood.
+    """
+    before = load_description(folder)
+    seeds = before.rounding_mode == rounding.mode == "stochastic"
+    same = before.rounding_mode == rounding.mode and (not seeds or before.rounding_seed == rounding.seed)
+    if same or rollout_dtype == "float32":
+        return
+    raise ConfigurationError(
+        f"hybrid_lora.sync_rounding: {rounding.mode} with sync_seed {rounding.seed} rounds {rollout_dtype} weights "
+        f"otherwise than the run that saved the checkpoint {str(folder)!r}; resume with "
+        f"hybrid_lora.sync_rounding={before.rounding_mode} hybrid_lora.sync_seed={before.rounding_seed}",
+        see="checkpoint-of-another-setting",
+    )
 
 
 def other_rounding(folder: Path, rollout_dtype: str, rounding: Rounding) -> str | None:
@@ -182,6 +230,16 @@ def other_rounding(folder: Path, rollout_dtype: str, rounding: Rounding) -> str 
     )
 
 
+def _find(folder: Path) -> Path | None:
+    tried = [folder, folder / FOLDER, folder / "actor" / FOLDER]
+    return next((path for path in tried if (path / TENSORS).is_file()), None)
+
+
+def has_trained(folder: str | os.PathLike) -> bool:
+    """Whether ``load_trained`` finds something there: the last thing that is written of an actor's checkpoint."""
+    return _find(Path(folder)) is not None
+
+
 def load_trained(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], CheckpointDescription, Path]:
     """Read what ``save_trained`` wrote.
 
@@ -195,8 +253,7 @@ def load_trained(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Ch
         ConfigurationError: nothing there, or not readable.
     """
     folder = Path(folder)
-    tried = [folder, folder / FOLDER, folder / "actor" / FOLDER]
-    found = next((path for path in tried if (path / TENSORS).is_file()), None)
+    found = _find(folder)
     if found is None:
         raise ConfigurationError(
             f"checkpoint: {str(folder)!r} holds no {FOLDER}/{TENSORS}; give a global_step_N folder that a run with "

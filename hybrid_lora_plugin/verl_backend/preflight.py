@@ -7,17 +7,19 @@ Hydra only warns when a callback raises, so a refusal leaves as SystemExit: one 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from hybrid_lora_plugin.config import HybridLoraConfig
-from hybrid_lora_plugin.errors import ConfigurationError, HybridLoraError, explained
+from hybrid_lora_plugin.errors import ConfigurationError, HybridLoraError, explained, with_reference
+
+if TYPE_CHECKING:
+    from hybrid_lora_plugin.allocation.schema import Allocation
 
 
 class RunRefused(SystemExit):
@@ -50,9 +52,9 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
             what the run needs.
         ImportError: the installed verl is untested, and nobody allows it.
     """
-    from hybrid_lora_plugin.verl_backend import registration, requirements, run_kinds, run_settings
+    from hybrid_lora_plugin.verl_backend import registration, requirements, run_kinds, run_settings, validation_log
     from hybrid_lora_plugin.verl_backend.doctor import gate
-    from hybrid_lora_plugin.verl_backend.earlier_checkpoint import check_earlier_checkpoint
+    from hybrid_lora_plugin.verl_backend.earlier_checkpoint import check_earlier_checkpoint, settle_tracker
     from hybrid_lora_plugin.verl_backend.unused_settings import unused_settings
 
     registration.register()
@@ -61,12 +63,13 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
     hybrid = requirements.hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
     requirements.check_run(config)
     gate.require_features(config, hybrid)
-    for line in [*decided, *unused_settings(config)]:
+    for line in [*decided, *unused_settings(config), *validation_log.said_of_best(config, hybrid)]:
         run_kinds.tell(line)
-    # SFT's trainer saves its last step whatever the frequency, which may be a word.
-    if not kind.samples or (OmegaConf.select(config, "trainer.save_freq") or -1) > 0:
+    if validation_log.saves(config, kind):
         folder = str(OmegaConf.select(config, "trainer.default_local_dir"))
         OmegaConf.update(config, "hybrid_lora.checkpoint_dir", folder)
+    if line := settle_tracker(config, probing=hybrid.phase == "probe"):
+        run_kinds.tell(line)
     if hybrid.allocation:
         from hybrid_lora_plugin.allocation.storage import load_allocation
 
@@ -76,11 +79,33 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
         model = _local_model(config)
         if model is not None:
             allocation.check_model(*model)
+            if line := _probed_on_other_weights(config, allocation):
+                run_kinds.tell(line)
     else:
         _check_probe(config, hybrid)
     if hybrid.phase == "train":
         check_earlier_checkpoint(config, hybrid)
     return hybrid
+
+
+def _probed_on_other_weights(config: DictConfig, allocation: Allocation) -> str | None:
+    """A warning where an allocation was probed on other weights of the same shape, e.g. on the base of an instruct one.
+
+    What it says of each module may still hold, so it is no reason to refuse.
+    """
+    from hybrid_lora_plugin.base_identity import weights_identity
+    from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, kind_of_run
+
+    probed = None if allocation.probe is None else allocation.probe.data.get("weights")
+    path = os.path.expanduser(str(kind_of_run(config).select(config, MODEL + "path")))
+    found = weights_identity(path) if probed and os.path.isdir(path) else None
+    if found in (None, probed):
+        return None
+    warning = (
+        f"WARNING: hybrid_lora.allocation: probed on other weights than those of {path!r}, of "
+        f"{allocation.model.name_or_path!r}; which modules are sensitive may differ, probe again on the model you train"
+    )
+    return with_reference(warning, "allocation-of-another-model")
 
 
 def _local_model(config: DictConfig) -> tuple[Any, list] | None:
@@ -94,6 +119,7 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     """A run that probes first: where the artifact goes, what it needs, and that no older one is ignored."""
     from hybrid_lora_plugin.allocation.storage import refuse_existing
     from hybrid_lora_plugin.probing.data.files import absolute
+    from hybrid_lora_plugin.probing.resume import remove_finished
     from hybrid_lora_plugin.probing.runner import check_budget, check_shapes
     from hybrid_lora_plugin.scoring import get_criterion
     from hybrid_lora_plugin.verl_backend.probe.resume import (
@@ -116,8 +142,7 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     OmegaConf.update(config, "hybrid_lora.probe.files", hybrid.probe.files)
     if hybrid.phase == "train":
         if has_earlier_allocation(Path(hybrid.output_dir), hybrid, lambda: data_of_run(config, hybrid)):
-            if hybrid.probe.objective == "policy":
-                shutil.rmtree(f"{hybrid.output_dir}.partial", ignore_errors=True)
+            remove_finished(hybrid.output_dir)
             return
         resumed = allocation_of_checkpoint(config)
         if resumed is not None:
