@@ -106,6 +106,15 @@ def test_a_parquet_file_that_was_cut_off_is_named(tmp_path):
         read_rows([str(file)])
 
 
+def test_a_parquet_file_whose_names_of_columns_are_damaged_is_named(tmp_path):
+    """Found by the fuzz: pyarrow decodes them without an error of its own."""
+    file = tmp_path / "rows.parquet"
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(sums(3)), file, store_schema=False)
+    file.write_bytes(file.read_bytes().replace(b"messages", b"mess\xbcges"))
+    with pytest.raises(ProbeError, match="rows.parquet is not a Parquet file .*utf-8"):
+        read_rows([str(file)])
+
+
 def test_a_link_to_nothing_and_a_file_that_may_not_be_read_are_named(tmp_path):
     (tmp_path / "link.jsonl").symlink_to("../blobs/gone")
     for entry in (tmp_path / "link.jsonl", tmp_path, tmp_path / "*.jsonl"):

@@ -59,6 +59,6 @@ def readable(file: Path | str, form: str) -> Iterator[None]:
 
     try:
         yield
-    except (pyarrow.ArrowException, OSError, EOFError) as error:
+    except (pyarrow.ArrowException, OSError, EOFError, UnicodeDecodeError) as error:
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ProbeError(f"probe.files: {file} is not {form} file ({reason}); give another file") from error
