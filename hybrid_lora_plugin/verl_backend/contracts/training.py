@@ -111,7 +111,7 @@ TRAINING = Subject(
             "transformers",
             "",
             ("GenerationConfig", _BASE_MODEL, "settings of generation of a model that was not loaded"),
-            ("GenerationConfig.from_pretrained", _BASE_MODEL, "settings of generation of a model that was not loaded"),
+            ("GenerationConfig.from_pretrained", (_BASE_MODEL, "probing/prepare.py"), "settings of generation alone"),
         ),
         *rows(
             "export",
@@ -151,7 +151,6 @@ TRAINING = Subject(
                 "probing/data/conversation.py",
                 "where a response ends in the text of a chat",
             ),
-            ("GenerationConfig.from_pretrained", "probing/prepare.py", "tokens at which a rollout ends"),
         ),
         *rows(
             "registration probe",
