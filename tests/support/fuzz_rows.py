@@ -1,20 +1,27 @@
-"""A coverage-guided fuzz of the row readers, for a machine with time; the tests draw a few hundred cases of the kind.
-
-    pip install atheris
-    python -m tests.support.fuzz_rows -max_total_time=600 [libFuzzer options]
+"""What a coverage-guided fuzz of the row readers calls, for a machine with time; the tests call it with some damage.
 
 Any file is read or refused by a ``ProbeError`` of one line, and any row that is read becomes tokens or is refused so.
-Anything else is a crash, which libFuzzer keeps as a file.
+Anything else is a crash, which libFuzzer keeps as a file. With atheris, which is not needed for anything else:
+
+    import sys, atheris
+    with atheris.instrument_imports(include=["hybrid_lora_plugin.probing.data"]):
+        from tests.support.fuzz_rows import one_input, seed_folder
+    atheris.Setup([*sys.argv, seed_folder()], one_input)
+    atheris.Fuzz()
 """
 
 from __future__ import annotations
 
 import gzip
-import importlib
 import json
-import sys
 import tempfile
+from functools import cache
 from pathlib import Path
+
+from hybrid_lora_plugin.errors import ProbeError
+from hybrid_lora_plugin.probing.data.rows import read_rows
+from hybrid_lora_plugin.probing.data.tokens import RowTokenizer
+from tests.support.tiny_models import make_char_tokenizer
 
 NAMES = ("rows.jsonl", "rows.json", "rows.jsonl.gz", "rows.json.zst", "rows.parquet")
 
@@ -36,35 +43,32 @@ def seeds() -> list[bytes]:
     return [bytes([place]) + form for place, form in enumerate(forms)]
 
 
-def main() -> None:
-    """Fuzz until libFuzzer ends."""
-    atheris = importlib.import_module("atheris")
-    with atheris.instrument_imports(include=["hybrid_lora_plugin.probing.data"]):
-        from hybrid_lora_plugin.errors import ProbeError
-        from hybrid_lora_plugin.probing.data.rows import read_rows
-        from hybrid_lora_plugin.probing.data.tokens import RowTokenizer
-    from tests.support.tiny_models import make_char_tokenizer
-
-    folder, tokenizer = Path(tempfile.mkdtemp()), make_char_tokenizer()
-
-    def one_input(data: bytes) -> None:
-        name = NAMES[data[0] % len(NAMES)] if data else NAMES[0]
-        (folder / name).write_bytes(data[1:])
-        try:
-            rows, _ = read_rows([str(folder / name)])
-            tokens_of = RowTokenizer(tokenizer, train_on="all")
-            for _, row in rows.read(range(len(rows))):
-                tokens_of(row)
-        except ProbeError as error:
-            assert "\n" not in str(error), repr(str(error))
-
-    corpus = folder / "corpus"
-    corpus.mkdir()
+def seed_folder() -> str:
+    """A folder with the seeds, a file each."""
+    folder = Path(tempfile.mkdtemp())
     for place, seed in enumerate(seeds()):
-        (corpus / str(place)).write_bytes(seed)
-    atheris.Setup([*sys.argv, str(corpus)], one_input)
-    atheris.Fuzz()
+        (folder / str(place)).write_bytes(seed)
+    return str(folder)
 
 
-if __name__ == "__main__":
-    main()
+@cache
+def _setting():
+    return Path(tempfile.mkdtemp()), make_char_tokenizer()
+
+
+def one_input(data: bytes) -> None:
+    """Read one file.
+
+    Args:
+        data: the number of its form in ``NAMES``, one byte, and its content.
+    """
+    folder, tokenizer = _setting()
+    file = folder / NAMES[data[0] % len(NAMES) if data else 0]
+    file.write_bytes(data[1:])
+    try:
+        rows, _ = read_rows([str(file)])
+        tokens_of = RowTokenizer(tokenizer, train_on="all")
+        for _, row in rows.read(range(len(rows))):
+            tokens_of(row)
+    except ProbeError as error:
+        assert "\n" not in str(error), repr(str(error))
