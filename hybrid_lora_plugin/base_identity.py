@@ -7,6 +7,7 @@ digested, whatever the files are called, how they are split, and how wide the nu
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -39,6 +40,12 @@ def weight_digests(model: str | Path) -> dict[str, str] | None:
     folder = _folder(model)
     stored = {} if folder is None else stored_tensors(folder)
     return {name: _digest(stored[name]) for name in sorted(stored)} or None
+
+
+def weights_identity(model: str | Path) -> str | None:
+    """One digest of all of ``weight_digests``, 64 hexadecimal digits; None where those are not known."""
+    digests = weight_digests(model)
+    return None if digests is None else hashlib.sha256(json.dumps(digests, sort_keys=True).encode()).hexdigest()
 
 
 def first_difference(recorded: Mapping[str, str], found: Mapping[str, str]) -> str | None:

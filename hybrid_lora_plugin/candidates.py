@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.errors import ConfigurationError, reason_of
 from hybrid_lora_plugin.model_families import FAMILIES, refuse_config, refuse_structure
 
 # The order in which ties are broken and the heat map is drawn. A type that packs others stands behind them.
@@ -160,8 +160,16 @@ def meta_model(config: Any, trust_remote_code: bool = False) -> nn.Module:
 
     # Some of these have no causal language model of that name.
     refuse_config(config)
-    with torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    try:
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=trust_remote_code)
+    except Exception as error:
+        # A size of 0, heads that do not divide: what goes wrong depends on the family.
+        raise ConfigurationError(
+            f"model: {getattr(config, '_name_or_path', '') or type(config).__name__} cannot be built from its config "
+            f"({reason_of(error)}); give the config.json that belongs to the weights",
+            see="checkpoint-does-not-fit-its-config",
+        ) from error
 
 
 def architecture_of(config: Any) -> str:

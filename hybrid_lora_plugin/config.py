@@ -86,18 +86,18 @@ class AdapterConfig:
         source="2r, the paper does not say",
         bound=above(0, "a LoRA alpha above 0, e.g. 32"),
     )
-    dropout: float = documented(
-        0.0,
-        "Dropout on the adapter input while training.",
-        source="verl default",
-        bound=Bound(lambda value: 0 <= value < 1, "a dropout in [0, 1), e.g. 0.0"),
-    )
 
 
 @dataclass
 class TrainedAdapterConfig(AdapterConfig):
     """The LoRA adapters of a verl run."""
 
+    dropout: float = documented(
+        0.0,
+        "Dropout on the adapter input while training.",
+        source="verl default",
+        bound=Bound(lambda value: 0 <= value < 1, "a dropout in [0, 1), e.g. 0.0"),
+    )
     lr: float | None = documented(
         None,
         "Learning rate of the LoRA modules; null follows `actor_rollout_ref.actor.optim.lr` where your command trains "

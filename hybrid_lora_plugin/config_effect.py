@@ -70,7 +70,6 @@ PROBE = (
 )
 #: of the command that probes and trains nothing else
 COMMAND = (
-    Effect("lora.dropout", lambda config: False, "in a run, as hybrid_lora.lora.dropout"),
     Effect(
         "lora.alpha",
         _criterion("adalora"),

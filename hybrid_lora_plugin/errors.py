@@ -88,6 +88,12 @@ class WeightSyncError(HybridLoraError, RuntimeError):
     """
 
 
+def reason_of(error: BaseException, most: int = 300) -> str:
+    """What an error of a library says, as part of one line, at most that many characters of it."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= most else text[:most] + " …"
+
+
 def with_reference(message: str, see: str) -> str:
     """``message`` with a reference to the entry ``see`` of the troubleshooting page behind it."""
     return f"{message} [{TROUBLESHOOTING}#{see}]"

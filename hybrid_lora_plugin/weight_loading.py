@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from logging import CRITICAL
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ from torch.overrides import TorchFunctionMode
 
 from hybrid_lora_plugin.base_checkpoint import refuse_adapter
 from hybrid_lora_plugin.checkpoint_tensors import StoredTensor, stored_tensors
-from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.errors import ConfigurationError, reason_of
 
 #: what wrappers put before every name: torch.compile, data parallel, PEFT, FSDP
 _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.")
@@ -51,9 +52,8 @@ def check_weights(path: str | Path, trust_remote_code: bool = False) -> None:
             )
     except Exception as error:
         # Libraries below transformers, and a model's own code, have errors of every kind for what they cannot read.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ConfigurationError(
-            f"model: {str(path)!r} cannot be loaded ({reason}); give a checkpoint that transformers loads",
+            f"model: {str(path)!r} cannot be loaded ({reason_of(error)}); give a checkpoint that transformers loads",
             see="checkpoint-does-not-fit-its-config",
         ) from error
     refuse_loaded_adapter(path, model)
@@ -158,7 +158,7 @@ def _quiet() -> Iterator[None]:
     from transformers.utils import logging
 
     verbosity, bars = logging.get_verbosity(), logging.is_progress_bar_enabled()
-    logging.set_verbosity(logging.CRITICAL)
+    logging.set_verbosity(CRITICAL)
     logging.disable_progress_bar()
     try:
         yield

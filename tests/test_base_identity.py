@@ -10,13 +10,9 @@ import torch
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
-from hybrid_lora_plugin.allocation import load_allocation
 from hybrid_lora_plugin.base_identity import first_difference, weight_digests
 from hybrid_lora_plugin.cli.export import main
-from hybrid_lora_plugin.names import wire_name
-from hybrid_lora_plugin.training.apply import apply_allocation, trainable_groups
-from hybrid_lora_plugin.training.checkpoint import CheckpointDescription, save_trained
-from tests.support.allocations import make_allocation
+from tests.support.hybrid_checkpoint import make_hybrid_checkpoint
 from tests.support.tiny_models import make_tiny_qwen2
 
 WEIGHTS = "model.safetensors"
@@ -33,20 +29,7 @@ def base(tmp_path_factory):
 @pytest.fixture(scope="module")
 def checkpoint(base, tmp_path_factory):
     """A run's checkpoint, as the engine writes it."""
-    folder = tmp_path_factory.mktemp("run")
-    artifact = make_allocation(base, folder / "allocation")
-    torch.manual_seed(1)
-    model = apply_allocation(AutoModelForCausalLM.from_pretrained(base), load_allocation(artifact), rank=4, alpha=8)
-    tensors = {
-        wire_name(name): parameter.detach().float() + 0.01
-        for group in trainable_groups(model).values()
-        for name, parameter in group
-    }
-    description = CheckpointDescription(str(base), rank=4, alpha=8, global_step=1, base_dtype="bfloat16")
-    save_trained(
-        folder / "actor", tensors, description, (artifact / "allocation.json").read_text(), weight_digests(base)
-    )
-    return folder / "actor"
+    return make_hybrid_checkpoint(base, tmp_path_factory.mktemp("run"), base_dtype="bfloat16")
 
 
 def rewritten(base, folder, change=lambda weights: weights, shard=None):

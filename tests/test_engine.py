@@ -16,11 +16,13 @@ from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from hybrid_lora_plugin import load_allocation  # noqa: E402
+from hybrid_lora_plugin.base_identity import weight_digests  # noqa: E402
 from hybrid_lora_plugin.names import plain_name  # noqa: E402
 from hybrid_lora_plugin.sync.base_weights import base_digests  # noqa: E402
 from hybrid_lora_plugin.training.export import apply_delta, export_checkpoint  # noqa: E402
 from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
 from hybrid_lora_plugin.training.model_card import CARD  # noqa: E402
+from hybrid_lora_plugin.training.recorded_base import read_base_weights  # noqa: E402
 from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
 from tests.support.engine_worker import make_batch  # noqa: E402
@@ -299,6 +301,10 @@ def test_two_ranks_train_as_one_rank_does(request, one, other):
         assert first == pytest.approx(second, rel=1e-4, abs=1e-5)
     for name, tensor in one["trained_on"].items():
         torch.testing.assert_close(two["trained_on"][name], tensor, rtol=1e-3, atol=2e-5)
+
+
+def test_a_checkpoint_records_what_tells_its_base_from_others(result, setting):
+    assert read_base_weights(result["folder"] / "checkpoint" / "hybrid_lora") == weight_digests(setting[1])
 
 
 def test_resumed_run_continues_bit_for_bit(result):

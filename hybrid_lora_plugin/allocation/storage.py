@@ -10,6 +10,7 @@ an error that names the field.
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
@@ -49,9 +50,14 @@ def write_allocation(folder: Path, allocation: Allocation, measurements: Mapping
 def refuse_existing(folder: str | Path) -> None:
     """Raise ``AllocationError`` if an artifact cannot be put at ``folder`` without overwriting something."""
     folder = Path(folder)
-    if (folder / ALLOCATION_FILE).exists():
+    try:
+        has_allocation = (folder / ALLOCATION_FILE).exists()
+        is_in_use = os.path.lexists(folder) and (not folder.is_dir() or any(folder.iterdir()))
+    except OSError as error:
+        raise AllocationError(f"output_dir: {folder} cannot be used ({error.strerror}); give another folder") from error
+    if has_allocation:
         raise AllocationError(f"output_dir: {folder} holds an allocation already; give another folder or delete it")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if is_in_use:
         raise AllocationError(f"output_dir: {folder} exists and is not an empty folder; give a new folder")
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 import types
 import typing
 from pathlib import Path
@@ -33,14 +34,19 @@ def read_json(file: Path) -> Any:
     def refuse(constant: str) -> Any:
         raise ValueError(f"{constant} is not a number")
 
+    def finite(text: str) -> float:
+        # 1e999 is JSON, and infinity to Python.
+        return number if math.isfinite(number := float(text)) else refuse(text)
+
     try:
-        return json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=unique, parse_constant=refuse)
+        text = file.read_text(encoding="utf-8")
+        return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except OSError as error:
         raise AllocationError(
             f"hybrid_lora.allocation: {str(file)!r} cannot be read ({error.strerror}); give the folder that "
             f"hybrid-lora-probe wrote"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise AllocationError(f"{file}: not valid JSON ({error}); {_WAY_OUT}") from error
 
 

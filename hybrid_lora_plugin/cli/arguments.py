@@ -18,6 +18,7 @@ import typing
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
+from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import UsageError
 
 Config = TypeVar("Config")
@@ -163,7 +164,11 @@ def _items(text: str) -> list[str]:
 
 
 def _closest(name: str, known: typing.Iterable[str]) -> str:
-    known = list(known)
+    known, group = list(known), "hybrid_lora."
+    if (inner := name.removeprefix(group)) != name and inner in known:
+        return f"; a command takes it as {inner!r}"
+    if inner in (of_run for of_run, _, _ in options(HybridLoraConfig)):
+        return f"; a run reads it, as {group + inner!r}"
     match = difflib.get_close_matches(name.lstrip("-"), known, n=1, cutoff=0.6)
     # `warmup_steps` alone is far from `probe.warmup_steps` by letters, but clear in meaning.
     match = match or difflib.get_close_matches(name.lstrip("-"), [full.rpartition(".")[2] for full in known], n=1)

@@ -13,6 +13,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from os import _exit
 from types import FrameType
 
 from hybrid_lora_plugin import __version__
@@ -90,7 +91,7 @@ def _signals(program: str) -> Iterator[None]:
             raise Stopped(signum)
         # At once: an exception in the middle of an import is swallowed or printed by whoever imports.
         os.write(2, f"{program}: interrupted, nothing was written\n".encode())
-        os._exit(128 + signum)
+        _exit(128 + signum)
 
     before = {}
     if threading.current_thread() is threading.main_thread():

@@ -37,6 +37,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = expand_home(parse(argv, DoctorCommandConfig))
         validate(config)
         _check_sources(config)
+        _check_place(config.json)
         # Late, so that --help and a mistyped option answer at once.
         from hybrid_lora_plugin.verl_backend.doctor.examination import examine
 
@@ -62,6 +63,13 @@ def _check_sources(config: DoctorCommandConfig) -> None:
     for folder in config.sources:
         if not os.path.isdir(folder):
             raise ConfigurationError(f"sources: {folder!r} is no folder; give folders that hold a library, e.g. verl/")
+
+
+def _check_place(file: str | None) -> None:
+    """Before a minute of looking: whether there is a folder to write into."""
+    folder = os.path.dirname(file or "") or "."
+    if not os.path.isdir(folder):
+        raise ConfigurationError(f"json: {file} cannot be written (there is no folder {folder}); give another file")
 
 
 def _write(file: str, content: str) -> None:

@@ -13,9 +13,11 @@ from torch import Tensor, nn
 from hybrid_lora_plugin.base_checkpoint import check_model_folder
 from hybrid_lora_plugin.candidates import find_candidates, meta_model
 from hybrid_lora_plugin.config import ModelConfig
-from hybrid_lora_plugin.errors import ProbeError
+from hybrid_lora_plugin.errors import ProbeError, reason_of
 from hybrid_lora_plugin.weight_loading import check_weights, refuse_loaded_adapter, refuse_report
 
+#: names of the files that tokenizers are made of
+_TOKENIZERS = ("tokenizer*", "*.model", "vocab*", "*.tiktoken", "merges.txt")
 _INTEGER_OF_SIZE = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 
 
@@ -57,6 +59,9 @@ def check_model_files(config: ModelConfig) -> None:
         else:
             # transformers reads other formats too; what the rollout engine needs is asked for where there is one.
             check_model_folder(path, safetensors=False)
+            # transformers would make one up from the config, without a single token.
+            if not any(file for pattern in _TOKENIZERS for file in Path(path).glob(pattern)):
+                raise ProbeError(f"model.path: {path!r} has no tokenizer; put its files there, such as tokenizer.json")
     elif os.path.lexists(path):
         raise ProbeError(f"model.path: {path!r} is no folder; give the folder with config.json and the weights")
     elif path.startswith(("/", ".", "~")) or path.count("/") > 1:
@@ -100,9 +105,9 @@ def _load(factory: Any, config: ModelConfig, what: str, **options: Any) -> Any:
         return factory.from_pretrained(config.path, trust_remote_code=config.trust_remote_code, **options)
     except Exception as error:
         # Libraries below transformers, and a model's own code, have errors of every kind for what they cannot read.
-        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
         raise ProbeError(
-            f"model.path: the {what} of {config.path!r} cannot be loaded ({reason}); give a Hugging Face folder or name"
+            f"model.path: the {what} of {config.path!r} cannot be loaded ({reason_of(error)}); give a Hugging Face "
+            f"folder or name"
         ) from error
 
 

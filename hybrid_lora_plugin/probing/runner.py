@@ -19,6 +19,7 @@ from hybrid_lora_plugin.allocation.budget import allocate
 from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.select import select_modules
 from hybrid_lora_plugin.allocation.storage import refuse_existing
+from hybrid_lora_plugin.base_identity import weights_identity
 from hybrid_lora_plugin.candidates import Candidate, architecture_of, find_candidates, meta_model
 from hybrid_lora_plugin.config import BudgetConfig, ProbeCommandConfig
 from hybrid_lora_plugin.config_validation import validate
@@ -108,6 +109,8 @@ def _check(config: ProbeCommandConfig, output_dir: Path, processes: int) -> None
     remove_finished(output_dir)
     refuse_existing(output_dir)
     check_model_files(config.model)
+    # Whatever reads the folder reads this first, and would tell of it in words of its own.
+    load_model_config(config.model)
 
 
 def _choose_without_probe(config: ProbeCommandConfig, output_dir: Path, progress: Progress) -> Allocation:
@@ -199,7 +202,10 @@ class _Probe:
         place(self.model, self.candidates, self.method.replicated, ranks)
 
     def _take_up_state(self) -> None:
-        self.checkpoint = checkpoint_fingerprint(self.config.model.path)
+        # The files, for who continues a probe, and their content, for who trains under its allocation.
+        self.checkpoint = {"checkpoint": checkpoint_fingerprint(self.config.model.path)}
+        if not self.config.model.gguf_file and (weights := weights_identity(self.config.model.path)):
+            self.checkpoint["weights"] = weights
         settings = probe_settings(self.config, self.method_name, self.model, self.data, weights_digest(self.model))
         self.state = PartialState(self.output_dir, settings)
 
@@ -225,7 +231,7 @@ class _Probe:
 
     def _select_and_save(self, measurements: dict[str, Tensor]) -> Allocation:
         self.watch.check()
-        data = self.data.record | {"checkpoint": self.checkpoint}
+        data = self.data.record | self.checkpoint
         record = probe_record(self.config, self.method_name, self.dtype, data, self.method.lr)
         allocation = select_modules(
             self.config,

@@ -23,6 +23,7 @@ from safetensors.torch import load_file, save_file
 
 from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.storage import load_allocation
+from hybrid_lora_plugin.config import ROUNDINGS
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.files import complete_folder
 from hybrid_lora_plugin.training.recorded_base import write_base_weights
@@ -95,6 +96,29 @@ def save_trained(
     return target
 
 
+def _checked(description: CheckpointDescription) -> CheckpointDescription:
+    """``description`` if its values can be what a run has written; ValueError names the first that cannot."""
+    types = (None, "float32", "bfloat16", "float16")
+    allowed = {
+        "base_model": isinstance(description.base_model, str),
+        "rank": _is_count(description.rank) and description.rank > 0,
+        "alpha": _is_count(description.alpha),
+        "global_step": _is_count(description.global_step),
+        "rounding_mode": description.rounding_mode in ROUNDINGS,
+        "rounding_seed": _is_count(description.rounding_seed),
+        "rollout_dtype": description.rollout_dtype in types,
+        "base_dtype": description.base_dtype in types,
+    }
+    for name, holds in allowed.items():
+        if not holds:
+            raise ValueError(f"{name} is {getattr(description, name)!r}")
+    return description
+
+
+def _is_count(value: object) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= 0
+
+
 def load_description(folder: Path) -> CheckpointDescription:
     """Read the JSON of a ``hybrid_lora`` folder.
 
@@ -110,7 +134,7 @@ def load_description(folder: Path) -> CheckpointDescription:
         # Nothing but a card depends on the recipe, so it is no reason for another version.
         raw.setdefault("recipe", None)
         names = [f.name for f in fields(CheckpointDescription) if f.name != "schema_version"]
-        return CheckpointDescription(**{name: raw[name] for name in names})
+        return _checked(CheckpointDescription(**{name: raw[name] for name in names}))
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise ConfigurationError(
             f"checkpoint: {str(folder)!r} cannot be read ({error}); use another checkpoint",

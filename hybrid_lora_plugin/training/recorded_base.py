@@ -63,6 +63,11 @@ def require_recorded_base(base: str | os.PathLike, folder: Path, trust_remote_co
         ConfigurationError: its files cannot be used, are not the model of their config, or hold other weights.
     """
     recorded = read_base_weights(folder)
+    if not os.path.isdir(base) and (str(base).startswith(("/", ".", "~")) or str(base).count("/") > 1):
+        raise ConfigurationError(
+            f"base: there is no folder {str(base)!r}; give base=PATH with a copy of the model the run started from",
+            see="checkpoint-of-another-base-model",
+        )
     try:
         if os.path.isdir(base):
             check_model_folder(base, safetensors=False)

@@ -9,14 +9,17 @@ from __future__ import annotations
 import os
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hydra.experimental.callback import Callback
 from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from hybrid_lora_plugin.config import HybridLoraConfig
-from hybrid_lora_plugin.errors import ConfigurationError, HybridLoraError, explained
+from hybrid_lora_plugin.errors import ConfigurationError, HybridLoraError, explained, with_reference
+
+if TYPE_CHECKING:
+    from hybrid_lora_plugin.allocation.schema import Allocation
 
 
 class RunRefused(SystemExit):
@@ -76,11 +79,33 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
         model = _local_model(config)
         if model is not None:
             allocation.check_model(*model)
+            if line := _probed_on_other_weights(config, allocation):
+                run_kinds.tell(line)
     else:
         _check_probe(config, hybrid)
     if hybrid.phase == "train":
         check_earlier_checkpoint(config, hybrid)
     return hybrid
+
+
+def _probed_on_other_weights(config: DictConfig, allocation: Allocation) -> str | None:
+    """A warning where an allocation was probed on other weights of the same shape, e.g. on the base of an instruct one.
+
+    What it says of each module may still hold, so it is no reason to refuse.
+    """
+    from hybrid_lora_plugin.base_identity import weights_identity
+    from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, kind_of_run
+
+    probed = None if allocation.probe is None else allocation.probe.data.get("weights")
+    path = os.path.expanduser(str(kind_of_run(config).select(config, MODEL + "path")))
+    found = weights_identity(path) if probed and os.path.isdir(path) else None
+    if found in (None, probed):
+        return None
+    warning = (
+        f"WARNING: hybrid_lora.allocation: probed on other weights than those of {path!r}, of "
+        f"{allocation.model.name_or_path!r}; which modules are sensitive may differ, probe again on the model you train"
+    )
+    return with_reference(warning, "allocation-of-another-model")
 
 
 def _local_model(config: DictConfig) -> tuple[Any, list] | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hybrid_lora_plugin.verl_backend.contracts.record import Subject, behaviour, rows
 
 _LORA_LINEAR = "training/lora_linear.py"
+_WEIGHTS = "weight_loading.py"
 _APPLY = "training/apply.py"
 _REFERENCE = "training/reference.py"
 _EXPORT = "training/export.py"
@@ -100,7 +101,7 @@ TRAINING = Subject(
             ("PreTrainedModel.get_output_embeddings", "linear_account.py", "which linear module is the head"),
             (
                 "AutoModelForCausalLM",
-                ("candidates.py", _LOADING, _BASE_MODEL),
+                ("candidates.py", _LOADING, _BASE_MODEL, _WEIGHTS),
                 "the model, with or without weights",
             ),
             ("AutoModelForCausalLM.from_config", "candidates.py", "the model on the meta device"),
@@ -132,7 +133,7 @@ TRAINING = Subject(
             "",
             ("AutoTokenizer", (_LOADING, _EXPORT), "tokenizer of a checkpoint"),
             ("AutoTokenizer.from_pretrained", (_LOADING, _EXPORT), "tokenizer of a checkpoint"),
-            ("AutoModelForCausalLM.from_pretrained", (_LOADING, _BASE_MODEL), "the model with its weights"),
+            ("AutoModelForCausalLM.from_pretrained", (_LOADING, _BASE_MODEL, _WEIGHTS), "the model with its weights"),
         ),
         *rows(
             "probe",
@@ -158,8 +159,31 @@ TRAINING = Subject(
             "",
             ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "candidates.py", "class name of a config that was never saved"),
         ),
+        *rows(
+            "registration engine probe export",
+            "transformers",
+            "",
+            ("PreTrainedModel.all_tied_weights_keys", _WEIGHTS, "which weights are one"),
+            ("PreTrainedModel._hf_peft_config_loaded", _WEIGHTS, "whether an adapter came with the weights"),
+        ),
+        *rows(
+            "registration engine probe export",
+            "transformers.utils.logging",
+            "",
+            (
+                "get_verbosity set_verbosity is_progress_bar_enabled disable_progress_bar enable_progress_bar",
+                _WEIGHTS,
+                "silence about what one line will say",
+            ),
+        ),
     ),
     (
+        behaviour(
+            "registration engine probe export",
+            _WEIGHTS,
+            "loading onto the meta device reports the same missing and unexpected names as loading the weights",
+            "tests/test_model_refusals.py::test_every_family_passes_and_misses_what_is_lost",
+        ),
         behaviour(
             "engine",
             _APPLY,

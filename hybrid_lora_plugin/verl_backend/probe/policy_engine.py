@@ -22,6 +22,7 @@ from verl.workers.config.optimizer import build_optimizer
 from verl.workers.engine import FSDPEngineWithLMHead
 
 from hybrid_lora_plugin.allocation.select import select_modules
+from hybrid_lora_plugin.base_identity import weights_identity
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError
@@ -182,6 +183,8 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
                 "checkpoint": checkpoint_fingerprint(self.model_config.local_path),
                 "settings": settings,
             }
+            if weights := weights_identity(self.model_config.local_path):
+                data["weights"] = weights
             record = probe_record(config, "svd_lora", self._autocast_dtype, data, self._lr)
             record = dataclasses.replace(record, batch_size=int(settings["data.train_batch_size"]), max_length=0)
             allocation = select_modules(
