@@ -10,6 +10,7 @@ Each file is written beside its place and renamed, so an interruption at any mom
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -126,7 +127,8 @@ class PartialState:
 
 def remove_finished(output_dir: str | Path) -> None:
     """Remove the state of a probe that was killed when its artifact was there already, and so is over."""
-    if (Path(output_dir) / ALLOCATION_FILE).exists():
+    # A name that no disk takes is refused by whoever writes there.
+    if os.path.exists(Path(output_dir) / ALLOCATION_FILE):
         shutil.rmtree(partial_folder(output_dir), ignore_errors=True)
 
 

@@ -85,7 +85,8 @@ class Trained:
                 )
         if unused := self._shapes.keys() - wanted.keys():
             raise ConfigurationError(
-                f"{self.kind}: tensor {min(unused)!r} belongs to no module of {base.name!r}",
+                f"{self.kind}: tensor {min(unused)!r} belongs to no module of {base.name!r}; give the base it was "
+                f"trained from",
                 see="checkpoint-cannot-be-read",
             )
 

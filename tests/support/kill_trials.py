@@ -68,6 +68,8 @@ def trials(
         different = [name for name in wanted if left[name] != wanted[name]]
         assert different == [], f"trial {number} of seed {seed}: {different}"
         shutil.rmtree(place)
+        if number % 10 == 9:
+            print(f"kill_trials: {folder.parent.name}: {kills} kills, {resumes} resumes so far", flush=True)
     return kills, resumes
 
 

@@ -119,7 +119,6 @@ TRAINING = Subject(
             "transformers.utils",
             "",
             ("logging", "cli/export.py", "quiet where nothing takes long"),
-            ("logging.disable_progress_bar", "cli/export.py", "quiet where nothing takes long"),
         ),
         *rows(
             "export",
@@ -171,10 +170,11 @@ TRAINING = Subject(
             "transformers.utils.logging",
             "",
             (
-                "get_verbosity set_verbosity is_progress_bar_enabled disable_progress_bar enable_progress_bar",
+                "get_verbosity set_verbosity is_progress_bar_enabled enable_progress_bar",
                 _WEIGHTS,
                 "silence about what one line will say",
             ),
+            ("disable_progress_bar", (_WEIGHTS, "cli/export.py"), "silence about what one line will say"),
         ),
     ),
     (
