@@ -9,6 +9,7 @@ generated from or checked against these files, so a field is documented there an
     config_selection.py   which modules are fully tuned: criterion, budget, controls
     config_probe.py       the probe
     config_sync.py        the weight sync of a run
+    config_checkpoint.py  its checkpoints
     config_field.py       how a field is declared
     config_validation.py  what one field cannot check of itself
     config_effect.py      which options the others leave without an effect
@@ -16,8 +17,10 @@ generated from or checked against these files, so a field is documented there an
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
+from hybrid_lora_plugin.config_checkpoint import SAVES, BestCheckpointConfig, CheckpointConfig
 from hybrid_lora_plugin.config_field import Bound, above, at_least, documented
 from hybrid_lora_plugin.config_probe import AdaLoraConfig, AutoLoraConfig, ProbeConfig
 from hybrid_lora_plugin.config_selection import (
@@ -36,16 +39,20 @@ __all__ = [
     "CRITERIA",
     "DOCTOR_LOOKS",
     "EXPORT_DTYPES",
+    "EXPORT_FORMATS",
     "FROZEN_DTYPES",
     "NORMALISATIONS",
     "ROUNDINGS",
+    "SAVES",
     "SYNC_MODES",
     "WITHOUT_PROBE",
     "AdaLoraConfig",
     "AdapterConfig",
     "AllocateCommandConfig",
     "AutoLoraConfig",
+    "BestCheckpointConfig",
     "BudgetConfig",
+    "CheckpointConfig",
     "CompareCommandConfig",
     "ControlConfig",
     "DoctorCommandConfig",
@@ -61,6 +68,7 @@ __all__ = [
 ]
 
 FROZEN_DTYPES = ("auto", "float32")
+EXPORT_FORMATS = ("merged", "adapter", "delta")
 EXPORT_DTYPES = ("auto", "float32", "bfloat16", "float16")
 DOCTOR_LOOKS = ("source", "import", "run")
 
@@ -156,7 +164,7 @@ class TrainingConfig(SelectionConfig):
 
 
 @dataclass
-class HybridLoraConfig(SyncConfig, TrainingConfig):
+class HybridLoraConfig(CheckpointConfig, SyncConfig, TrainingConfig):
     """The ``hybrid_lora`` node of a verl configuration."""
 
 
@@ -222,15 +230,32 @@ class ExportCommandConfig:
     """What ``hybrid-lora-export`` takes on the command line as ``key=value``."""
 
     checkpoint: str | None = documented(
-        None, "A global_step_N folder saved by a run with +hybrid_lora=enabled.", source="none: must be given"
+        None, "A global_step_N folder saved by a run with +hybrid_lora=enabled.", source="none: this or `delta`"
     )
-    output_dir: str | None = documented(None, "New folder for the Hugging Face model.", source="none: must be given")
+    delta: str | None = documented(
+        None, "A folder that `format=delta` wrote, in place of a checkpoint.", source="none: this or `checkpoint`"
+    )
+    output_dir: str | None = documented(None, "New folder for what is exported.", source="none: must be given")
+    format: str = documented(
+        "merged",
+        "`merged` is a plain Hugging Face model; `adapter` a PEFT adapter with the weights of the fully tuned modules "
+        "beside it; `delta` the difference to the base model, from which either is made again with `delta=FOLDER`.",
+        source="own choice: what every library loads",
+        choices=EXPORT_FORMATS,
+    )
     dtype: str = documented(
         "auto",
-        "Type of the weights: `auto` is the one of the run's rollout engine, with the very weights that the sync of "
-        "that step gave it, or what an SFT run has said at its start; `float32` keeps all of the update.",
+        "Type of the weights, but of LoRA factors, which stay in float32: `auto` is the one of the run's rollout "
+        "engine, with the very weights that the sync of that step gave it, or what an SFT run has said at its start; "
+        "`float32` keeps all of the update.",
         source="own choice: what was validated is what is exported",
         choices=EXPORT_DTYPES,
+    )
+    max_shard_size: str | None = documented(
+        None,
+        "Largest file of a merged model, e.g. `500MB`; null is 5GB. One larger weight has a file of its own.",
+        source="own choice; transformers' is 50GB",
+        bound=Bound(lambda value: bool(re.fullmatch(r"[1-9]\d*(\.\d+)?[KMGT]B", value)), "a size such as 5GB or 500MB"),
     )
     base: str | None = documented(
         None, "Base model, if it is no longer where the run found it.", source="recorded in the checkpoint"

@@ -33,7 +33,7 @@ class SyncConfig:
     )
     sync_seed: int = documented(
         0,
-        "Seed of the random thresholds; a run that resumes with another one says so and gets other rollouts.",
+        "Seed of the random thresholds; with rollouts in 16 bits a run does not resume with another one.",
         source="own choice",
     )
     sync_check: str = documented(

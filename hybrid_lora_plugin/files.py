@@ -29,11 +29,56 @@ def complete_folder(folder: Path, *, replace: bool = False) -> Iterator[Path]:
     unfinished.mkdir(parents=True)
     try:
         yield unfinished
-        if replace and folder.exists():
-            shutil.rmtree(folder)
-        os.rename(unfinished, folder)
+        if replace:
+            put_in_place(unfinished, folder)
+        else:
+            os.rename(unfinished, folder)
     finally:
         shutil.rmtree(unfinished, ignore_errors=True)
+
+
+def put_in_place(unfinished: Path, folder: Path) -> None:
+    """Give a complete folder its name; an older one of that name gives way whole.
+
+    No file system renames one folder over another. Between two renames the older one stands aside, and an interruption
+    there leaves neither under the name: ``bring_back`` is for that.
+
+    Raises:
+        OSError: ``unfinished`` is not there, for one; an older folder then has its name again.
+    """
+    aside = _aside(folder)
+    if folder.exists():
+        shutil.rmtree(aside, ignore_errors=True)
+        os.rename(folder, aside)
+    try:
+        os.rename(unfinished, folder)
+    except OSError:
+        bring_back(folder)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
+
+
+def bring_back(folder: Path) -> bool:
+    """Whether ``folder`` had been put aside by a process that ended before its successor was there; it is back then."""
+    if folder.exists() or not _aside(folder).is_dir():
+        return False
+    os.rename(_aside(folder), folder)
+    return True
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder, of which no part is left under its name at any moment; nothing where it is not there."""
+    leaving = folder.parent / f".{folder.name}.removing"
+    shutil.rmtree(leaving, ignore_errors=True)
+    try:
+        os.rename(folder, leaving)
+    except FileNotFoundError:
+        return
+    shutil.rmtree(leaving, ignore_errors=True)
+
+
+def _aside(folder: Path) -> Path:
+    return folder.parent / f".{folder.name}.older"
 
 
 @contextmanager

@@ -45,8 +45,8 @@ def main_of(name):
 # fmt: off
 TEXTS = [
     "007", "1e3", "0x10", "1_000", "true", "No", "~", "~/x", "12:30", "a#b", "a # b", "a: b", "{a}", "a,b", "${x}",
-    "???", "null.json", "'quoted'", "*.jsonl", "- a", "&a", "!x", "|", ">", "%", "@", "a=b", "ä", " padded ",
-    "a\nb", "",
+    "???",
+    "null.json", "'quoted'", "*.jsonl", "- a", "&a", "!x", "|", ">", "%", "@", "a=b", "ä", " padded ", "a\nb", "",
 ]
 # fmt: on
 

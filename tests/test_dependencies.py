@@ -94,7 +94,7 @@ def test_each_extra_with_verl_declares_what_only_the_verl_backend_imports():
 
 
 def test_recipes_benchmarks_and_tests_import_what_is_declared():
-    assert_declared(imported("recipes", "benchmarks", "tests"), None, "cpu", "dev")
+    assert_declared(imported("recipes", "benchmarks", "tests"), None, "cpu", "dev", "fuzz")
 
 
 def test_nothing_in_the_core_is_unused():

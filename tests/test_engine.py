@@ -11,14 +11,17 @@ import torch
 
 pytest.importorskip("verl", reason="verl is not installed")
 
+from peft import PeftModel  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
 from transformers import AutoModelForCausalLM  # noqa: E402
 
 from hybrid_lora_plugin import load_allocation  # noqa: E402
 from hybrid_lora_plugin.base_identity import weight_digests  # noqa: E402
 from hybrid_lora_plugin.names import plain_name  # noqa: E402
 from hybrid_lora_plugin.sync.base_weights import base_digests  # noqa: E402
-from hybrid_lora_plugin.training.export import export_checkpoint  # noqa: E402
+from hybrid_lora_plugin.training.export import apply_delta, export_checkpoint  # noqa: E402
 from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
+from hybrid_lora_plugin.training.model_card import CARD  # noqa: E402
 from hybrid_lora_plugin.training.recorded_base import read_base_weights  # noqa: E402
 from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
@@ -206,11 +209,34 @@ def test_exported_checkpoint_is_bit_equal_to_what_was_synced(result, tmp_path):
 def test_hf_model_in_a_checkpoint_is_what_the_export_writes(result, saved, tmp_path):
     """For a rollout in float32, and in bfloat16 from a float32 base, where full modules are rounded from its values."""
     exported = export_checkpoint(result["folder"] / saved, tmp_path / "out").folder
+    (exported / CARD).unlink()
     assert_same_files(result["folder"] / saved / "huggingface", exported)
     model, loading = AutoModelForCausalLM.from_pretrained(
         result["folder"] / saved / "huggingface", output_loading_info=True
     )
     assert not any(loading.values()) and str(model.dtype) == "torch." + saved.replace("checkpoint", "float32")
+
+
+@pytest.mark.parametrize("saved", ["checkpoint", "bfloat16"])
+def test_adapter_and_delta_hold_the_merged_model(result, setting, saved, tmp_path):
+    checkpoint = result["folder"] / saved
+    merged = export_checkpoint(checkpoint, tmp_path / "merged").folder
+    card = (merged / CARD).read_text()
+    assert "0.001 for full modules, 0.01 for LoRA" in card and "| trainer | reinforcement learning |" in card
+    delta = export_checkpoint(checkpoint, tmp_path / "delta", format="delta").folder
+    again = apply_delta(delta, tmp_path / "again").folder
+    for folder in (merged, again):
+        (folder / CARD).unlink()
+    assert_same_files(again, merged)
+    adapter = export_checkpoint(checkpoint, tmp_path / "adapter", format="adapter", dtype="float32").folder
+    model = AutoModelForCausalLM.from_pretrained(setting[1], dtype=torch.float32)
+    model.load_state_dict(load_file(adapter / "full_weights.safetensors"), strict=False)
+    model = PeftModel.from_pretrained(model, str(adapter)).merge_and_unload()
+    exact = AutoModelForCausalLM.from_pretrained(
+        export_checkpoint(checkpoint, tmp_path / "exact", dtype="float32").folder
+    )
+    for name, tensor in exact.state_dict().items():
+        torch.testing.assert_close(model.state_dict()[name], tensor, rtol=0, atol=1e-6)
 
 
 @pytest.fixture
@@ -306,12 +332,16 @@ def test_resume_is_refused_where_it_would_make_another_model(result, case, words
         ("float32, another seed", ["sync_seed is 7 and was 0 in", "float32 rollouts stay", "hybrid_lora.sync_seed=0"]),
         ("bfloat16 after float32", ["dtype is bfloat16 and was float32 in", "rollouts differ", "dtype=float32"]),
         ("bfloat16", []),
-        ("bfloat16, another seed", ["sync_seed is 7 and was 0 in", "rollouts differ", "hybrid_lora.sync_seed=0"]),
-        ("bfloat16, another rounding", ["sync_rounding is nearest and was stochastic", "rollouts differ"]),
+        (
+            "bfloat16, another seed",
+            ["refused", "with sync_seed 7 rounds bfloat16", "hybrid_lora.sync_seed=0"],
+        ),
+        ("bfloat16, another rounding", ["refused", "sync_rounding: nearest", "hybrid_lora.sync_rounding=stochastic"]),
     ],
 )
-def test_resume_says_where_rollouts_will_be_rounded_otherwise(result, case, words):
-    """It changes no weight that trains, so it is not refused."""
+def test_resume_is_refused_or_says_where_rollouts_will_be_rounded_otherwise(result, case, words):
+    """Another type changes no weight that trains, and float32 is not rounded: that is said."""
     lines = result["said"][case]
     assert len(lines) == bool(words), lines
-    assert all(word in line for line in lines for word in ["hybrid_lora: WARNING", "checkpoint", *words]), lines
+    words = words if "refused" in words else ["hybrid_lora: WARNING", *words]
+    assert all(word in line for line in lines for word in ["checkpoint", *words]), lines

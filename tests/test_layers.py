@@ -27,7 +27,7 @@ PURE = {
     "report": ({"numpy", "torch"}, {"matplotlib"}),
 }
 #: What stands below every folder of the package.
-CONFIG_PARTS = {"config_field", "config_selection", "config_probe", "config_sync"}
+CONFIG_PARTS = {"config_field", "config_selection", "config_probe", "config_sync", "config_checkpoint"}
 #: What looks at a whole configuration.
 CONFIG_CHECKS = {"config_validation", "config_effect"}
 GROUND = {"__version__", "errors", "names", "files", "seeding", "parameter_counts", "config"} | CONFIG_PARTS
@@ -43,7 +43,7 @@ MODELS = {
 }
 # What a layer may use of this package: data flow one way, from the first row to the last.
 INTERNAL = {
-    **{f"config_{part}.py": {"config_field", "errors"} for part in ("selection", "probe", "sync")},
+    **{f"config_{part}.py": {"config_field", "errors"} for part in ("selection", "probe", "sync", "checkpoint")},
     "config.py": CONFIG_PARTS | {"errors"},
     "config_validation.py": {"config", "errors"},
     "config_effect.py": CONFIG_PARTS | {"errors"},

@@ -50,6 +50,8 @@ def test_a_family_goes_all_the_way(round_trip, family, tmp_path):
     unsynced = mean(found["unsynced"])
     assert len(exact) == 2 and max(exact.values()) < 1e-4, exact
     assert len(rounded) == 6 and max(rounded.values()) < unsynced / 2, (rounded, unsynced)
+    # The adapter as an export writes it, read by vLLM's own loader.
+    assert max(found["exported_adapter"]) < 1e-4
     exported = found["export"]
     # Header and manifest are sent besides.
     assert exported["differs"] == [] and exported["compared"] == exported["sent"] - 2 > 10

@@ -20,6 +20,7 @@ from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.probing.layers import attach  # noqa: E402
 from hybrid_lora_plugin.probing.measure import draw_partition  # noqa: E402
 from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
+from hybrid_lora_plugin.verl_backend import preflight  # noqa: E402
 from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402
 from hybrid_lora_plugin.verl_backend.probe.policy_dataset import prompt_order  # noqa: E402
 from hybrid_lora_plugin.verl_backend.probe.resume import data_of_run, has_earlier_allocation  # noqa: E402
@@ -113,6 +114,18 @@ def test_every_setting_that_decides_an_allocation_is_compared(tmp_path, tiny_qwe
             has_earlier_allocation(tmp_path / "a", hybrid(change))
 
 
+def test_the_rows_of_a_run_may_be_a_pattern_or_of_the_hub_and_a_dry_run_is_no_run(tmp_path):
+    hybrid = HybridLoraConfig()
+    hybrid.probe.files = [str(tmp_path / "*.jsonl"), "org/name:train[:500]"]
+    with pytest.raises(ConfigurationError, match="jsonl' does not exist"):
+        preflight._check_probe_data(None, hybrid)
+    write_jsonl(tmp_path / "rows.jsonl", sums(1))
+    preflight._check_probe_data(None, hybrid)
+    hybrid.probe.dry_run = True
+    with pytest.raises(ConfigurationError, match="hybrid_lora.probe.dry_run: True .* so it is no run"):
+        preflight._check_probe_data(None, hybrid)
+
+
 def run_of(model):
     """What a run of reinforcement learning is told by, and its model."""
     return OmegaConf.create({"algorithm": {}, "actor_rollout_ref": {"model": {"path": str(model)}, "rollout": {}}})
@@ -140,6 +153,10 @@ def test_an_allocation_of_other_weights_or_rows_is_not_taken_up(tmp_path, tiny_q
     assert has_earlier_allocation(tmp_path / "a", hybrid, lambda: data_of_run(elsewhere, hybrid)), (
         "a copy is the same model"
     )
+    hybrid.probe.train_on = "all"
+    with pytest.raises(ConfigurationError, match="hybrid_lora.probe.train_on: "):
+        has_earlier_allocation(tmp_path / "a", hybrid, lambda: data_of_run(config, hybrid))
+    hybrid.probe.train_on = "last"
     write_jsonl(tmp_path / "rows.jsonl", sums(41))
     with pytest.raises(ConfigurationError, match="hybrid_lora.probe.files: "):
         has_earlier_allocation(tmp_path / "a", hybrid, lambda: data_of_run(config, hybrid))

@@ -6,13 +6,16 @@ What they saved is also what a run finds that would resume, before Ray starts.
 from __future__ import annotations
 
 import pytest
+import torch
+from omegaconf import OmegaConf
 
 pytest.importorskip("verl", reason="verl is not installed")
 
 from hybrid_lora_plugin import load_allocation  # noqa: E402
 from hybrid_lora_plugin.errors import ConfigurationError  # noqa: E402
-from hybrid_lora_plugin.verl_backend.checkpoint_files import require_writable  # noqa: E402
-from hybrid_lora_plugin.verl_backend.earlier_checkpoint import TRACKER  # noqa: E402
+from hybrid_lora_plugin.training.checkpoint import CheckpointDescription, save_trained  # noqa: E402
+from hybrid_lora_plugin.verl_backend.checkpoint_files import require_shards, require_writable  # noqa: E402
+from hybrid_lora_plugin.verl_backend.earlier_checkpoint import TRACKER, require_whole, settle_tracker  # noqa: E402
 from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
 from tests.support.tiny_models import make_tiny_qwen2  # noqa: E402
@@ -45,7 +48,7 @@ def test_a_checkpoint_on_disks_of_their_own_resumes_bit_for_bit(results):
     first, second = results["files"]
     assert "hybrid_lora" in first and "hybrid_lora" not in second
     assert results["resumed"] is True
-    assert results["left of it"] == ["huggingface"], "what verl wrote, and nothing unfinished"
+    assert results["left of it"] == 2 * [[True, []]], "the earlier checkpoint, and nothing unfinished"
 
 
 @pytest.mark.parametrize(
@@ -62,7 +65,7 @@ def test_a_checkpoint_on_disks_of_their_own_resumes_bit_for_bit(results):
         ("full fine-tuning", ["a run without +hybrid_lora", "#checkpoint-of-a-run-without-hybrid-lora"]),
         ("lora fine-tuning", ["a run of plain LoRA", "trainer.default_local_dir=NEW", "trainer.resume_mode=disable"]),
         ("another base on rank 1", ["model.layers.1.", "#checkpoint-of-another-base-model"]),
-        ("rank 0 cannot save", ["on rank 0: NotADirectoryError"]),
+        ("rank 0 cannot save", ["'taken/actor' cannot be written on", "#checkpoint-cannot-be-written"]),
         ("rank 0 cannot save a plain model", ["on rank 0: OSError: no space left"]),
     ],
 )
@@ -206,3 +209,71 @@ def test_main_ppo_ends_with_the_refusal_and_starts_nothing(resuming, setting, ma
     last = done.stdout.strip().splitlines()[-1]
     assert done.returncode == 2 and last.startswith("hybrid_lora: checkpoint: ") and FOREIGN in last
     assert "Traceback" not in done.stdout and not (tmp_path / "run").exists()
+
+
+# -- verl's tracker -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def interrupted(tmp_path):
+    """Checkpoints of steps 5 and 10 that are whole, 15 that its trainer did not end, 20 with an actor half put away."""
+
+    def save(step):
+        folder = tmp_path / f"global_step_{step}"
+        save_trained(folder / "actor", {"w": torch.ones(3)}, CheckpointDescription("base", 4, 8, step), "{}")
+        torch.save({"step": step}, folder / "data.pt")
+        return folder
+
+    save(5), save(10)
+    cut = save(15) / "data.pt"
+    cut.write_bytes(cut.read_bytes()[:-30])
+    (save(20) / "actor").rename(tmp_path / "global_step_20" / ".actor.older")
+    (tmp_path / "global_step_25").mkdir()
+    return tmp_path
+
+
+def settled(folder, tracker, *more):
+    (folder / TRACKER).write_text(tracker)
+    config = OmegaConf.create({"trainer": {"default_local_dir": str(folder), "resume_mode": "auto"}})
+    config.merge_with_dotlist(list(more))
+    return settle_tracker(config), (folder / TRACKER).read_text() if (folder / TRACKER).exists() else None
+
+
+@pytest.mark.parametrize(
+    ("tracker", "then", "words"),
+    [
+        ("10", "10", ""),
+        ("5", "5", ""),
+        ("", "10", "was left empty; going on from global_step_10"),
+        ("15", "10", "named step 15, which is not whole there; going on from global_step_10"),
+        ("25", "10", "named step 25"),
+        ("30", "10", "named step 30"),
+        ("20", "20", ""),
+        ("soon", "soon", ""),
+    ],
+)
+def test_verl_finds_the_last_whole_checkpoint_whatever_its_tracker_says(interrupted, tracker, then, words):
+    line, now = settled(interrupted, tracker)
+    assert now == then and (words in line if words else line is None)
+    assert (interrupted / "global_step_20" / "actor").is_dir() == (tracker == "20"), "what stood aside is back"
+
+
+def test_an_empty_tracker_without_checkpoints_starts_afresh_and_says_so(tmp_path):
+    line, now = settled(tmp_path, "")
+    assert "starts afresh" in line and now is None
+    assert settled(tmp_path, "", "trainer.resume_mode=disable") == (None, "")
+
+
+def test_a_step_whose_save_did_not_end_is_refused_by_path(interrupted):
+    with pytest.raises(ConfigurationError, match=r"global_step_15/data.pt' cannot be read \(it is cut\)"):
+        require_whole(interrupted / "global_step_15")
+
+
+def test_a_shard_that_is_cut_is_refused_by_name(tmp_path):
+    file = tmp_path / "model_world_size_1_rank_0.pt"
+    torch.save(torch.ones(1000), file)
+    require_shards(str(tmp_path), ["model"], 0, 1)
+    for size in (file.stat().st_size - 1, 100, 0):
+        file.write_bytes(file.read_bytes()[:size])
+        with pytest.raises(ConfigurationError, match="model_world_size_1_rank_0.pt' cannot be read .*it is cut"):
+            require_shards(str(tmp_path), ["model"], 0, 1)

@@ -6,6 +6,8 @@ The templates are short ones with the behaviours of those in use.
 from datetime import date
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.probing.data.rows import row_of
@@ -263,6 +265,44 @@ def test_ids_beyond_the_embedding_and_unknown_text_are_named():
     with pytest.raises(ProbeError, match=r"^row 1: its token '\\n' has id \d+, and the model's embedding has 50 rows"):
         trained(chat("2"), tokenizer=tokenizer, vocabulary=50)
     assert "only knows as '<unk>'" in trained(chat("é"), tokenizer=tokenizer)[2]
+
+
+FIELD = st.none() | st.text(max_size=4) | st.integers(0, 3)
+CALLS = st.lists(
+    st.dictionaries(st.sampled_from(["function", "name", "arguments", "x"]), FIELD, max_size=3), max_size=2
+)
+TURN = st.fixed_dictionaries(
+    {
+        "role": st.sampled_from(["user", "assistant", "tool"]),
+        "content": st.none() | st.text("a<think>/ \n", max_size=12),
+    },
+    optional={"tool_calls": CALLS | FIELD, "reasoning_content": FIELD, "name": FIELD},
+)
+
+
+@settings(max_examples=250, deadline=None, derandomize=True)
+@given(
+    st.sampled_from([CHAT_TEMPLATE, TOOLS, STRIPS, OPENS]),
+    st.sampled_from(["last", "all"]),
+    st.lists(TURN, min_size=2, max_size=5),
+    st.dictionaries(st.sampled_from(["tools", "chat_template_kwargs", "documents"]), FIELD | st.just([TOOL])),
+)
+def test_any_conversation_is_a_beginning_of_its_rendering_or_told_or_refused(template, train_on, turns, columns):
+    """Of what is neither told nor refused, the template's own rendering begins with prompt, response and end."""
+    tokenizer = tokenizer_of(template)
+    tokens_of = RowTokenizer(tokenizer, train_on=train_on)
+    try:
+        row = row_of({"messages": turns} | columns, "row 1")
+        example = tokens_of(row)
+    except ProbeError as error:
+        assert str(error).startswith("row 1") and "\n" not in str(error)
+        return
+    told = [line for line in tokens_of.findings.lines() if "earlier" not in line and "does not use" not in line]
+    if not told:
+        turns = [*row.prompt, {"role": "assistant", "content": row.response} | row.fields]
+        whole = tokenizer.apply_chat_template(turns, tokenize=False, **row.options)
+        assert whole.startswith(tokenizer.decode(example.input_ids.tolist()))
+        assert all(tokenizer.decode(example.input_ids[end - 1 : end]) == "<|im_end|>" for _, end in example.spans)
 
 
 DATED = "<|im_start|>system\n{{ strftime_now('%d %b %Y') }}<|im_end|>\n" + CHAT_TEMPLATE

@@ -74,8 +74,21 @@ def run(trainer):
         "hybrid_lora.budget.ratio=0.3",
         f"trainer.save_freq={SAVED}",
         f"trainer.default_local_dir={folder}",
+        f"data.val_files={trainer.folder / 'rows.parquet'}",
+        "trainer.test_freq=1",
+        # The loss falls, so turned round it is the older one that must outlive a limit of one.
+        "trainer.max_ckpt_to_keep=1",
+        "hybrid_lora.best.larger_is_better=true",
     )
-    return {"text": text, "steps": steps, "folder": folder, "allocation": load_allocation(folder / "allocation")}
+    losses = [step["val/loss"] for step in steps if "val/loss" in step]
+    steps = [step for step in steps if "train/loss" in step]
+    return {
+        "text": text,
+        "steps": steps,
+        "losses": losses,
+        "folder": folder,
+        "allocation": load_allocation(folder / "allocation"),
+    }
 
 
 def trained(folder):
@@ -90,6 +103,17 @@ def test_rates_keep_their_meaning_and_are_said_once(run):
     ]
     assert "hybrid_lora: exported weights: bfloat16" in run["text"]
     assert "hybrid_lora: frozen weights in bfloat16" in run["text"]
+
+
+def test_the_best_checkpoint_outlives_the_limit(run):
+    pointer = json.loads((run["folder"] / "best_checkpoint.json").read_text())
+    assert len(run["losses"]) == STEPS and pointer["validations"] == [[i, v] for i, v in enumerate(run["losses"], 1)]
+    # The first step is validated and not saved.
+    assert run["losses"][0] > run["losses"][1] > run["losses"][2]
+    assert (pointer["step"], pointer["metric"], pointer["larger_is_better"]) == (SAVED, "val/loss", True)
+    assert f"hybrid_lora: best checkpoint: global_step_{SAVED}, val/loss" in run["text"]
+    left = {path.name for path in run["folder"].glob("global_step_*")}
+    assert left == {f"global_step_{SAVED}", f"global_step_{STEPS}"}
 
 
 def test_both_groups_move_at_their_own_rates(run, trainer):
@@ -129,7 +153,15 @@ def test_export_takes_the_trainers_checkpoint(run, trainer, capsys):
     out = {dtype: trainer.folder / f"exported-{dtype}" for dtype in ("auto", "float32")}
     for dtype, folder in out.items():
         assert export_command([f"checkpoint={checkpoint}", f"output_dir={folder}", f"dtype={dtype}"]) == 0
-    assert "weights in bfloat16, rounded by the run's thresholds" in capsys.readouterr().out
+    said = capsys.readouterr().out
+    assert "weights in bfloat16, rounded by the run's thresholds" in said
+    assert f"tokenizer and chat template: the run's, from {checkpoint / 'huggingface'}" in said
+    assert "| trainer | sft |" in (out["auto"] / "README.md").read_text()
+    delta, again = trainer.folder / "delta", trainer.folder / "again"
+    assert export_command([f"checkpoint={checkpoint}", f"output_dir={delta}", "format=delta"]) == 0
+    assert export_command([f"delta={delta}", f"output_dir={again}"]) == 0
+    capsys.readouterr()
+    assert (again / "model.safetensors").read_bytes() == (out["auto"] / "model.safetensors").read_bytes()
     auto, whole = (AutoModelForCausalLM.from_pretrained(folder, dtype="auto") for folder in out.values())
     assert auto.dtype == torch.bfloat16 and whole.dtype == torch.float32
     moved, base = trained(checkpoint), load_file(trainer.model / "model.safetensors")

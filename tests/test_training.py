@@ -14,15 +14,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from hybrid_lora_plugin import apply_allocation, load_allocation
-from hybrid_lora_plugin.base_identity import weight_digests
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.sync.base_weights import stored_dtypes
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
-from hybrid_lora_plugin.training.checkpoint import CheckpointDescription, load_trained, other_rounding, save_trained
-from hybrid_lora_plugin.training.export import export_checkpoint, weightless_model
+from hybrid_lora_plugin.training.base_model import weightless_model
+from hybrid_lora_plugin.training.checkpoint import load_trained, other_rounding, save_trained
+from hybrid_lora_plugin.training.export import export_checkpoint
 from hybrid_lora_plugin.training.lora_linear import SharedInput
 from hybrid_lora_plugin.training.memory import least_bytes, rank_bytes
 from hybrid_lora_plugin.training.merge import merge_weight
@@ -30,11 +30,11 @@ from hybrid_lora_plugin.training.model_folder import ModelFolder, file_order
 from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot, adapters_off
 from hybrid_lora_plugin.training.rounding import Rounding
+from hybrid_lora_plugin.training.tensor_file import UNFINISHED
 from tests.support.allocations import make_allocation
+from tests.support.checkpoints import IDS, save_checkpoint, train_a_little, trainables_of
 from tests.support.folders import assert_same_files
 from tests.support.tiny_models import make_tiny_qwen2
-
-IDS = torch.tensor([[5, 6, 7, 8, 9]])
 
 
 @pytest.fixture
@@ -46,31 +46,6 @@ def allocation(tiny_qwen2, tmp_path):
 def hybrid(tiny_qwen2, allocation):
     torch.manual_seed(0)
     return apply_allocation(AutoModelForCausalLM.from_pretrained(tiny_qwen2), allocation, rank=4, alpha=8)
-
-
-def train_a_little(model, steps=3, lr=1e-2):
-    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=lr)
-    for _ in range(steps):
-        optimizer.zero_grad()
-        model(input_ids=IDS, labels=IDS).loss.backward()
-        optimizer.step()
-
-
-def trainables_of(model):
-    groups = trainable_groups(model)
-    return {
-        plain_name(name).replace(".default.", "."): parameter.detach().clone()
-        for group in groups.values()
-        for name, parameter in group
-    }
-
-
-def save_checkpoint(model, base, allocation_folder, folder, **changes):
-    description = CheckpointDescription(
-        **({"base_model": str(base), "rank": 4, "alpha": 8, "global_step": 3} | changes)
-    )
-    text = (allocation_folder / "allocation.json").read_text()
-    return save_trained(folder, trainables_of(model), description, text, weight_digests(base))
 
 
 def test_exactly_the_allocated_modules_train_each_in_its_own_way(hybrid, allocation):
@@ -437,14 +412,15 @@ def test_a_folder_written_one_weight_at_a_time_is_transformers_own(tiny_qwen2, t
     assert {tensor.device.type for tensor in weightless.state_dict().values()} == {"meta"}
     (tmp_path / "one").mkdir()
     folder = ModelFolder(tmp_path / "one", weightless, weights, largest_file)
-    held = []
+    begun = []
     for name in file_order(weights):
         folder.add(name, weights[name])
-        held.append(sum(map(len, folder._held.values())))
+        begun.append(len(list((tmp_path / "one").glob(f"*{UNFINISHED}"))))
     folder.finish()
     assert_same_files(tmp_path / "one", tmp_path / "whole")
     files = len(list((tmp_path / "whole").glob("*.safetensors")))
-    assert (files == 1) == (largest_file == "5GB") and max(held) < len(weights) and held[-1] == 0
+    # One file after the other, each under another name until it is complete.
+    assert (files == 1) == (largest_file == "5GB") and max(begun) <= 1 and begun[-1] == 0
 
 
 def test_a_folder_without_all_weights_is_not_finished(tiny_qwen2, tmp_path):

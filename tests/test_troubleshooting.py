@@ -33,9 +33,12 @@ PAGE = (ROOT / TROUBLESHOOTING).read_text(encoding="utf-8")
 ENTRIES = re.findall(r"^### ([^\n]+)\n(.*?)(?=^##|\Z)", PAGE, re.M | re.S)
 #: files whose refusals stop a resume or a preflight, each of them with a reference
 REFUSING = (
+    "training/best_checkpoint.py",
     "training/checkpoint.py",
     "probing/resume.py",
     "verl_backend/engine.py",
+    "verl_backend/engine_checkpoints.py",
+    "verl_backend/checkpoint_writing.py",
     "verl_backend/preflight.py",
     "verl_backend/model_check.py",
     "model_families.py",

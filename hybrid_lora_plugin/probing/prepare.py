@@ -8,8 +8,6 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_lora_plugin.config import ModelConfig, ProbeCommandConfig
-from hybrid_lora_plugin.config_validation import validate
-from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.probing.data.batches import ProbeData
 from hybrid_lora_plugin.probing.loading import check_model_files, load_model_config, load_tokenizer
 from hybrid_lora_plugin.probing.progress import Progress
@@ -37,11 +35,8 @@ def dry_run(config: ProbeCommandConfig, progress: Progress) -> str:
     """What a probe with these rows would train, as a text for people: one row, then the counts.
 
     Raises:
-        ConfigurationError: a setting, the tokenizer or the rows cannot be used.
+        ConfigurationError: the tokenizer, the model's configuration or the rows cannot be used.
     """
-    validate(config)
-    if not config.model.path:
-        raise ProbeError("model.path: nothing given; give it, e.g. model.path=Qwen/Qwen2.5-1.5B-Instruct")
     check_model_files(config.model)
     data, tokenizer = prepare_data(config, progress), load_tokenizer(config.model)
     example = data.first_held_out

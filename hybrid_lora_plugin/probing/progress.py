@@ -36,7 +36,7 @@ class LineProgress(Progress):
     def __init__(self, stream: TextIO | None = None, interval: float = 5.0) -> None:
         self._stream = stream or sys.stderr
         self._interval = interval
-        self._said = time.monotonic()
+        self._said: float | None = None  # when rows were last reported, or first could have been
 
     def note(self, text: str) -> None:
         print(text, file=self._stream, flush=True)
@@ -49,8 +49,10 @@ class LineProgress(Progress):
 
     def _sometimes(self, text: Callable[[], str]) -> None:
         """Say what takes longer than the interval, and that only once in it: a mistake is one line."""
-        if time.monotonic() - self._said >= self._interval:
-            self._said = time.monotonic()
+        now = time.monotonic()
+        self._said = now if self._said is None else self._said
+        if now - self._said >= self._interval:
+            self._said = now
             self.note(text())
 
     def stage(self, name: str, total: int, done: int) -> None:

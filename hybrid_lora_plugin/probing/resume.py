@@ -10,6 +10,7 @@ Each file is written beside its place and renamed, so an interruption at any mom
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE
 from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.files import complete_file
 
@@ -121,6 +123,13 @@ class PartialState:
     def delete(self) -> None:
         """Remove the folder."""
         shutil.rmtree(self.folder)
+
+
+def remove_finished(output_dir: str | Path) -> None:
+    """Remove the state of a probe that was killed when its artifact was there already, and so is over."""
+    # A name that no disk takes is refused by whoever writes there.
+    if os.path.exists(Path(output_dir) / ALLOCATION_FILE):
+        shutil.rmtree(partial_folder(output_dir), ignore_errors=True)
 
 
 def partial_folder(output_dir: str | Path) -> Path:

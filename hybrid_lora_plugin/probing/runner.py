@@ -46,7 +46,7 @@ from hybrid_lora_plugin.probing.methods.svd_lora import SvdLoraMethod
 from hybrid_lora_plugin.probing.prepare import prepare_data
 from hybrid_lora_plugin.probing.progress import Progress
 from hybrid_lora_plugin.probing.provenance import environment, model_identity, probe_record, probe_settings
-from hybrid_lora_plugin.probing.resume import PartialState
+from hybrid_lora_plugin.probing.resume import PartialState, remove_finished
 from hybrid_lora_plugin.report.artifact import save_allocation
 from hybrid_lora_plugin.scoring import get_criterion
 
@@ -106,6 +106,7 @@ def _check(config: ProbeCommandConfig, output_dir: Path, processes: int) -> None
                 f"hybrid_lora.probe.objective={config.probe.objective} there, or probe.objective=sft here"
             )
         METHODS[method].check_ranks(processes)
+    remove_finished(output_dir)
     refuse_existing(output_dir)
     check_model_files(config.model)
     # Whatever reads the folder reads this first, and would tell of it in words of its own.

@@ -5,6 +5,8 @@
 ``merge``         the one formula that turns base and factors into a plain weight
 ``reference``     the original values of the fully tuned weights, swapped in for the reference policy
 ``checkpoint``    what training changed, as safetensors
-``export``        a plain Hugging Face folder from the base checkpoint and that
+``export``        a merged model, a PEFT adapter or a delta from that and the base checkpoint, one weight at a time:
+                  ``trained`` and ``base_model`` read them, ``model_folder``, ``adapter_folder``, ``delta`` and
+                  ``model_card`` write
 ``precision``  ``memory``  ``dtensor``    dtypes, bytes of a rank, shards
 """

@@ -7,7 +7,7 @@ of every tensor, another one at each sync: what is left out costs nothing, and m
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 
@@ -24,14 +24,17 @@ class TrainedPiece:
     """What this rank holds of a full module's weight or bias.
 
     Attributes:
-        exact: its trained values, float32; FSDP1 has them flat and cut anywhere, FSDP2 as whole rows in a DTensor.
+        held: what has its trained values, float32: whole rows, in a DTensor under FSDP2, or flat under FSDP1. Read as
+            late as possible, as FSDP1 moves the values of a parameter.
         original: the same elements as they were before training.
         first: which element of the whole tensor, counted row by row, is the first of them.
+        part: which elements of ``held`` they are.
     """
 
-    exact: torch.Tensor
+    held: torch.Tensor
     original: torch.Tensor
     first: int
+    part: slice = field(default_factory=lambda: slice(None))
 
     @classmethod
     def of(cls, tensor: torch.Tensor, original: torch.Tensor) -> TrainedPiece:
@@ -84,7 +87,7 @@ class Arrival:
             piece: of it, on this rank; without elements it counts nothing.
             rounded: [d_out, …] all of it, as the rollout engine gets it.
         """
-        exact = local_tensor(piece.exact).detach().reshape(-1)
+        exact = local_tensor(piece.held).detach().reshape(-1)[piece.part]
         if not exact.numel():
             return
         block = slice(0, exact.numel()) if self._sampled is None else self._block(exact.numel(), self._sampled)

@@ -55,6 +55,9 @@ class CheckpointDescription:
     #: type in which the run held the base model's weights, which loses nothing of the checkpoint's; None where the
     #: checkpoint does not say
     base_dtype: str | None = None
+    #: what a model card says of the training: ``run``, its kind, and the rates ``full_lr`` and ``lora_lr``; None where
+    #: the checkpoint does not say
+    recipe: dict | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property
@@ -128,6 +131,8 @@ def load_description(folder: Path) -> CheckpointDescription:
         if version not in _NOT_SAID:
             raise ValueError(f"schema_version is {version!r}, wanted {SCHEMA_VERSION}")
         raw |= _NOT_SAID[version]
+        # Nothing but a card depends on the recipe, so it is no reason for another version.
+        raw.setdefault("recipe", None)
         names = [f.name for f in fields(CheckpointDescription) if f.name != "schema_version"]
         return _checked(CheckpointDescription(**{name: raw[name] for name in names}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
@@ -161,6 +166,30 @@ def require_same_setting(folder: Path, allocation: Allocation, rank: int, alpha:
             f"with hybrid_lora.lora.rank={description.rank} hybrid_lora.lora.alpha={description.alpha}",
             see="checkpoint-of-another-setting",
         )
+
+
+def require_same_rounding(folder: Path, rollout_dtype: str, rounding: Rounding) -> None:
+    """Refuse to resume where rollouts in 16 bits, and a model exported in them, would be rounded otherwise.
+
+    Args:
+        folder: the checkpoint's ``hybrid_lora`` folder.
+        rollout_dtype, rounding: of the run that resumes.
+
+    Raises:
+        ConfigurationError: mode or seed are others than in the run that saved the checkpoint, or the description is
+            missing or not understood.
+    """
+    before = load_description(folder)
+    seeds = before.rounding_mode == rounding.mode == "stochastic"
+    same = before.rounding_mode == rounding.mode and (not seeds or before.rounding_seed == rounding.seed)
+    if same or rollout_dtype == "float32":
+        return
+    raise ConfigurationError(
+        f"hybrid_lora.sync_rounding: {rounding.mode} with sync_seed {rounding.seed} rounds {rollout_dtype} weights "
+        f"otherwise than the run that saved the checkpoint {str(folder)!r}; resume with "
+        f"hybrid_lora.sync_rounding={before.rounding_mode} hybrid_lora.sync_seed={before.rounding_seed}",
+        see="checkpoint-of-another-setting",
+    )
 
 
 def other_rounding(folder: Path, rollout_dtype: str, rounding: Rounding) -> str | None:
@@ -201,6 +230,16 @@ def other_rounding(folder: Path, rollout_dtype: str, rounding: Rounding) -> str 
     )
 
 
+def _find(folder: Path) -> Path | None:
+    tried = [folder, folder / FOLDER, folder / "actor" / FOLDER]
+    return next((path for path in tried if (path / TENSORS).is_file()), None)
+
+
+def has_trained(folder: str | os.PathLike) -> bool:
+    """Whether ``load_trained`` finds something there: the last thing that is written of an actor's checkpoint."""
+    return _find(Path(folder)) is not None
+
+
 def load_trained(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], CheckpointDescription, Path]:
     """Read what ``save_trained`` wrote.
 
@@ -214,8 +253,7 @@ def load_trained(folder: str | os.PathLike) -> tuple[dict[str, torch.Tensor], Ch
         ConfigurationError: nothing there, or not readable.
     """
     folder = Path(folder)
-    tried = [folder, folder / FOLDER, folder / "actor" / FOLDER]
-    found = next((path for path in tried if (path / TENSORS).is_file()), None)
+    found = _find(folder)
     if found is None:
         raise ConfigurationError(
             f"checkpoint: {str(folder)!r} holds no {FOLDER}/{TENSORS}; give a global_step_N folder that a run with "

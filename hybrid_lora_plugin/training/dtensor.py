@@ -36,22 +36,6 @@ def first_element(tensor: torch.Tensor) -> int:
     return 0
 
 
-def first_elements(pieces: Iterable[torch.Tensor], group: torch.distributed.ProcessGroup | None) -> list[int]:
-    """Which element of its whole tensor each of this rank's pieces begins with, under FSDP1; a collective.
-
-    Args:
-        pieces: of the same parameters on every rank. FSDP1 lays a unit's parameters one behind the other, row by row,
-            and cuts them into as many parts as there are ranks, in their order.
-        group: the ranks that share one copy; None where this one has it alone.
-    """
-    counts = [piece.numel() for piece in pieces]
-    if group is None:
-        return [0] * len(counts)
-    of_ranks: list = [None] * group.size()
-    torch.distributed.all_gather_object(of_ranks, counts, group=group)
-    return [sum(held[: group.rank()]) for held in zip(*of_ranks, strict=True)]
-
-
 def with_local(tensor: torch.Tensor, part: torch.Tensor) -> torch.Tensor:
     """``part`` as this rank's part of a tensor sharded as ``tensor`` is; itself where that is not sharded."""
     if not isinstance(tensor, DTensor):

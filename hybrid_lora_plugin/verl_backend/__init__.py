@@ -2,7 +2,7 @@
 
 ``registration``  puts the parts below into verl's registries; verl imports it in every process
 ``preflight``     checks a composed configuration on the driver, before Ray starts
-``engine``        the FSDP2 engine that trains under an allocation
+``engine``        the FSDP2 engine that trains under an allocation; ``engine_checkpoints`` what it saves and resumes
 ``sender``        the sending end of a weight sync
 ``transport``     what lies between the two ends
 ``receiver``      the receiving end, inside vLLM's server and workers
@@ -12,7 +12,7 @@
 ``cpu``           verl's platform for machines without an accelerator
 ``contracts``     what is relied on in verl, vLLM, PEFT and torch, symbol by symbol
 ``doctor``        which features work with what is installed, for a command and for the preflight
-``patches``       the only patches of verl, torch and vLLM, all but four of them for the CPU platform
+``patches``       the only patches of verl, torch and vLLM, all but five of them for the CPU platform
 
 A new loss, advantage or engine is one file here and one line in ``registration``.
 """

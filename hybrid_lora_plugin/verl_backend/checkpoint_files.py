@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import socket
 import tempfile
+import zipfile
 from pathlib import Path
 
 from hybrid_lora_plugin.errors import ConfigurationError
@@ -45,7 +46,7 @@ def require_shards(folder: str, kinds: list[str], rank: int, ranks: int) -> None
         rank, ranks: of the trainer.
 
     Raises:
-        ConfigurationError: naming the first file that is missing, and this machine.
+        ConfigurationError: naming the first file that is missing or cut, and this machine.
     """
     for kind in kinds:
         file = Path(folder) / f"{kind}_world_size_{ranks}_rank_{rank}.pt"
@@ -56,3 +57,14 @@ def require_shards(folder: str, kinds: list[str], rank: int, ranks: int) -> None
                 f"files to every node",
                 see="checkpoint-place-not-usable",
             )
+        if not is_archive(file):
+            raise ConfigurationError(
+                f"checkpoint: {str(file)!r} cannot be read on {socket.gethostname()} (it is cut, {file.stat().st_size} "
+                f"bytes are left); copy it again, or resume from another step",
+                see="checkpoint-cannot-be-read",
+            )
+
+
+def is_archive(file: Path) -> bool:
+    """Whether a file of ``torch.save`` has its end, where its index stands; nothing of it is unpickled."""
+    return zipfile.is_zipfile(file)

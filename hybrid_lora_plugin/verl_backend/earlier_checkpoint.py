@@ -17,11 +17,22 @@ from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE, load_allocation
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError, explained, with_reference
-from hybrid_lora_plugin.training.checkpoint import FOLDER, require_same_setting
-from hybrid_lora_plugin.verl_backend.run_kinds import ACTOR, MODEL, REINFORCEMENT_LEARNING, RunKind, kind_of_run, tell
+from hybrid_lora_plugin.files import bring_back, complete_file
+from hybrid_lora_plugin.training.checkpoint import FOLDER, has_trained, require_same_rounding, require_same_setting
+from hybrid_lora_plugin.training.rounding import Rounding
+from hybrid_lora_plugin.verl_backend.checkpoint_files import is_archive
+from hybrid_lora_plugin.verl_backend.checkpoint_retention import TRACKER
+from hybrid_lora_plugin.verl_backend.run_kinds import (
+    ACTOR,
+    MODEL,
+    REINFORCEMENT_LEARNING,
+    ROLLOUT,
+    RunKind,
+    kind_of_run,
+    tell,
+)
+from hybrid_lora_plugin.verl_backend.trainable_state import is_trainable
 
-#: verl's file beside the checkpoints that names the step of the last one
-TRACKER = "latest_checkpointed_iteration.txt"
 LOAD_CONTENTS = ACTOR + "checkpoint.load_contents"
 START_AFRESH = "to start afresh give trainer.default_local_dir=NEW, or trainer.resume_mode=disable"
 _SHARD = re.compile(r".+_world_size_(\d+)_rank_(\d+)\.pt")
@@ -65,6 +76,80 @@ def checkpoint_to_resume(config: DictConfig) -> Path | None:
     return folder if folder.exists() else None
 
 
+def settle_tracker(config: DictConfig, probing: bool = False) -> str | None:
+    """Let verl find the last checkpoint that is whole, where an interruption or a hand left its tracker astray.
+
+    verl writes the tracker in place, so that a process killed there leaves it empty, and starts afresh, over the other
+    checkpoints, where the step that it names is gone.
+
+    Args:
+        config: the composed configuration.
+        probing: whether the run is the probe on rollouts, whose checkpoints hold no trained weights.
+
+    Returns:
+        A line for the user where the tracker names another step now.
+    """
+    mode = OmegaConf.select(config, "trainer.resume_mode", default="auto")
+    checkpoints = _checkpoints(config)
+    named = _last_step(checkpoints)
+    if mode != "auto" or named is None or not (named.isdecimal() or not named):
+        return None
+    if named:
+        folder = checkpoints / f"global_step_{int(named)}"
+        bring_back(folder)
+        bring_back(folder / "actor")
+        if folder.is_dir() and (_is_whole(folder, probing) or not _is_ours(folder)):
+            return None
+    whole = [folder for folder in checkpoints.glob("global_step_*") if _step_of(folder) and _is_whole(folder, probing)]
+    last = max(whole, key=_step_of, default=None)
+    tracker = checkpoints / TRACKER
+    if last is None:
+        if named:
+            return None
+        tracker.unlink()
+        return f"WARNING: {tracker} was left empty and there is no checkpoint beside it: the run starts afresh"
+    with complete_file(tracker) as unfinished:
+        unfinished.write_text(str(_step_of(last)))
+    astray = f"named step {named}, which is not whole there" if named else "was left empty"
+    return f"WARNING: {tracker} {astray}; going on from {last.name}, the last checkpoint that is"
+
+
+def _step_of(folder: Path) -> int | None:
+    step = folder.name.rpartition("_")[2]
+    return int(step) if step.isdecimal() else None
+
+
+def _is_ours(folder: Path) -> bool:
+    """Whether a run under Hybrid-LoRA began a ``global_step_N`` folder, as far as this machine sees it."""
+    actor = actor_folder(folder)
+    return has_trained(folder) or not actor.is_dir() or not any(_SHARD.fullmatch(file.name) for file in actor.iterdir())
+
+
+def _is_whole(folder: Path, probing: bool) -> bool:
+    """Whether all of a ``global_step_N`` folder is there, as far as this machine sees it.
+
+    The actor's part has its name when it is complete. What the trainer saves behind it is torch's archive, whose index
+    stands at its end.
+    """
+    actor = (folder / "actor").is_dir() if probing else has_trained(folder)
+    return actor and all(is_archive(file) for file in folder.glob("data*.pt"))
+
+
+def require_whole(folder: Path) -> None:
+    """Refuse a ``global_step_N`` folder whose save did not come to its end.
+
+    Raises:
+        ConfigurationError: naming the file that is cut.
+    """
+    for file in sorted(folder.glob("data*.pt")):
+        if not is_archive(file):
+            raise ConfigurationError(
+                f"checkpoint: {str(file)!r} cannot be read (it is cut), so the save of this step did not come to its "
+                f"end; resume from another step, or {START_AFRESH}",
+                see="checkpoint-cannot-be-read",
+            )
+
+
 def check_earlier_checkpoint(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     """Refuse to resume what this run cannot go on from, as far as this machine sees it; the workers look again.
 
@@ -80,6 +165,7 @@ def check_earlier_checkpoint(config: DictConfig, hybrid: HybridLoraConfig) -> No
     if folder is None:
         _warn_of_mixing(config)
         return
+    require_whole(folder)
     actor = actor_folder(folder)
     require_hybrid(actor)
     if not _holds_first_ranks_part(actor):
@@ -92,12 +178,15 @@ def check_earlier_checkpoint(config: DictConfig, hybrid: HybridLoraConfig) -> No
     if allocation is not None:
         rank, alpha = (kind.select(config, f"{MODEL}lora_{name}") for name in ("rank", "alpha"))
         require_same_setting(actor / FOLDER, allocation, rank, alpha)
+    dtype = kind.select(config, ROLLOUT + "dtype")
+    if (actor / FOLDER).is_dir() and dtype in ("bfloat16", "float16"):
+        require_same_rounding(actor / FOLDER, dtype, Rounding(hybrid.sync_rounding, hybrid.sync_seed))
 
 
 def actor_folder(folder: Path) -> Path:
     """Where the trained model of a ``global_step_N`` folder is: in there for verl's trainer on labelled rows, which
     trains nothing else."""
-    own = folder.is_dir() and any(_SHARD.fullmatch(file.name) for file in folder.iterdir())
+    own = folder.is_dir() and any(_SHARD.fullmatch(file.name) or file.name == FOLDER for file in folder.iterdir())
     return folder if own else folder / "actor"
 
 
@@ -149,6 +238,8 @@ def _require_same_ranks(actor: Path, config: DictConfig, kind: RunKind) -> None:
     if kind.samples:
         nodes, devices = (OmegaConf.select(config, f"trainer.{name}") for name in ("nnodes", "n_gpus_per_node"))
         said = f"trainer.n_gpus_per_node: {devices} on trainer.nnodes={nodes} makes {ranks} ranks"
+    if kind.samples and is_trainable(actor / FOLDER):
+        return  # whole tensors, which any number of ranks shares out
     saved = {int(found[1]) for file in actor.iterdir() if (found := _SHARD.fullmatch(file.name))}
     if saved and ranks not in saved:
         raise ConfigurationError(

@@ -23,9 +23,8 @@ from hybrid_lora_plugin.allocation.storage import allocation_file, load_allocati
 from hybrid_lora_plugin.base_checkpoint import check_model_folder
 from hybrid_lora_plugin.base_identity import weight_digests
 from hybrid_lora_plugin.config import HybridLoraConfig
-from hybrid_lora_plugin.errors import ConfigurationError, explained
+from hybrid_lora_plugin.errors import explained
 from hybrid_lora_plugin.model_families import refuse_config
-from hybrid_lora_plugin.names import plain_name, wire_name
 from hybrid_lora_plugin.probing.distributed import Ranks
 from hybrid_lora_plugin.sync.base_weights import base_digests, stored_dtypes
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights, plain_state
@@ -33,39 +32,31 @@ from hybrid_lora_plugin.sync.mode_base import SyncMode
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, trainable_groups
-from hybrid_lora_plugin.training.arrival import TrainedPiece
-from hybrid_lora_plugin.training.checkpoint import (
-    FOLDER,
-    CheckpointDescription,
-    other_rounding,
-    require_same_setting,
-    save_trained,
-)
-from hybrid_lora_plugin.training.dtensor import first_elements, local_tensor, sum_of_squares, whole
+from hybrid_lora_plugin.training.dtensor import local_tensor, sum_of_squares
+from hybrid_lora_plugin.training.flat_pieces import flat_pieces
 from hybrid_lora_plugin.training.memory import TrainingBytes, rank_bytes
 from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot, adapters_off
-from hybrid_lora_plugin.training.rounding import Rounding
-from hybrid_lora_plugin.verl_backend import hugging_face_output, requirements
-from hybrid_lora_plugin.verl_backend.checkpoint_files import require_shards, require_writable
-from hybrid_lora_plugin.verl_backend.earlier_checkpoint import require_hybrid, require_weights
+from hybrid_lora_plugin.verl_backend import requirements
+from hybrid_lora_plugin.verl_backend.checkpoint_files import require_writable
+from hybrid_lora_plugin.verl_backend.checkpoint_retention import Retention
+from hybrid_lora_plugin.verl_backend.engine_checkpoints import Checkpoints
 from hybrid_lora_plugin.verl_backend.patches import only_parameters_cast
 from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
-from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, kind_of_model
+from hybrid_lora_plugin.verl_backend.run_kinds import kind_of_model
 from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import TrainerLogProbs
-from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource, rollout_dtype
+from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource
 from hybrid_lora_plugin.weight_loading import check_weights
 
 
-class HybridLoraEngine(FSDPEngineWithLMHead):
+class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
     """Full fine-tuning for the modules the allocation names, LoRA for the other candidates, the rest frozen."""
 
     hybrid: HybridLoraConfig
     _weight_source: WeightSource | None = None
     _log_probs: TrainerLogProbs | None = None
-    #: under FSDP1, where this rank's piece of each full module's parameter begins
-    _first_elements: dict[str, int] | None = None
     _base_snapshot: BaseSnapshot | None = None
+    _retention: Retention
     #: on rank 0 what tells the base model's weights from others, once the model is built
     _base_weights: dict[str, str] | None = None
 
@@ -94,7 +85,6 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
             # Before the actor is built: the probe has the memory to itself.
             self.allocation, self._allocation_json = probed_allocation(self.hybrid, self.model_config)
         super().initialize()
-        self._saves_hf_model = hugging_face_output.take_over(self.checkpoint_manager)
         if self.rank == 0 and self._base_snapshot is not None:
             print(f"hybrid_lora: {self.training_bytes()}")
 
@@ -254,6 +244,7 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
 
         With shards every tensor is a collective: every rank must draw the whole stream.
         """
+        self._retention.settle()
         mode, device = sync_mode(self.hybrid.sync), get_device_id()
         if self._weight_source is None:
             self._weight_source = WeightSource(self.hybrid, self.model_config, device)
@@ -283,20 +274,11 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
         if fsdp_version(self.module) != 1:
             return replace(plan, originals=self._base_snapshot.values)
         if plan.arrival is not None:
-            plan = replace(plan, pieces=self._pieces())
+            plan = replace(plan, pieces=flat_pieces(self.module, self._base_snapshot.values))
         if plan.rounding.is_stochastic(plan.dtype):
             # FSDP1 keeps pieces of a parameter that begin and end within a row.
             return replace(plan, state_of=lambda model: self._state_on_grid(model, plan.dtype))
         return plan
-
-    def _pieces(self) -> dict[str, TrainedPiece]:
-        """What this rank holds of the full modules under FSDP1, by name in ``state_dict()``."""
-        full = dict(trainable_groups(self.module)["full"])
-        if self._first_elements is None:
-            firsts = first_elements(full.values(), self._shard_group())
-            self._first_elements = dict(zip(full, firsts, strict=True))
-        originals = self._base_snapshot.values
-        return {name: TrainedPiece(held, originals[name], self._first_elements[name]) for name, held in full.items()}
 
     def _state_on_grid(self, model: torch.nn.Module, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         """FSDP1's ``state_dict()``, a copy, with full modules as ``rounding.on_grid`` has them."""
@@ -336,100 +318,3 @@ class HybridLoraEngine(FSDPEngineWithLMHead):
     def _while_resident(self, tensors):
         with self._resident():
             yield from tensors
-
-    # -- checkpoints ------------------------------------------------------------------------------------------
-
-    def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None, **kwargs):
-        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
-        tensors = {}
-        for name, tensor in self._while_resident(self._trained_state()):
-            gathered = whole(tensor, get_device_id())
-            if self.rank == 0:
-                tensors[wire_name(name)] = gathered.float().cpu().contiguous()
-        description = CheckpointDescription(
-            base_model=str(self.model_config.path),
-            rank=self.model_config.lora_rank,
-            alpha=self.model_config.lora_alpha,
-            global_step=int(global_step or 0),
-            rollout_dtype=str(rollout_dtype(self.model_config)).removeprefix("torch."),
-            rounding_mode=self.hybrid.sync_rounding,
-            rounding_seed=self.hybrid.sync_seed,
-            base_dtype=self._base_dtype,
-        )
-        # A disk that is full ends every rank, instead of leaving the others to wait for the first.
-        self._ranks.from_first(lambda: self._save_trained(local_path, tensors, description))
-        self._ranks.from_first(lambda: hugging_face_output.end_mergers(Path(local_path)))
-        if self._saves_hf_model:
-            self._save_merged(Path(local_path), description)
-        if self._weight_source is not None:
-            # The sync that verl makes next is of these very weights.
-            self._weight_source.read_all_back()
-
-    def _save_trained(self, folder: str, tensors: dict[str, torch.Tensor], description: CheckpointDescription) -> None:
-        save_trained(folder, tensors, description, self._allocation_json, self._base_weights)
-
-    def _save_merged(self, folder: Path, description: CheckpointDescription) -> None:
-        dtype = rollout_dtype(self.model_config)
-        plan = self._from_originals(SyncPlan(description.scaling, dtype, get_device_id(), description.rounding))
-        with self._resident():
-            hugging_face_output.save_merged(self.module, plan, folder, self._ranks, self.model_config, self._base_dtype)
-
-    def _trained_state(self):
-        state = self.module.state_dict()
-        # A KeyError rather than a checkpoint that lacks one.
-        for name in sorted(parts_of(self.module).trained):
-            yield name, state[name]
-
-    def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=True, **kwargs):
-        if local_path is not None:
-            self._ranks.from_first(lambda: self._compare_setting(Path(local_path) / FOLDER))
-            self._ranks.on_each(lambda: self._require_shards(local_path))
-        base = self._frozen_sums()
-        super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
-        # On each rank: a difference may lie in one rank's shard alone.
-        self._ranks.on_each(lambda: self._require_same_base(base, local_path))
-
-    def _compare_setting(self, kept: Path) -> None:
-        """Refuse a checkpoint of another model, and say on rank 0 where rollouts will be rounded otherwise."""
-        if not kept.is_dir():
-            # Another node's disk may be the one that has it, and then that of the shards too.
-            require_hybrid(kept.parent)
-            return
-        require_same_setting(kept, self.allocation, self.model_config.lora_rank, self.model_config.lora_alpha)
-        rounding = Rounding(self.hybrid.sync_rounding, self.hybrid.sync_seed)
-        difference = other_rounding(kept, str(rollout_dtype(self.model_config)).removeprefix("torch."), rounding)
-        if difference:
-            difference = self._kind.text(difference)
-            print(f"hybrid_lora: WARNING: {difference} [docs/weight-sync.md#rollouts-in-16-bits]", flush=True)
-
-    def _require_shards(self, folder: str) -> None:
-        manager = self.checkpoint_manager
-        require_weights(manager.checkpoint_load_contents, Path(folder), self._kind)
-        loaded = {
-            "model": manager.should_load_model,
-            "optim": manager.should_load_optimizer,
-            "extra_state": manager.should_load_extra,
-        }
-        ranks = torch.distributed.get_world_size()
-        require_shards(folder, [kind for kind, wanted in loaded.items() if wanted], self.rank, ranks)
-
-    def _require_same_base(self, base: dict[str, tuple[float, float]], local_path: str) -> None:
-        # The checkpoint holds frozen weights too. If they are not those of model.path, the reference snapshot, which
-        # was taken from there, belongs to another base model.
-        changed = [name for name, sums in self._frozen_sums().items() if sums != base[name]]
-        if changed:
-            raise ConfigurationError(
-                f"{self._kind.place(MODEL + 'path')}: {self.model_config.path!r} is not the base model of the "
-                f"checkpoint in {str(local_path)!r}, first difference {plain_name(changed[0])!r}; give the model the "
-                "run started from",
-                see="checkpoint-of-another-base-model",
-            )
-
-    def _frozen_sums(self) -> dict[str, tuple[float, float]]:
-        """Sum and absolute sum of this rank's shard of each frozen weight: enough to tell one base from another."""
-        # verl offloads without waiting for the copies to end.
-        get_torch_device().synchronize()
-        shards = {n: local_tensor(p).detach() for n, p in self.module.named_parameters() if not p.requires_grad}
-        return {
-            n: (s.sum(dtype=torch.float64).item(), s.abs().sum(dtype=torch.float64).item()) for n, s in shards.items()
-        }

@@ -75,6 +75,7 @@ def register() -> None:
     # As verl's own for a model without Hybrid-LoRA.
     rollout_base._ROLLOUT_REGISTRY[("vllm", "async")] = f"{ADAPTER_MODULE}.HybridLoraServerAdapter"
     patches.log_sync_metrics()
+    patches.record_validations()
     patches.refuse_plain_servers()
 
 

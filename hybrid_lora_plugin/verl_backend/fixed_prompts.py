@@ -51,9 +51,8 @@ def fixed_prompts(tokenizer, own: Sequence[str] = ()) -> list[list[int]]:
         ConfigurationError: the tokenizer makes nothing of any of them.
     """
     texts, length = (own, OWN_LENGTH) if own else (TEXTS, LENGTH)
-    encoded = [
-        tokenizer(text, add_special_tokens=False, truncation=True, max_length=length)["input_ids"] for text in texts
-    ]
+    # Cut here: asked to, the tokenizer would write that length into the checkpoint's tokenizer.json.
+    encoded = [tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"][:length] for text in texts]
     prompts = [tokens for tokens in encoded if len(tokens) > 1]
     if not prompts:
         raise ConfigurationError(

@@ -22,8 +22,9 @@ from hybrid_lora_plugin.names import is_wrapped
 from hybrid_lora_plugin.probing.distributed import Ranks
 from hybrid_lora_plugin.sync.hybrid_weights import factors_of, plain_state, unmerged
 from hybrid_lora_plugin.sync.plan import SyncPlan
+from hybrid_lora_plugin.training.base_model import weightless_model
 from hybrid_lora_plugin.training.dtensor import whole
-from hybrid_lora_plugin.training.export import save_tokenizer, weightless_model
+from hybrid_lora_plugin.training.export import load_tokenizer
 from hybrid_lora_plugin.training.merge import merge_weight
 from hybrid_lora_plugin.training.model_folder import ModelFolder, file_order
 
@@ -45,11 +46,11 @@ def take_over(manager) -> bool:
 def save_merged(
     model: torch.nn.Module, plan: SyncPlan, checkpoint: Path, ranks: Ranks, model_config, base_dtype: str
 ) -> None:
-    """Write what ``hybrid-lora-export`` writes from a checkpoint, byte for byte, into its ``huggingface``.
+    """Write the model that ``hybrid-lora-export`` writes from a checkpoint, byte for byte, into its ``huggingface``.
 
-    A chat template that the run was given comes with it.
+    Tokenizer and chat template are the run's; it has no model card.
 
-    Every rank draws every weight; rank 0 merges on the CPU, as the export does, and holds what goes into one file.
+    Every rank draws every weight; rank 0 merges on the CPU, as the export does, and writes each at once.
 
     Args:
         model: the hybrid model, in any sharding.
@@ -71,7 +72,8 @@ def save_merged(
         def begin() -> ModelFolder:
             folder = entered.enter_context(complete_folder(checkpoint / FOLDER, replace=True))
             base, trust = model_config.local_path, bool(model_config.trust_remote_code)
-            save_tokenizer(base, folder, trust, getattr(model_config.tokenizer, "chat_template", None))
+            # The run's, with its own chat template, which need not come from the base model's folder.
+            (model_config.tokenizer or load_tokenizer(base, trust)).save_pretrained(folder)
             return ModelFolder(folder, weightless_model(base, base_dtype, plan.dtype, trust), weights)
 
         output = first.do(begin)

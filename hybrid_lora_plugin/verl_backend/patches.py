@@ -2,8 +2,9 @@
 
 Each names the file that makes it necessary and the version it was written for; each has a contract test
 in ``tests/test_cpu_platform.py``, ``tests/test_training_verl.py`` or ``tests/test_sync_verl.py`` that fails when the
-reason is gone or has changed. All but ``log_sync_metrics``, ``refuse_plain_servers``, ``only_parameters_cast`` and
-``name_unstacked_mapper`` are for runs without an accelerator and applied only with ``VERL_PLATFORM=cpu``.
+reason is gone or has changed. All but ``log_sync_metrics``, ``record_validations``, ``refuse_plain_servers``,
+``only_parameters_cast`` and ``name_unstacked_mapper`` are for runs without an accelerator and applied only with
+``VERL_PLATFORM=cpu``.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from unittest import mock
 
 import torch
 import torch.distributed
+import wrapt
 
 from hybrid_lora_plugin.errors import ConfigurationError
 
@@ -141,6 +143,33 @@ def log_sync_metrics() -> None:
 
     consume_sync_metrics.has_sync_metrics = True
     trainer.PPOTrainer._consume_sync_metrics = consume_sync_metrics
+
+
+def record_validations() -> None:
+    """verl 0.9.1 ``utils/tracking.py``: the loggers that a ``Tracking`` calls are those verl knows by name.
+
+    Every trainer gives its metrics to one, those of a validation among them. Afterwards that of a run under
+    Hybrid-LoRA has one logger more, which keeps the record of the best checkpoint.
+    """
+    wrapt.register_post_import_hook(_log_validations, "verl.utils.tracking")
+
+
+def _log_validations(tracking) -> None:
+    original = tracking.Tracking.__init__
+    if getattr(original, "records_validations", False):
+        return
+
+    @functools.wraps(original)
+    def init(self, project_name, experiment_name, default_backend="console", config=None):
+        from hybrid_lora_plugin.verl_backend.validation_log import log_for_run
+
+        original(self, project_name, experiment_name, default_backend, config)
+        log = log_for_run(config)
+        if log is not None:
+            self.logger["hybrid_lora"] = log
+
+    init.records_validations = True
+    tracking.Tracking.__init__ = init
 
 
 def refuse_plain_servers() -> None:

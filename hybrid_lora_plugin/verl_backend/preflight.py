@@ -7,7 +7,6 @@ Hydra only warns when a callback raises, so a refusal leaves as SystemExit: one 
 from __future__ import annotations
 
 import os
-import shutil
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -53,9 +52,9 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
             what the run needs.
         ImportError: the installed verl is untested, and nobody allows it.
     """
-    from hybrid_lora_plugin.verl_backend import registration, requirements, run_kinds, run_settings
+    from hybrid_lora_plugin.verl_backend import registration, requirements, run_kinds, run_settings, validation_log
     from hybrid_lora_plugin.verl_backend.doctor import gate
-    from hybrid_lora_plugin.verl_backend.earlier_checkpoint import check_earlier_checkpoint
+    from hybrid_lora_plugin.verl_backend.earlier_checkpoint import check_earlier_checkpoint, settle_tracker
     from hybrid_lora_plugin.verl_backend.unused_settings import unused_settings
 
     registration.register()
@@ -64,12 +63,13 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
     hybrid = requirements.hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
     requirements.check_run(config)
     gate.require_features(config, hybrid)
-    for line in [*decided, *unused_settings(config)]:
+    for line in [*decided, *unused_settings(config), *validation_log.said_of_best(config, hybrid)]:
         run_kinds.tell(line)
-    # SFT's trainer saves its last step whatever the frequency, which may be a word.
-    if not kind.samples or (OmegaConf.select(config, "trainer.save_freq") or -1) > 0:
+    if validation_log.saves(config, kind):
         folder = str(OmegaConf.select(config, "trainer.default_local_dir"))
         OmegaConf.update(config, "hybrid_lora.checkpoint_dir", folder)
+    if line := settle_tracker(config, probing=hybrid.phase == "probe"):
+        run_kinds.tell(line)
     if hybrid.allocation:
         from hybrid_lora_plugin.allocation.storage import load_allocation
 
@@ -119,6 +119,7 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     """A run that probes first: where the artifact goes, what it needs, and that no older one is ignored."""
     from hybrid_lora_plugin.allocation.storage import refuse_existing
     from hybrid_lora_plugin.probing.data.files import absolute
+    from hybrid_lora_plugin.probing.resume import remove_finished
     from hybrid_lora_plugin.probing.runner import check_budget, check_shapes
     from hybrid_lora_plugin.scoring import get_criterion
     from hybrid_lora_plugin.verl_backend.probe.resume import (
@@ -141,8 +142,7 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     OmegaConf.update(config, "hybrid_lora.probe.files", hybrid.probe.files)
     if hybrid.phase == "train":
         if has_earlier_allocation(Path(hybrid.output_dir), hybrid, lambda: data_of_run(config, hybrid)):
-            if hybrid.probe.objective == "policy":
-                shutil.rmtree(f"{hybrid.output_dir}.partial", ignore_errors=True)
+            remove_finished(hybrid.output_dir)
             return
         resumed = allocation_of_checkpoint(config)
         if resumed is not None:

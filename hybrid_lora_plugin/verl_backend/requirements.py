@@ -396,6 +396,25 @@ def check_sharding(strategy: str, fsdp_size: int, ranks: int, kind: RunKind = RE
         )
 
 
+def check_save(save: str, strategy: str, kind: RunKind = REINFORCEMENT_LEARNING) -> None:
+    """Refuse to save whole tensors of what trains where FSDP1 keeps pieces of them.
+
+    Args:
+        save: ``hybrid_lora.save``.
+        strategy: fsdp or fsdp2.
+        kind: of the run.
+
+    Raises:
+        ConfigurationError: naming what works.
+    """
+    if save == "trainable" and strategy == "fsdp":
+        raise ConfigurationError(
+            f"hybrid_lora.save: 'trainable' does not work with {kind.place(ACTOR + 'strategy')}=fsdp; give fsdp2 "
+            "there, or hybrid_lora.save=full",
+            see="strategy-not-supported",
+        )
+
+
 def check_waits(sync_timeout: float, sync_check: str, nccl_timeout: float | None) -> None:
     """Refuse waits of a sync that NCCL's watchdog would end first: the run would die without saying what it waited for.
 
@@ -455,6 +474,7 @@ def check_run(config) -> None:
     check_optimizer(kind.place(ACTOR + "optim."), *optimizer)
     fsdp_size = int(kind.select(config, ACTOR + "fsdp_config.fsdp_size", default=-1))
     check_sharding(settings[ACTOR + "strategy"], fsdp_size, kind.ranks(config), kind)
+    check_save(setting("hybrid_lora.save"), settings[ACTOR + "strategy"], kind)
     if not kind.samples:
         return
     check_sync(settings, setting("hybrid_lora.sync"))
@@ -484,6 +504,7 @@ def check_engine(model_config, engine_config, checkpoint_config) -> HybridLoraCo
         MODEL + "target_modules": model_config.target_modules,
     }
     check(settings, kind)
+    check_save(hybrid.save, engine_config.strategy, kind)
     if kind.samples:
         check_sync(settings, hybrid.sync)
     return hybrid

@@ -232,12 +232,16 @@ def refused_resumes(engine, checkpoint: str, other_allocation: str) -> dict[str,
 
 
 def said_at_resumes(engine, checkpoint: str, folder: Path) -> dict[str, list[str]]:
-    """What the engine prints when a run resumes that rounds rollout weights otherwise, and when it does not."""
+    """What the engine says when a run resumes that rounds rollout weights otherwise, and when it does not."""
+    from hybrid_lora_plugin.errors import ConfigurationError
 
     def lines(of: str) -> list[str]:
         said = io.StringIO()
-        with redirect_stdout(said):
-            engine.load_checkpoint(of, del_local_after_load=False)
+        try:
+            with redirect_stdout(said):
+                engine.load_checkpoint(of, del_local_after_load=False)
+        except ConfigurationError as error:
+            return [f"refused: {error}"]
         return [line for line in said.getvalue().splitlines() if "hybrid_lora" in line]
 
     said = {"float32": lines(checkpoint)}

@@ -120,15 +120,21 @@ class Pair:
         self._last = reception.header.run, reception.header.number
         return dict(sent)
 
-    def differences(self) -> list[float]:
-        """Of each log-probability of two rollouts, how far hybrid model and engine are apart, nats."""
+    def differences(self, adapter: LoRARequest | None = None) -> list[float]:
+        """Of each log-probability of two rollouts, how far hybrid model and engine are apart, nats.
+
+        Args:
+            adapter: that the engine takes, in place of the one that was synced.
+        """
+        if self.adapter and adapter is None:
+            adapter = LoRARequest(VLLM_LORA_NAME, VLLM_LORA_INT_ID, VLLM_LORA_PATH)
         self.engine.reset_prefix_cache()
         prompts = [tokens[: LENGTH - NEW] for tokens in self.trainer._prompts[:2]]
         answers = self.engine.generate(
             [{"prompt_token_ids": tokens} for tokens in prompts],
             SamplingParams(max_tokens=NEW, logprobs=0, temperature=1.0, ignore_eos=True, seed=0),
             use_tqdm=False,
-            lora_request=LoRARequest(VLLM_LORA_NAME, VLLM_LORA_INT_ID, VLLM_LORA_PATH) if self.adapter else None,
+            lora_request=adapter,
         )
         found = []
         for tokens, answer in zip(prompts, answers, strict=True):
@@ -151,18 +157,26 @@ def _buckets(pairs: list[tuple[str, torch.Tensor]], size: int = 5) -> Iterator[l
         yield bucket
 
 
-def exported(trainer: Any, model: Path, allocation: Path, folder: Path, merged: dict[str, torch.Tensor]) -> dict:
-    """Save a checkpoint, export it and load it again; ``merged`` is what mode ``merge`` sent of the same weights."""
+def saved(trainer: Any, model: Path, allocation: Path, folder: Path) -> Path:
+    """A checkpoint of what the trainer holds."""
     state, header = trainer.model.state_dict(), trainer._source._last.header
     tensors = {wire_name(name): state[name].float().clone() for name in parts_of(trainer.model).trained}
     description = CheckpointDescription(
         str(model), RANK, ALPHA, 1, header.dtype, header.rounding_mode, header.rounding_seed, "float32"
     )
-    save_trained(folder / "step", tensors, description, allocation.read_text())
+    save_trained(folder, tensors, description, allocation.read_text())
+    return folder
+
+
+def exported(trainer: Any, model: Path, allocation: Path, folder: Path, merged: dict[str, torch.Tensor]) -> dict:
+    """Save a checkpoint, export it and load it again; ``merged`` is what mode ``merge`` sent of the same weights."""
+    saved(trainer, model, allocation, folder / "step")
     seen = {}
     for dtype in ("auto", "float32"):
-        export_checkpoint(folder / "step", folder / dtype, dtype=dtype)
-        loaded = AutoModelForCausalLM.from_pretrained(folder / dtype, dtype="auto", attn_implementation="eager")
+        export_checkpoint(folder / "step", folder / f"merged-{dtype}", dtype=dtype)
+        loaded = AutoModelForCausalLM.from_pretrained(
+            folder / f"merged-{dtype}", dtype="auto", attn_implementation="eager"
+        )
         if dtype == "auto":
             plain = dict(loaded.named_parameters())
             seen["differs"] = [name for name, tensor in plain.items() if not torch.equal(tensor, merged[name])]
@@ -202,6 +216,11 @@ def round_trip(family: str, folder: Path) -> dict[str, Any]:
                     seen["differences"][f"{dtype} {mode} {step}"] = pair.differences()
                 if mode == "merge":
                     seen["export"] = exported(pair.trainer, model, allocation, folder, sent)
+            if pair.adapter:
+                # The engine holds the weights of full modules from the sync, and reads the adapter from the folder.
+                checkpoint, adapter = saved(pair.trainer, model, allocation, folder / "float32"), folder / "adapter"
+                export_checkpoint(checkpoint, adapter, format="adapter")
+                seen["exported_adapter"] = pair.differences(LoRARequest("exported", VLLM_LORA_INT_ID + 1, str(adapter)))
         finally:
             pair.close()
     return seen

@@ -102,13 +102,17 @@ def main(path: str) -> None:
             frozen[0].to_local().add_(1.0)
     results["another base on rank 1"] = messages(load)
     assert engine.allocation is allocation
-    # Last: rank 0 cannot write our folder, once verl has written its files.
-    Path("taken").mkdir()
-    (Path("taken") / "hybrid_lora").touch() if rank == 0 else None
-    results["rank 0 cannot save"] = messages(lambda: engine.save_checkpoint("taken", global_step=2))
+    # Last: rank 0 cannot write a checkpoint at all, and then no plain model beside one.
+    Path("taken").touch() if rank == 0 else None
+    results["rank 0 cannot save"] = messages(lambda: engine.save_checkpoint("taken/actor", global_step=2))
+    engine.save_checkpoint("plain", global_step=2)
+    earlier = {file.name: file.read_bytes() for file in Path("plain").iterdir() if file.is_file()}
     with mock.patch.object(ModelFolder, "add", side_effect=OSError("no space left")):
-        results["rank 0 cannot save a plain model"] = messages(lambda: engine.save_checkpoint("plain", global_step=2))
-    results["left of it"] = [path.name for path in Path("plain").iterdir() if "hugging" in path.name]
+        results["rank 0 cannot save a plain model"] = messages(lambda: engine.save_checkpoint("plain", global_step=3))
+    now = {file.name: file.read_bytes() for file in Path("plain").iterdir() if file.is_file()}
+    beside = [path.name for path in Path().iterdir() if path.name.startswith(".")]
+    results["left of it"] = [None] * ranks
+    torch.distributed.all_gather_object(results["left of it"], (earlier == now and len(now) > 2, beside))
     if rank == 0:
         (out / "results.json").write_text(json.dumps(results))
     torch.distributed.destroy_process_group()

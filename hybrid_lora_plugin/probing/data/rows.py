@@ -149,8 +149,10 @@ def row_of(value: Any, where: str, layout: Layout | None = None) -> Row:
         turns = turns_of(messages, f"{where}: {layout.messages}")
         last = max((index for index, turn in enumerate(turns) if turn["role"] == "assistant"), default=0)
         if last == 0:
+            roles = ", ".join(dict.fromkeys(turn["role"] for turn in turns)) or "none"
             raise ProbeError(
-                f"{where}: {layout.messages} has no assistant turn after a prompt, so no response; {layout.wanted()}"
+                f"{where}: {layout.messages} has no assistant turn after a prompt, so no response (roles: "
+                f"{roles!r:.60}); {layout.wanted()}"
             )
         prompt, answer, after = turns[:last], turns[last], len(turns) - last - 1
     elif prompt is None or response is None:

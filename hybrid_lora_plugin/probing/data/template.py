@@ -123,11 +123,13 @@ class ChatTemplate:
     def _null_becomes_text(self, turns: Sequence[dict], options: dict[str, Any]) -> bool:
         """Whether the template prints ``None`` where a turn has no content, or fails there."""
         empty = [turn | {"content": ""} if turn["content"] is None else turn for turn in turns]
-        try:
-            null = self._rendered(turns, options, False)
-        except Exception:
-            return True
-        return null.count("None") > self._rendered(empty, options, False).count("None")
+        words = []
+        for form in (turns, empty):
+            try:
+                words.append(self._rendered(form, options, False).count("None"))
+            except Exception:  # templates raise whatever Jinja raises; one that takes neither is refused by `render`
+                words.append(len(self._source))
+        return words[0] > words[1]
 
     def _adapted(self, turn: dict, where: str) -> dict:
         adapted = dict(turn)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from array import array
-from collections.abc import Collection, Iterator
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import date
 from typing import Any
@@ -182,7 +182,7 @@ class RowTokenizer:
         return ids, spans
 
     def _check(self, ids: list[int], spans: list[tuple[int, int]], row: Row) -> None:
-        if any(token is None for token in ids):
+        if None in ids:
             raise ProbeError(
                 f"{row.where}: the tokenizer has no token for a part of it and no unknown token; remove the row"
             )
@@ -194,11 +194,7 @@ class RowTokenizer:
             )
         unknown = self._tokenizer.unk_token_id
         if unknown is not None and unknown not in (self._tokenizer.eos_token_id, self._tokenizer.pad_token_id):
-            if any(token == unknown for token in _trained(ids, spans)):
+            if any(unknown in ids[start:end] for start, end in spans):
                 self.findings.add(
                     "unknown", f"the response holds text that the tokenizer only knows as {self._tokenizer.unk_token!r}"
                 )
-
-
-def _trained(ids: list[int], spans: list[tuple[int, int]]) -> Iterator[int]:
-    return (token for start, end in spans for token in ids[start:end])

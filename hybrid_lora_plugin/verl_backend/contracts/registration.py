@@ -11,6 +11,7 @@ _PREFLIGHT = "verl_backend/preflight.py"
 _REQUIREMENTS = "verl_backend/requirements.py"
 _SEARCH_PATH = "../hydra_plugins/hybrid_lora/search_path.py"
 _WORKER = "verl_backend/receiver/worker.py"
+_CHECKPOINTS = "verl_backend/engine_checkpoints.py"
 _SFT = "verl_backend/probe/sft.py"
 _CHILD = "verl_backend/doctor/child.py"
 _GIVEN = "verl_backend/given_settings.py"
@@ -81,10 +82,19 @@ REGISTRATION = Subject(
             "",
             (
                 "get_device_id",
-                ("verl_backend/engine.py", "verl_backend/probe/policy_engine.py", _SFT),
+                (
+                    "verl_backend/engine.py",
+                    _CHECKPOINTS,
+                    "verl_backend/probe/policy_engine.py",
+                    _SFT,
+                ),
                 "where whole tensors are put together",
             ),
-            ("get_torch_device", ("verl_backend/engine.py", _SFT), "waits for copies, empties the cache"),
+            (
+                "get_torch_device",
+                ("verl_backend/engine.py", _CHECKPOINTS, _SFT),
+                "waits for copies, empties the cache",
+            ),
         ),
         *rows(
             "registration",

@@ -9,8 +9,11 @@ _WEIGHTS = "weight_loading.py"
 _APPLY = "training/apply.py"
 _REFERENCE = "training/reference.py"
 _EXPORT = "training/export.py"
+_BASE_MODEL = "training/base_model.py"
+_ADAPTER_FOLDER = "training/adapter_folder.py"
 _LOADING = "probing/loading.py"
-_BATCHES = "probing/data/batches.py"
+_TEMPLATE = "probing/data/template.py"
+_TOKENS = "probing/data/tokens.py"
 _MODEL_CHECK = "verl_backend/model_check.py"
 _PATCHES = "verl_backend/patches.py"
 _BOTH_ENGINES = ("verl_backend/engine.py", "verl_backend/probe/policy_engine.py")
@@ -37,11 +40,21 @@ TRAINING = Subject(
             "",
             ("PeftModel", _APPLY, "what apply_allocation returns"),
             ("PeftModel.peft_config", _APPLY, "tells a model that is wrapped already"),
-            ("TaskType", _APPLY, "kind of model"),
-            ("TaskType.CAUSAL_LM", _APPLY, "kind of model"),
-            ("LoraConfig", _APPLY, "the adapters", "task_type r target_modules lora_alpha lora_dropout bias"),
             ("LoraConfig._register_custom_module", _APPLY, "puts our layer in place of PEFT's", "mapping"),
             ("get_peft_model", _APPLY, "wraps the model", "model peft_config adapter_name"),
+        ),
+        *rows(
+            "engine export",
+            "peft",
+            "",
+            ("TaskType", (_APPLY, _ADAPTER_FOLDER), "kind of model"),
+            ("TaskType.CAUSAL_LM", (_APPLY, _ADAPTER_FOLDER), "kind of model"),
+            (
+                "LoraConfig",
+                (_APPLY, _ADAPTER_FOLDER),
+                "the adapters",
+                "task_type r target_modules lora_alpha lora_dropout bias",
+            ),
         ),
         *rows(
             "engine",
@@ -75,19 +88,43 @@ TRAINING = Subject(
             ("PreTrainedConfig._name_or_path", "allocation/schema.py", "names the model in a refusal"),
         ),
         *rows(
+            "registration probe export",
+            "transformers",
+            "",
+            ("AutoConfig", (_LOADING, _MODEL_CHECK, _BASE_MODEL), "config of a checkpoint"),
+            ("AutoConfig.from_pretrained", (_LOADING, _MODEL_CHECK, _BASE_MODEL), "config of a checkpoint"),
+        ),
+        *rows(
             "registration probe",
             "transformers",
             "",
-            ("AutoConfig", (_LOADING, _MODEL_CHECK), "config of a checkpoint"),
-            ("AutoConfig.from_pretrained", (_LOADING, _MODEL_CHECK), "config of a checkpoint"),
             ("PreTrainedModel.get_output_embeddings", "linear_account.py", "which linear module is the head"),
             (
                 "AutoModelForCausalLM",
-                ("candidates.py", _LOADING, _EXPORT, _WEIGHTS),
+                ("candidates.py", _LOADING, _BASE_MODEL, _WEIGHTS),
                 "the model, with or without weights",
             ),
             ("AutoModelForCausalLM.from_config", "candidates.py", "the model on the meta device"),
             ("PreTrainedConfig.get_text_config", "candidates.py", "text part of a composite config"),
+        ),
+        *rows(
+            "export",
+            "transformers",
+            "",
+            ("GenerationConfig", _BASE_MODEL, "settings of generation of a model that was not loaded"),
+            ("GenerationConfig.from_pretrained", (_BASE_MODEL, "probing/prepare.py"), "settings of generation alone"),
+        ),
+        *rows(
+            "export",
+            "transformers.utils",
+            "",
+            ("logging", "cli/export.py", "quiet where nothing takes long"),
+        ),
+        *rows(
+            "export",
+            "peft",
+            "",
+            ("LoraConfig.save_pretrained", _ADAPTER_FOLDER, "writes adapter_config.json", "save_directory"),
         ),
         *rows(
             "probe export",
@@ -95,7 +132,7 @@ TRAINING = Subject(
             "",
             ("AutoTokenizer", (_LOADING, _EXPORT), "tokenizer of a checkpoint"),
             ("AutoTokenizer.from_pretrained", (_LOADING, _EXPORT), "tokenizer of a checkpoint"),
-            ("AutoModelForCausalLM.from_pretrained", (_LOADING, _EXPORT, _WEIGHTS), "the model with its weights"),
+            ("AutoModelForCausalLM.from_pretrained", (_LOADING, _BASE_MODEL, _WEIGHTS), "the model with its weights"),
         ),
         *rows(
             "probe",
@@ -104,11 +141,16 @@ TRAINING = Subject(
             ("__version__", "probing/provenance.py", "recorded in the artifact"),
             (
                 "PreTrainedTokenizerBase.apply_chat_template",
-                _BATCHES,
-                "tokens of a chat",
+                _TEMPLATE,
+                "text of a chat",
                 "conversation add_generation_prompt tokenize",
             ),
-            ("PreTrainedTokenizerBase.chat_template", _BATCHES, "whether chats can be encoded"),
+            ("PreTrainedTokenizerBase.chat_template", _TOKENS, "whether chats can be encoded"),
+            (
+                "PreTrainedTokenizerBase.all_special_tokens",
+                "probing/data/conversation.py",
+                "where a response ends in the text of a chat",
+            ),
         ),
         *rows(
             "registration probe",
@@ -128,10 +170,11 @@ TRAINING = Subject(
             "transformers.utils.logging",
             "",
             (
-                "get_verbosity set_verbosity is_progress_bar_enabled disable_progress_bar enable_progress_bar",
+                "get_verbosity set_verbosity is_progress_bar_enabled enable_progress_bar",
                 _WEIGHTS,
                 "silence about what one line will say",
             ),
+            ("disable_progress_bar", (_WEIGHTS, "cli/export.py"), "silence about what one line will say"),
         ),
     ),
     (
@@ -175,9 +218,16 @@ TRAINING = Subject(
         ),
         behaviour(
             "probe",
-            _BATCHES,
+            _TOKENS,
             "a tokenizer answers for `eos_token_id` and `pad_token_id`, which its class does not name",
             "tests/test_probe_data.py::test_labels_cover_response_and_end_token_only",
+        ),
+        behaviour(
+            "probe",
+            _TEMPLATE,
+            "what `apply_chat_template` is given comes before the functions that transformers gives a template, as "
+            "`strftime_now`",
+            "tests/test_probe_conversation.py::test_a_template_that_prints_the_date_prints_the_day_it_is_given",
         ),
     ),
 )

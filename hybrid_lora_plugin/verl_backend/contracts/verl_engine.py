@@ -5,6 +5,7 @@ from __future__ import annotations
 from hybrid_lora_plugin.verl_backend.contracts.record import SYNC, Subject, behaviour, rows
 
 _ENGINE = "verl_backend/engine.py"
+_PIECES = "training/flat_pieces.py"
 _ENGINES = "verl_backend/engine_registration.py"
 _POLICY = "verl_backend/probe/policy_engine.py"
 _SFT = "verl_backend/probe/sft.py"
@@ -14,6 +15,8 @@ _PROMPT = "verl_backend/sender/logprob_prompt.py"
 _SERVER = "verl_backend/receiver/server.py"
 _REQUIREMENTS = "verl_backend/requirements.py"
 _REFERENCE = "training/reference.py"
+_CHECKPOINTS = "verl_backend/engine_checkpoints.py"
+_PATCHES = "verl_backend/patches.py"
 _HF_OUTPUT = "verl_backend/hugging_face_output.py"
 _BOTH_ENGINES = (_ENGINE, _POLICY)
 _CONFIG = "verl.workers.config"
@@ -25,7 +28,7 @@ ENGINE = Subject(
             "engine",
             f"{_CONFIG}.model",
             "HFModelConfig",
-            ("path", _BOTH_ENGINES, "base model, recorded with a checkpoint and an artifact"),
+            ("path", (_CHECKPOINTS, _POLICY), "base model, recorded with a checkpoint and an artifact"),
             ("local_path", (_ENGINE, _HF_OUTPUT, _POLICY, _SFT), "folder whose weight files are read"),
             ("hf_config", _ENGINE, "tells a model that is refused before its weights are read"),
             (
@@ -88,12 +91,17 @@ ENGINE = Subject(
                 "how a worker makes an engine",
                 "model_config engine_config optimizer_config checkpoint_config",
             ),
-            ("initialize", _ENGINE, "called before anything is built, so a probe has the memory"),
+            ("initialize", (_ENGINE, _CHECKPOINTS), "called before anything is built, so a probe has the memory"),
             ("_build_module", _ENGINE, "loads the model in engine_config.model_dtype"),
             ("_build_lora_module", _BOTH_ENGINES, "hook where the model gets its adapters", "module"),
             ("_build_fsdp_module", _ENGINE, "wraps what the hook above returned", "module"),
             ("_build_optimizer", _BOTH_ENGINES, "hook for two parameter groups", "module"),
-            ("train_batch", _BOTH_ENGINES, "one mini-batch; its metrics are added to", "data loss_function"),
+            (
+                "train_batch",
+                (*_BOTH_ENGINES, _CHECKPOINTS),
+                "one mini-batch; its metrics are added to",
+                "data loss_function",
+            ),
             ("optimizer_step", _ENGINE, "clips and steps; norms are taken around it"),
             ("is_mp_src_rank_with_outputs", _BOTH_ENGINES, "whether this rank has metrics"),
             ("to", _ENGINE, "moves the snapshot of the base along", "device model optimizer grad"),
@@ -140,25 +148,44 @@ ENGINE = Subject(
             "FSDPEngineWithLMHead",
             (
                 "save_checkpoint",
-                _BOTH_ENGINES,
+                (_CHECKPOINTS, _POLICY),
                 "adds the trained weights or the state of a probe",
                 "local_path hdfs_path global_step max_ckpt_to_keep",
             ),
             (
                 "load_checkpoint",
-                _BOTH_ENGINES,
+                (_CHECKPOINTS, _POLICY),
                 "refuses a checkpoint of another setting",
                 "local_path hdfs_path del_local_after_load",
             ),
-            ("checkpoint_manager", _ENGINE, "tells which of a checkpoint's files a resume reads; saves no hf_model"),
+            ("_is_offload_optimizer", _CHECKPOINTS, "whether a resumed state belongs on the host"),
+            ("lr_scheduler", _CHECKPOINTS, "the schedule, which any number of ranks goes on with"),
+            (
+                "checkpoint_manager",
+                _CHECKPOINTS,
+                "which of a checkpoint's files a resume reads; saves no hf_model",
+            ),
         ),
         *rows(
             "checkpoint",
             "verl.utils.checkpoint.checkpoint_manager",
             "BaseCheckpointManager",
-            ("should_load_model should_load_optimizer should_load_extra", _ENGINE, "which files a resume reads"),
-            ("checkpoint_load_contents", _ENGINE, "whether a resume reads weights"),
+            ("should_load_model should_load_optimizer should_load_extra", _CHECKPOINTS, "which files a resume reads"),
+            ("checkpoint_load_contents", _CHECKPOINTS, "whether a resume reads weights"),
             ("checkpoint_save_contents", _HF_OUTPUT, "what verl saves; hf_model is taken out and saved by the engine"),
+        ),
+        *rows(
+            "checkpoint",
+            "verl.utils.tracking",
+            "",
+            ("", _PATCHES, "module whose import adds a logger to those of a run"),
+            (
+                "Tracking.__init__",
+                _PATCHES,
+                "is given the whole configuration",
+                "project_name experiment_name default_backend config",
+            ),
+            ("Tracking.logger", _PATCHES, "loggers by name, each called with the metrics of a step"),
         ),
         *rows(
             "engine",
@@ -167,12 +194,13 @@ ENGINE = Subject(
             ("fsdp_version", _ENGINE, "FSDP1 or FSDP2", "model"),
             ("load_fsdp_model_to_gpu", _ENGINE, "FSDP1 gathers nothing from the host", "model"),
             ("offload_fsdp_model_to_cpu", _ENGINE, "and back", "model"),
+            ("offload_fsdp_optimizer", _CHECKPOINTS, "for a resumed state that belongs on the host", "optimizer"),
         ),
         *rows(
             "engine",
             "torch.distributed.fsdp",
             "FullyShardedDataParallel",
-            ("_handle", _ENGINE, "FSDP1's flat parameter, resharded around the reference policy"),
+            ("_handle", (_ENGINE, _PIECES), "FSDP1's flat parameter, resharded around the reference policy"),
             ("_is_root", _ENGINE, "None until the first forward pass, before which there is no shard to go back to"),
             ("sharding_strategy process_group", _ENGINE, "the ranks that share one copy"),
         ),
@@ -182,6 +210,19 @@ ENGINE = Subject(
             "FlatParamHandle",
             ("uses_sharded_strategy", _ENGINE, "whether there is something to reshard"),
             ("reshard", _ENGINE, "frees the gathered copy", "free_unsharded_flat_param"),
+            ("flat_param", _PIECES, "what a rank holds of a unit, for the metric of what arrived"),
+        ),
+        *rows(
+            "engine",
+            "torch.distributed.fsdp._flat_param",
+            "FlatParameter",
+            ("_shard_param_infos _fqns _params", _PIECES, "which parameters a rank's piece is of, and where it begins"),
+        ),
+        *rows(
+            "engine",
+            "torch.distributed.fsdp._flat_param",
+            "_ShardParamInfo",
+            ("in_shard offset_in_shard numel_in_shard intra_param_start_idx", _PIECES, "where that lies"),
         ),
         *rows("engine", "torch", "", ("_foreach_norm", "training/dtensor.py", "norms of many shards in one call")),
     ),
@@ -236,6 +277,18 @@ ENGINE = Subject(
             "the merger reads `world_size` in `fsdp_config.json` and puts it into the name of the first file that it "
             "opens",
             "tests/test_engine.py::test_verls_merger_ends_with_a_line_that_names_the_export",
+        ),
+        behaviour(
+            "checkpoint",
+            _PATCHES,
+            "`Tracking.log` calls each logger with `data` and `step`; a validation is logged with the step it is of",
+            "tests/test_validation_log.py::test_a_tracking_of_verls_keeps_the_best_checkpoint",
+        ),
+        behaviour(
+            "checkpoint",
+            "verl_backend/checkpoint_retention.py",
+            "the manager deletes nothing without a limit, and the trainer writes its tracker after the engine's save",
+            "tests/test_validation_log.py::test_verl_still_writes_its_tracker_last",
         ),
         behaviour(
             "checkpoint",

@@ -37,6 +37,8 @@ from hybrid_lora_plugin.probing.runner import check_budget, check_shapes
 from hybrid_lora_plugin.report.artifact import save_allocation
 from hybrid_lora_plugin.training.dtensor import whole
 from hybrid_lora_plugin.verl_backend import requirements
+from hybrid_lora_plugin.verl_backend.checkpoint_retention import Retention
+from hybrid_lora_plugin.verl_backend.checkpoint_writing import unwritable_explained, written_whole
 from hybrid_lora_plugin.verl_backend.probe.policy_settings import kept_settings
 from hybrid_lora_plugin.verl_backend.probe.policy_weights import merged_probe_weights
 from hybrid_lora_plugin.verl_backend.probe.resume import command_config
@@ -51,6 +53,7 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
 
     hybrid: HybridLoraConfig
     _weight_source: WeightSource | None = None
+    _retention: Retention | None = None
 
     def __init__(self, model_config, engine_config, optimizer_config, checkpoint_config):
         self.hybrid = requirements.check_engine(model_config, engine_config, checkpoint_config)
@@ -103,6 +106,8 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
     # -- warm-up and scoring ----------------------------------------------------------------------------------
 
     def train_batch(self, data, loss_function):
+        if self._retention is not None:
+            self._retention.settle()
         if not self.scoring:
             return super().train_batch(data, loss_function)
         return self._score_batch(data, loss_function)
@@ -237,11 +242,20 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
     # -- checkpoints ------------------------------------------------------------------------------------------
 
     def save_checkpoint(self, local_path, hdfs_path=None, global_step=0, max_ckpt_to_keep=None, **kwargs):
-        super().save_checkpoint(local_path, hdfs_path, global_step, max_ckpt_to_keep, **kwargs)
-        if self.rank == 0:
+        ranks, folder = Ranks(torch.device(get_device_id())), Path(local_path)
+        if self._retention is None:
+            self._retention = Retention(ranks, keep_best=False)
+        self._retention.make_room(max_ckpt_to_keep)
+        with written_whole(folder, ranks) as unfinished:
+            super().save_checkpoint(str(unfinished), hdfs_path, global_step, None, **kwargs)
             rows = torch.stack(self._rows) if self._rows else torch.zeros(0, len(self._layers), dtype=torch.float64)
-            save_file({"sensitivities": rows}, Path(local_path) / STATE_FILE, metadata={"step": str(self._step)})
-        torch.distributed.barrier()
+
+            def write() -> None:
+                with unwritable_explained(folder):
+                    save_file({"sensitivities": rows}, unfinished / STATE_FILE, metadata={"step": str(self._step)})
+
+            ranks.from_first(write)
+        self._retention.add(folder)
 
     def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=True, **kwargs):
         # Rank 0 wrote it, perhaps to a disk of its own.
