@@ -86,9 +86,11 @@ def _weight_map(index: Path) -> dict[str, str]:
     refuse_pointer(index)
     try:
         weight_map = json.loads(index.read_text(encoding="utf-8"))["weight_map"]
-        if weight_map and all(isinstance(shard, str) for shard in weight_map.values()):
-            return weight_map
-    except (ValueError, KeyError, TypeError, AttributeError):
+        # Files beside it, and names that fit into a line.
+        if weight_map and all(Path(shard).name == shard for shard in weight_map.values()):
+            if all(name.isprintable() and shard.isprintable() for name, shard in weight_map.items()):
+                return weight_map
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
         pass
     refuse(f"{index} is no index of weights", "copy the checkpoint again")
 
@@ -110,7 +112,7 @@ def _header(file: Path) -> dict[str, StoredTensor]:
             )
             for name, one in header.items()
         }
-    except (struct.error, ValueError, KeyError, TypeError, AttributeError) as error:
+    except (struct.error, ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         refuse(f"{file} is no safetensors file ({size:,} bytes; {error})", "copy the checkpoint again")
     end = max((tensor.end for tensor in tensors.values()), default=start)
     if end != size:

@@ -135,7 +135,7 @@ def load_description(folder: Path) -> CheckpointDescription:
         raw.setdefault("recipe", None)
         names = [f.name for f in fields(CheckpointDescription) if f.name != "schema_version"]
         return _checked(CheckpointDescription(**{name: raw[name] for name in names}))
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigurationError(
             f"checkpoint: {str(folder)!r} cannot be read ({error}); use another checkpoint",
             see="checkpoint-cannot-be-read",

@@ -39,7 +39,7 @@ def read_base_weights(folder: Path) -> dict[str, str] | None:
         if digests and all(isinstance(digest, str) for digest in digests.values()):
             return digests
         reason = "no digests in it"
-    except (OSError, ValueError, AttributeError) as error:
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
         reason = str(error)
     raise ConfigurationError(
         f"checkpoint: {str(file)!r} cannot be read ({reason}); use another checkpoint", see="checkpoint-cannot-be-read"

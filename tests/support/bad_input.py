@@ -533,6 +533,19 @@ MODELS = {
         ("is no index of weights", "copy the checkpoint again"),
         lambda place: (remove(WEIGHTS)(place), put(INDEX, "[]")(place)),
     ),
+    "an index of files elsewhere": Case(
+        "probe",
+        ("is no index of weights", "copy the checkpoint again"),
+        shards(**{"lost.weight": "../model-00001-of-00002.safetensors"}),
+    ),
+    "an index of several lines": Case(
+        "probe", ("is no index of weights", "copy the checkpoint again"), shards(**{"a\nb": "a\nb.safetensors"})
+    ),
+    "a header with an endless size": Case(
+        "probe",
+        ("is no safetensors file", "copy the checkpoint again"),
+        put(WEIGHTS, b"\x3a" + bytes(7) + b'{"w":{"dtype":"F32","shape":[1e999],"data_offsets":[0,0]}}'.ljust(58)),
+    ),
     "an absent shard": Case(
         "probe",
         ("names model-00002-of-00002.safetensors, which is not there", "with all its shards"),
@@ -886,6 +899,11 @@ EXPORTS = {
         "export",
         ("checkpoint: ", "cannot be read", "use another checkpoint"),
         put("hybrid_lora/trainables.json", "[]", "actor"),
+    ),
+    "a description that is a number": Case(
+        "export",
+        ("checkpoint: ", "cannot be read", "use another checkpoint"),
+        put("hybrid_lora/trainables.json", "7", "actor"),
     ),
     "a description of another version": Case(
         "export", ("schema_version is 99", "use another checkpoint"), description(schema_version=99)
