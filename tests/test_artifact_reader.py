@@ -97,7 +97,7 @@ def test_any_bytes_are_refused_or_json(payload, tmp_path_factory, data):
     file = tmp_path_factory.getbasetemp() / "any.json"
     file.write_bytes(text[:begin] + data.draw(st.binary(max_size=6)) + text[end:])
     try:
-        content = read_json(file)
+        content = read_json(file, "artifact")
     except AllocationError:
         return
     is_read(content)

@@ -244,7 +244,7 @@ def test_a_failure_while_drawing_leaves_nothing_behind(three, tmp_path, monkeypa
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "allocations: 0 given"),
+        ([], "allocations: not given"),
         (["allocations=[one]"], "allocations: 1 given"),
         (["allocations=[one,other]"], "config_sha256"),
         (["allocations=[one,nowhere]"], "'nowhere' cannot be read"),

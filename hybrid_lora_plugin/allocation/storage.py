@@ -61,16 +61,17 @@ def refuse_existing(folder: str | Path) -> None:
         raise AllocationError(f"output_dir: {folder} exists and is not an empty folder; give a new folder")
 
 
-def load_allocation(path: str | Path) -> Allocation:
+def load_allocation(path: str | Path, option: str = "hybrid_lora.allocation") -> Allocation:
     """Read and check an allocation.
 
     Args:
         path: the artifact's folder, or its ``allocation.json``.
+        option: that gave the path, for messages.
 
     Raises:
         AllocationError: missing, not JSON, unknown version, an unknown, missing, mistyped or contradictory field.
     """
-    return parse_allocation(file := allocation_file(path), read_json(file))
+    return parse_allocation(file := allocation_file(path), read_json(file, option))
 
 
 def allocation_file(path: str | Path) -> Path:

@@ -17,8 +17,12 @@ from hybrid_lora_plugin.errors import AllocationError
 _WAY_OUT = "give an unchanged file written by hybrid-lora-probe"
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path, option: str) -> Any:
     """Parse a file as strict JSON: no duplicate keys, no NaN.
+
+    Args:
+        file: of an artifact.
+        option: that named it, for messages.
 
     Raises:
         AllocationError: the file is missing or not such JSON.
@@ -43,8 +47,7 @@ def read_json(file: Path) -> Any:
         return json.loads(text, object_pairs_hook=unique, parse_constant=refuse, parse_float=finite)
     except OSError as error:
         raise AllocationError(
-            f"hybrid_lora.allocation: {str(file)!r} cannot be read ({error.strerror}); give the folder that "
-            f"hybrid-lora-probe wrote"
+            f"{option}: {str(file)!r} cannot be read ({error.strerror}); give the folder that hybrid-lora-probe wrote"
         ) from error
     except (ValueError, RecursionError) as error:
         raise AllocationError(f"{file}: not valid JSON ({error}); {_WAY_OUT}") from error

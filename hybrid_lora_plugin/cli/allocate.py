@@ -71,7 +71,7 @@ def reallocate(config: AllocateCommandConfig) -> tuple[Allocation, Allocation]:
 
     refuse_existing(config.output_dir)
     path = Path(config.artifact)
-    source = load_allocation(path)
+    source = load_allocation(path, "artifact")
     measurements = load_measurements(path if path.is_dir() else path.parent, source)
     allocation = select_modules(
         config,

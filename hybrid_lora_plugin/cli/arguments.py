@@ -167,7 +167,9 @@ def _closest(name: str, known: typing.Iterable[str]) -> str:
     known, group = list(known), "hybrid_lora."
     if (inner := name.removeprefix(group)) != name and inner in known:
         return f"; a command takes it as {inner!r}"
-    if inner in (of_run for of_run, _, _ in options(HybridLoraConfig)):
+    # One letter away is a slip; further away an option of a run is meant as it stands.
+    slip = difflib.get_close_matches(name.lstrip("-"), known, n=1, cutoff=0.95)
+    if not slip and inner in (of_run for of_run, _, _ in options(HybridLoraConfig)):
         return f"; a run reads it, as {group + inner!r}"
     match = difflib.get_close_matches(name.lstrip("-"), known, n=1, cutoff=0.6)
     # `warmup_steps` alone is far from `probe.warmup_steps` by letters, but clear in meaning.

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
         if config.output_dir:
             refuse_existing(config.output_dir)
-        allocations = [load_allocation(path) for path in config.allocations]
+        allocations = [load_allocation(path, "allocations") for path in config.allocations]
         comparison = compare(allocations, make_labels(allocations, config.allocations))
         tables = comparison_tables(comparison, config.allocations)
         print(as_text(tables))

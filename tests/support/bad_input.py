@@ -713,7 +713,9 @@ ARTIFACTS = {
         artifact="/nowhere/allocation.json",
     ),
     "an empty folder as an artifact": Case(
-        "allocate", ("cannot be read", "give the folder that"), remove("allocation.json", folder="allocation")
+        "allocate",
+        ("artifact: ", "cannot be read", "give the folder that"),
+        remove("allocation.json", folder="allocation"),
     ),
     "an artifact of no bytes": Case(
         "allocate",
