@@ -531,7 +531,7 @@ def test_the_command_exports_applies_and_says_what_it_did(runs, tmp_path, capsys
         (["checkpoint={step}", "output_dir={file}"], "exists already"),
         (["checkpoint={step}", "output_dir={file}/out"], "cannot be written (Not a directory)"),
         (["checkpoint={step}", "output_dir=/sys/out"], "cannot be written ("),
-        (["checkpoint={step}", "output_dir={folder}/c", "base={folder}/no"], "cannot be loaded ("),
+        (["checkpoint={step}", "output_dir={folder}/c", "base={folder}/no"], "base: there is no folder"),
         (["checkpoint={step}", "output_dir={folder}/c", "base={folder}"], "has no config.json; give the folder"),
     ],
 )
