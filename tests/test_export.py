@@ -494,6 +494,8 @@ def test_progress_counts_every_weight_once_and_lines_are_rare(runs, tmp_path, ca
 
 
 def run_command(capsys, *arguments: str) -> tuple[int, str, str]:
+    # What making a checkpoint has printed is not the command's.
+    capsys.readouterr()
     status = command.main(list(arguments))
     said = capsys.readouterr()
     return status, said.out, said.err
