@@ -12,7 +12,7 @@ pytest.importorskip("verl", reason="verl is not installed")
 from hybrid_lora_plugin.candidates import FUSED_TYPES, TYPE_ORDER  # noqa: E402
 from hybrid_lora_plugin.model_families import FAMILIES  # noqa: E402
 from tests.support.forking_python import ForkingPython  # noqa: E402
-from tests.support.tiny_families import SPECIAL  # noqa: E402
+from tests.support.tiny_families import NO_ADAPTER_FILES, SPECIAL  # noqa: E402
 from tests.support.verl_processes import ROOT, environment_of  # noqa: E402
 
 pytestmark = pytest.mark.verl
@@ -51,7 +51,7 @@ def test_a_family_goes_all_the_way(round_trip, family, tmp_path):
     assert len(exact) == 2 and max(exact.values()) < 1e-4, exact
     assert len(rounded) == 6 and max(rounded.values()) < unsynced / 2, (rounded, unsynced)
     # The adapter as an export writes it, read by vLLM's own loader.
-    assert max(found["exported_adapter"]) < 1e-4
+    assert (family in NO_ADAPTER_FILES) or max(found["exported_adapter"]) < 1e-4
     exported = found["export"]
     # Header and manifest are sent besides.
     assert exported["differs"] == [] and exported["compared"] == exported["sent"] - 2 > 10

@@ -110,7 +110,8 @@ def test_an_interrupted_sharded_probe_continues_on_another_number_of_ranks(tiny_
 
 
 def test_a_mistake_is_printed_once_and_no_rank_is_left_waiting(tiny_qwen2, rows, tmp_path):
-    process = torchrun(2, arguments(tiny_qwen2, rows, tmp_path / "out", criterion="full_pruning"))
+    given = arguments(tiny_qwen2, rows, tmp_path / "out", criterion="full_pruning")
+    process = torchrun(2, [argument for argument in given if not argument.startswith("probe.lr=")])
     out, err = finished(process)
     assert process.returncode != 0
     assert err.count("hybrid-lora-probe: criterion: full_pruning") == 1 and "2 processes" in err

@@ -96,7 +96,9 @@ def test_a_run_that_resumes_keeps_the_allocation_of_its_checkpoint(how, probing,
     with pytest.raises(ConfigurationError, match="checkpoint to resume in .*global_step_40 holds no actor/hybrid_lora"):
         check_configuration(composed(*probing, *resume))
     text = (make_allocation(tiny_qwen2, tmp_path / "kept") / "allocation.json").read_text()
-    description = CheckpointDescription(base_model=str(tiny_qwen2), rank=4, alpha=32, global_step=40)
+    description = CheckpointDescription(
+        base_model=str(tiny_qwen2), rank=4, alpha=32, global_step=40, rounding_mode="stochastic"
+    )
     save_trained(step / "actor", {"weight": torch.ones(1)}, description, text)
     config = composed(*probing, *resume)
     assert check_configuration(config).allocation == config.hybrid_lora.allocation

@@ -20,6 +20,7 @@ from hybrid_lora_plugin.training.apply import parts_of, trainable_groups  # noqa
 from hybrid_lora_plugin.training.export import export_checkpoint  # noqa: E402
 from hybrid_lora_plugin.training.memory import least_bytes  # noqa: E402
 from hybrid_lora_plugin.training.merge import merge_weight  # noqa: E402
+from hybrid_lora_plugin.training.model_card import CARD  # noqa: E402
 from hybrid_lora_plugin.training.rounding import Rounding, on_grid, round_weight  # noqa: E402
 from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses  # noqa: E402
 from hybrid_lora_plugin.verl_backend.requirements import check_sharding  # noqa: E402
@@ -422,6 +423,7 @@ def test_exported_checkpoint_is_what_the_rollout_gets_rounded_once(runs, tmp_pat
     exported = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.bfloat16).state_dict()
     for weight, tensor in ours[f"{name}-synced-merge"].items():
         assert torch.equal(exported[weight], tensor.bfloat16()), weight
+    (folder / CARD).unlink()
     assert_same_files(ours["folder"] / SETTINGS[name]["checkpoint"] / "huggingface", folder)
 
 

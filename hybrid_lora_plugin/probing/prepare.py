@@ -9,7 +9,7 @@ from typing import Any
 
 from hybrid_lora_plugin.config import ModelConfig, ProbeCommandConfig
 from hybrid_lora_plugin.probing.data.batches import ProbeData
-from hybrid_lora_plugin.probing.loading import check_model_files, load_model_config, load_tokenizer
+from hybrid_lora_plugin.probing.loading import load_model_config, load_tokenizer
 from hybrid_lora_plugin.probing.progress import Progress
 from hybrid_lora_plugin.probing.resume import partial_folder
 
@@ -37,7 +37,6 @@ def dry_run(config: ProbeCommandConfig, progress: Progress) -> str:
     Raises:
         ConfigurationError: the tokenizer, the model's configuration or the rows cannot be used.
     """
-    check_model_files(config.model)
     data, tokenizer = prepare_data(config, progress), load_tokenizer(config.model)
     example = data.first_held_out
     lines = [

@@ -108,7 +108,8 @@ def _check(config: ProbeCommandConfig, output_dir: Path, processes: int) -> None
         METHODS[method].check_ranks(processes)
     remove_finished(output_dir)
     refuse_existing(output_dir)
-    check_model_files(config.model)
+    if method is not None:
+        check_model_files(config.model)
     # Whatever reads the folder reads this first, and would tell of it in words of its own.
     load_model_config(config.model)
 

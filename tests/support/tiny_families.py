@@ -21,6 +21,8 @@ SIZES = dict(
     initializer_range=0.15,
 )
 #: model_type -> class of its config in transformers and what makes it differ from Llama
+#: whose packed projection vLLM's own loader of adapters knows by its parts only; a sync hands it those
+NO_ADAPTER_FILES = ("glm", "glm4")
 SPECIAL = {
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {}),
