@@ -137,7 +137,7 @@ def test_the_first_loss_is_that_of_a_plain_run(run, trainer):
 
 
 def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(run, trainer):
-    again = trainer.folder / "again"
+    again = trainer.folder / "delta-applied"
     shutil.copytree(run["folder"] / f"global_step_{SAVED}", again / f"global_step_{SAVED}")
     (again / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
     # No allocation and nothing to probe with: it is in the checkpoint, which has no folder for the actor.
@@ -157,7 +157,7 @@ def test_export_takes_the_trainers_checkpoint(run, trainer, capsys):
     assert "weights in bfloat16, rounded by the run's thresholds" in said
     assert f"tokenizer and chat template: the run's, from {checkpoint / 'huggingface'}" in said
     assert "| trainer | sft |" in (out["auto"] / "README.md").read_text()
-    delta, again = trainer.folder / "delta", trainer.folder / "again"
+    delta, again = trainer.folder / "delta", trainer.folder / "delta-applied"
     assert export_command([f"checkpoint={checkpoint}", f"output_dir={delta}", "format=delta"]) == 0
     assert export_command([f"delta={delta}", f"output_dir={again}"]) == 0
     capsys.readouterr()

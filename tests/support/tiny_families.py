@@ -20,9 +20,9 @@ SIZES = dict(
     # Large for this width: with nearly uniform predictions a wrong weight would hardly show.
     initializer_range=0.15,
 )
-#: model_type -> class of its config in transformers and what makes it differ from Llama
 #: whose packed projection vLLM's own loader of adapters knows by its parts only; a sync hands it those
 NO_ADAPTER_FILES = ("glm", "glm4")
+#: model_type -> class of its config in transformers and what makes it differ from Llama
 SPECIAL = {
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
     "qwen3": ("Qwen3Config", {}),
