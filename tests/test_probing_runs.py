@@ -122,6 +122,8 @@ def test_an_artifact_that_the_run_left_is_used_or_refused_but_never_replaced(pro
 
 def test_a_criterion_without_a_probe_needs_no_rows(probing):
     check_configuration(composed(*probing, "hybrid_lora.probe.files=[]", "hybrid_lora.criterion=spread"))
+    with pytest.raises(ConfigurationError, match="hybrid_lora.probe.objective: 'policy' has no effect here"):
+        check_configuration(composed(*probing, "hybrid_lora.probe.files=[]", "hybrid_lora.criterion=random", POLICY))
 
 
 def test_policy_probe_is_the_runs_own_command_with_a_phase(probing, tmp_path):
