@@ -14,7 +14,7 @@ from hybrid_lora_plugin.model_families import refuse_quantised
 ADAPTER = "adapter_config.json"
 
 
-def check_model_folder(folder: str | Path, *, safetensors: bool) -> None:
+def check_model_folder(folder: str | Path, *, safetensors: bool, weights: bool = True) -> None:
     """Refuse a checkpoint that is quantised, has an adapter beside it, or lacks its config or its weights.
 
     Of the weights the headers are read.
@@ -22,6 +22,7 @@ def check_model_folder(folder: str | Path, *, safetensors: bool) -> None:
     Args:
         folder: of the checkpoint.
         safetensors: whether its weights must be in safetensors, as the rollout engine reads no others.
+        weights: whether there must be any; who looks at the config alone needs none.
 
     Raises:
         ConfigurationError: naming the file that says so, or the one that is missing.
@@ -35,7 +36,8 @@ def check_model_folder(folder: str | Path, *, safetensors: bool) -> None:
     if not (folder / "config.json").is_file():
         refuse(f"{folder} has no config.json", "give the folder that save_pretrained or a download has made")
     _refuse_quantised(folder)
-    _require_weights(folder, safetensors)
+    if weights:
+        _require_weights(folder, safetensors)
 
 
 def refuse_adapter(name: str) -> None:

@@ -90,8 +90,6 @@ def without_effect(config: Any, given: Iterable[str], effects: Iterable[Effect])
     effects = list(effects)
     found = []
     for name in dict.fromkeys(given):
-        if _value(config, name) == []:
-            continue  # nothing is given, only said so
         for effect in effects:
             concerned = name.startswith(effect.option) if effect.option.endswith(".") else name == effect.option
             if concerned and not effect.is_read(config):
@@ -103,12 +101,7 @@ def without_effect(config: Any, given: Iterable[str], effects: Iterable[Effect])
 def refuse_without_effect(config: Any, given: Iterable[str], effects: Iterable[Effect]) -> None:
     """Raise ``ConfigurationError`` on the first option that was given and that nothing reads; as ``without_effect``."""
     for name, when in without_effect(config, given, effects):
-        raise ConfigurationError(
-            f"{name}: {_value(config, name)!r} has no effect here; leave it out, it is read {when}"
-        )
-
-
-def _value(config: Any, name: str) -> Any:
-    for part in name.split("."):
-        config = getattr(config, part, None)
-    return config
+        value = config
+        for part in name.split("."):
+            value = getattr(value, part)
+        raise ConfigurationError(f"{name}: {value!r} has no effect here; leave it out, it is read {when}")

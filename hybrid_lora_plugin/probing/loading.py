@@ -43,8 +43,12 @@ def load_model_config(config: ModelConfig) -> Any:
     return _load(AutoConfig, config, "model")
 
 
-def check_model_files(config: ModelConfig) -> None:
+def check_model_files(config: ModelConfig, loads: bool = True) -> None:
     """Refuse a path that is no model, and a folder whose files cannot be used, before anything is loaded.
+
+    Args:
+        config: of the model.
+        loads: whether weights and tokenizer are needed; a choice without a probe reads the config alone.
 
     Raises:
         ConfigurationError: naming what is missing or not usable.
@@ -58,9 +62,9 @@ def check_model_files(config: ModelConfig) -> None:
                 )
         else:
             # transformers reads other formats too; what the rollout engine needs is asked for where there is one.
-            check_model_folder(path, safetensors=False)
+            check_model_folder(path, safetensors=False, weights=loads)
             # transformers would make one up from the config, without a single token.
-            if not any(file for pattern in _TOKENIZERS for file in Path(path).glob(pattern)):
+            if loads and not any(file for pattern in _TOKENIZERS for file in Path(path).glob(pattern)):
                 raise ProbeError(f"model.path: {path!r} has no tokenizer; put its files there, such as tokenizer.json")
     elif os.path.lexists(path):
         raise ProbeError(f"model.path: {path!r} is no folder; give the folder with config.json and the weights")

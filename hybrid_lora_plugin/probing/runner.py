@@ -108,8 +108,7 @@ def _check(config: ProbeCommandConfig, output_dir: Path, processes: int) -> None
         METHODS[method].check_ranks(processes)
     remove_finished(output_dir)
     refuse_existing(output_dir)
-    if method is not None:
-        check_model_files(config.model)
+    check_model_files(config.model, loads=method is not None)
     # Whatever reads the folder reads this first, and would tell of it in words of its own.
     load_model_config(config.model)
 

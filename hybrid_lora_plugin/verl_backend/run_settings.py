@@ -180,6 +180,8 @@ def _unread(config: DictConfig, given: dict[str, Given]) -> str:
         unread = without_effect(options, names, (*PROBE, *SELECTION))
     except OmegaConfBaseException:
         return ""  # what is no such option is refused where all are read
+    # An empty list gives nothing: it only says so.
+    unread = [(name, when) for name, when in unread if given[group + name].value not in ([], "[]")]
     for name, when in unread:
         if given[group + name].where == COMMAND_LINE:
             raise ConfigurationError(
