@@ -137,7 +137,7 @@ def test_the_first_loss_is_that_of_a_plain_run(run, trainer):
 
 
 def test_a_resumed_run_ends_with_the_same_weights_bit_for_bit(run, trainer):
-    again = trainer.folder / "delta-applied"
+    again = trainer.folder / "again"
     shutil.copytree(run["folder"] / f"global_step_{SAVED}", again / f"global_step_{SAVED}")
     (again / "latest_checkpointed_iteration.txt").write_text(str(SAVED))
     # No allocation and nothing to probe with: it is in the checkpoint, which has no folder for the actor.
