@@ -25,6 +25,9 @@ PURE = {
     # safetensors and Matplotlib write the artifact; whoever only reads allocation.json needs neither.
     "allocation": ({"numpy", "torch"}, {"safetensors"}),
     "report": ({"numpy", "torch"}, {"matplotlib"}),
+    # A verl worker scores every response with these: nothing heavy, and math-verify in a process of its own.
+    "tasks": (set(), set()),
+    "rewards": (set(), set()),
 }
 #: What stands below every folder of the package.
 CONFIG_PARTS = {"config_field", "config_selection", "config_probe", "config_sync", "config_checkpoint"}
@@ -60,11 +63,19 @@ INTERNAL = {
     "probing": GROUND | MODELS | {"config_validation", "scoring", "allocation", "report"},
     "training": GROUND | MODELS | {"allocation"},
     "sync": GROUND | {"training"},
+    "tasks": {"errors"},
+    "rewards": GROUND | {"tasks"},
+    "preparation": GROUND | {"config_validation", "tasks", "rewards"},
+    "evaluation": GROUND | {"config_validation", "tasks", "rewards", "report", "training"},
+    "plan": GROUND | MODELS | {"config_validation", "allocation", "training", "sync", "report"},
     "verl_backend": GROUND
     | MODELS
     | CONFIG_CHECKS
-    | {"scoring", "allocation", "report", "probing", "training", "sync"},
-    "cli": GROUND | CONFIG_CHECKS | {"scoring", "allocation", "report", "probing", "training", "verl_backend"},
+    | {"scoring", "allocation", "report", "probing", "training", "sync", "rewards", "plan"},
+    "cli": GROUND
+    | CONFIG_CHECKS
+    | {"scoring", "allocation", "report", "probing", "training", "verl_backend"}
+    | {"tasks", "rewards", "preparation", "evaluation", "plan"},
 }
 
 

@@ -1,0 +1,5 @@
+"""What is asked of a model and what counts as its answer: the same in training and in evaluation.
+
+problem.py   one problem with its gold answer
+prompts.py   the messages that ask it
+"""
