@@ -6,6 +6,7 @@
         AllocationError         an allocation that cannot be made, written, read or used
         ScoringError            measurements from which no ranking can be made
         ProbeError              a probe that cannot give a meaningful answer
+        RowError                a row of a data set that is no problem with an answer
       WeightSyncError         rollout weights are not provably the trainer's: the run ends
 
 ``probing.interrupt.ProbeInterrupted`` is a ``KeyboardInterrupt`` and no error.
@@ -79,6 +80,21 @@ class ScoringError(ConfigurationError):
 
 class ProbeError(ConfigurationError):
     """A probe that cannot give a meaningful answer with these data and settings."""
+
+
+class RowError(ConfigurationError):
+    """A row of a data set that is no problem with an answer.
+
+    Attributes:
+        reason: why, in a few words that are the same for all such rows, e.g. ``no answer``.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.reason, str(self))
 
 
 class WeightSyncError(HybridLoraError, RuntimeError):
