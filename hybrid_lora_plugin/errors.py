@@ -7,6 +7,7 @@
         ScoringError            measurements from which no ranking can be made
         ProbeError              a probe that cannot give a meaningful answer
         RowError                a row of a data set that is no problem with an answer
+      RewardError             a response could not be judged: the run ends, and nothing is scored 0 instead
       WeightSyncError         rollout weights are not provably the trainer's: the run ends
 
 ``probing.interrupt.ProbeInterrupted`` is a ``KeyboardInterrupt`` and no error.
@@ -95,6 +96,13 @@ class RowError(ConfigurationError):
 
     def __reduce__(self) -> tuple:
         return type(self), (self.reason, str(self))
+
+
+class RewardError(HybridLoraError, RuntimeError):
+    """A response could not be judged, through no fault of its own: a sandbox or a process that cannot be had.
+
+    It ends the run: a score of 0 instead would teach the policy that its answer was wrong.
+    """
 
 
 class WeightSyncError(HybridLoraError, RuntimeError):

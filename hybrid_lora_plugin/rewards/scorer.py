@@ -1,0 +1,139 @@
+"""Judging responses, in training and in evaluation alike."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from types import TracebackType
+
+from hybrid_lora_plugin.errors import ConfigurationError, RewardError
+from hybrid_lora_plugin.rewards.verdict import Verdict
+from hybrid_lora_plugin.tasks import answers
+from hybrid_lora_plugin.tasks.problem import KINDS, LETTERS
+
+
+@dataclass(frozen=True)
+class ScoringLimits:
+    """What judging one response may take.
+
+    Attributes:
+        math_seconds: wall-clock seconds to compare one expression with the gold.
+        math_bytes: address space of the process that compares.
+        code_seconds: CPU seconds of a program for all tests of a problem; by the clock at most three times that.
+        code_bytes: address space of the program.
+        code_processes: processes and threads that the program may have at a time, its own included.
+        code_disk_bytes: what the program may write to its only folder.
+        code_output_bytes: one result of the program.
+    """
+
+    math_seconds: float = 5.0
+    math_bytes: int = 4 << 30
+    code_seconds: float = 30.0
+    code_bytes: int = 1 << 30
+    code_processes: int = 4
+    code_disk_bytes: int = 16 << 20
+    code_output_bytes: int = 16 << 20
+
+    def __post_init__(self) -> None:
+        for name, value in vars(self).items():
+            if not value > 0:
+                raise ConfigurationError(f"{name}: {value}; wanted more than 0")
+
+
+class Scorer:
+    """Judges responses; a context manager that ends its processes.
+
+    Safe to use from several threads, and after a fork: a forked process starts processes of its own.
+
+    Args:
+        limits: what judging one response may take.
+        unsandboxed_code: run programs that a model wrote with this user's rights where there is no sandbox; said loudly.
+    """
+
+    def __init__(self, limits: ScoringLimits | None = None, *, unsandboxed_code: bool = False) -> None:
+        self.limits = limits or ScoringLimits()
+        self.unsandboxed_code = unsandboxed_code
+
+    def __enter__(self) -> Scorer:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """End the processes; a later ``score`` starts them again."""
+
+    def prepare(self, kinds: Iterable[str]) -> None:
+        """Start what judging these kinds needs, before the first response.
+
+        Raises:
+            RewardError: something needed is missing, with the ways out.
+        """
+
+    def score(self, kind: str, response: str, gold: str, options_count: int | None = None) -> Verdict:
+        """Judge one response.
+
+        Args:
+            kind: one of ``tasks.problem.KINDS``.
+            response: the whole response, reasoning included.
+            gold: the gold answer, in the form that ``tasks.problem.Problem`` documents.
+            options_count: of ``letter``: how many options there are, if known.
+
+        Raises:
+            ConfigurationError: a kind that does not exist, or a gold that no answer could match.
+            RewardError: the response could not be judged. Never scored instead.
+        """
+        judge = {
+            "math": self._math,
+            "integer": self._integer,
+            "letter": lambda response, gold: self._letter(response, gold, options_count),
+            "code": self._code,
+        }.get(kind)
+        if judge is None:
+            raise ConfigurationError(f"kind: {kind!r}; wanted one of {', '.join(KINDS)}")
+        return judge(response, gold)
+
+    def is_checkable(self, kind: str, gold: str, options_count: int | None = None) -> bool:
+        """Whether a right answer to this gold would be found right; data preparation drops a row where it is not.
+
+        Args:
+            kind, gold, options_count: as of ``score``.
+
+        Raises:
+            RewardError: it could not be found out.
+        """
+        if kind == "integer":
+            return answers.whole_number(gold) is not None
+        if kind == "letter":
+            return len(gold) == 1 and gold in LETTERS[: options_count or len(LETTERS)]
+        raise RewardError(f"kind: {kind!r} cannot be judged yet")
+
+    def _integer(self, response: str, gold: str) -> Verdict:
+        wanted = answers.whole_number(gold)
+        if wanted is None:
+            raise ConfigurationError(f"gold: {gold!r} is no whole number")
+        answer = answers.boxed(response)
+        if answer is None:
+            return Verdict(False, None, note="no box")
+        found = answers.whole_number(answer)
+        return _compared(found == wanted, answer, "another number" if found is not None else "no whole number")
+
+    def _letter(self, response: str, gold: str, options_count: int | None) -> Verdict:
+        if not self.is_checkable("letter", gold, options_count):
+            raise ConfigurationError(f"gold: {gold!r} is no letter of an option")
+        answer = answers.letter(response, options_count)
+        return (
+            Verdict(False, None, note="no letter") if answer is None else _compared(answer == gold, answer, "another")
+        )
+
+    def _math(self, response: str, gold: str) -> Verdict:
+        raise RewardError("kind: 'math' cannot be judged yet")
+
+    def _code(self, response: str, gold: str) -> Verdict:
+        raise RewardError("kind: 'code' cannot be judged yet")
+
+
+def _compared(correct: bool, answer: str, otherwise: str) -> Verdict:
+    return Verdict(correct, answer, note="" if correct else otherwise)
