@@ -13,7 +13,7 @@ from hybrid_lora_plugin.errors import ConfigurationError, RowError
 from hybrid_lora_plugin.tasks.benchmarks import BENCHMARKS, benchmark
 from hybrid_lora_plugin.tasks.problem import LETTERS
 from hybrid_lora_plugin.tasks.prompts import user_turn
-from hybrid_lora_plugin.tasks.schemas import whole_number, without_instruction
+from hybrid_lora_plugin.tasks.schemas import without_instruction
 from tests.support.benchmark_rows import EARLY_LEETCODE, ROWS
 
 ASKS = "\nPlease reason step by step, and put your final answer within \\boxed{}."
@@ -124,27 +124,6 @@ def test_a_row_without_a_usable_answer_is_refused_with_a_reason(name, changes, r
 def test_other_columns_are_named_with_what_is_wanted():
     with pytest.raises(RowError, match=r"MATH-500: a row with the columns \['text'\]; wanted `problem` \+ `answer` or"):
         BENCHMARKS["math500"].problem({"text": "x"})
-
-
-@pytest.mark.parametrize(
-    "text, digits",
-    [
-        ("1,200", "1200"),
-        ("$033$", "33"),
-        ("336^\\circ", "336"),
-        ("-7", "-7"),
-        ("70^{\\circ}", "70"),
-        ("10{,}000", "10000"),
-        ("1,20", None),
-        ("3.5", None),
-        ("x", None),
-        ("", None),
-        ("²", None),
-        ("1 2", None),
-    ],
-)
-def test_whole_numbers(text, digits):
-    assert whole_number(text) == digits
 
 
 @pytest.mark.parametrize(

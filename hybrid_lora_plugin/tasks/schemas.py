@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from hybrid_lora_plugin.errors import RowError
+from hybrid_lora_plugin.tasks.answers import whole_number
 from hybrid_lora_plugin.tasks.problem import LETTERS, Problem
 
 Row = Mapping[str, Any]
@@ -27,8 +28,6 @@ _INSTRUCTIONS = re.compile(
     re.IGNORECASE,
 )
 _EMPTY_BOX = re.compile(r"\\boxed\{\s*\}")
-_GROUPED = re.compile(r"-?\d{1,3}(?:,\d{3})+")
-_WHOLE = re.compile(r"-?\d+")
 _DECIMAL = re.compile(r"-?\d*\.\d+|-?\d+\.")
 _OF_GPQA = ("Correct Answer", "Incorrect Answer 1", "Incorrect Answer 2", "Incorrect Answer 3")
 #: Of LeetCodeDataset before v0.3.0, between the question and the lines to go on from.
@@ -71,19 +70,6 @@ def identity_of(question: str) -> str:
     return hashlib.sha256(" ".join(question.split()).encode()).hexdigest()[:16]
 
 
-def whole_number(text: str) -> str | None:
-    """The decimal digits of a whole number without leading zeros, e.g. of ``1,200``, ``$033$`` or ``336^\\circ``.
-
-    None where the text is anything else.
-    """
-    text = text.strip().strip("$").strip()
-    text = re.sub(r"(?:\^\{?\\circ\}?|°)$", "", text).strip()
-    text = re.sub(r"\\!|\{,\}", lambda found: "," if found[0] == "{,}" else "", text)
-    if _GROUPED.fullmatch(text):
-        text = text.replace(",", "")
-    return str(int(text)) if _WHOLE.fullmatch(text) and len(text) < 1000 else None
-
-
 def gsm8k(source: str, row: Row, seed: int) -> Problem:
     """``question``, ``answer`` with the steps and ``#### N`` at the end."""
     return _after_hashes(source, text_in(row, "question"), text_in(row, "answer"))
@@ -103,7 +89,7 @@ def _after_hashes(source: str, question: str, answer: str) -> Problem:
     decimal = last.replace(",", "")
     if whole is None and not _DECIMAL.fullmatch(decimal):
         raise RowError("an answer that is no number", f"the answer {last[:60]!r} behind #### is no number")
-    kind, gold = ("math", decimal) if whole is None else ("integer", whole)
+    kind, gold = ("math", decimal) if whole is None else ("integer", str(whole))
     return Problem(source, identity_of(question), kind, question, gold)
 
 
@@ -146,13 +132,13 @@ def contest_integer(
         given = text_in(row, answer)
         boxed = re.fullmatch(r"\\boxed\{(.*)\}", given.strip())
         whole = whole_number(boxed[1] if boxed else given)
-        if whole is None or not 0 <= int(whole) <= 999:
+        if whole is None or not 0 <= whole <= 999:
             raise RowError(
                 "an answer that is no whole number",
                 f"the answer {given[:60]!r} in `{answer}` is no whole number from 0 to 999",
             )
         return Problem(
-            source, _identity(row, identity, asked), "integer", asked, whole, metadata=_metadata(row, metadata)
+            source, _identity(row, identity, asked), "integer", asked, str(whole), metadata=_metadata(row, metadata)
         )
 
     return read
