@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from types import TracebackType
 
 from hybrid_lora_plugin.errors import ConfigurationError, RewardError
+from hybrid_lora_plugin.rewards.code_gold import CodeGold
+from hybrid_lora_plugin.rewards.math import MathChecker
 from hybrid_lora_plugin.rewards.verdict import Verdict
 from hybrid_lora_plugin.tasks import answers
 from hybrid_lora_plugin.tasks.problem import KINDS, LETTERS
@@ -17,8 +19,9 @@ class ScoringLimits:
     """What judging one response may take.
 
     Attributes:
-        math_seconds: wall-clock seconds to compare one expression with the gold.
-        math_bytes: address space of the process that compares.
+        math_seconds: CPU seconds to compare one expression with the gold; by the clock three times that.
+        math_bytes: address space of a process that compares.
+        math_processes: how many compare at a time.
         code_seconds: CPU seconds of a program for all tests of a problem; by the clock at most three times that.
         code_bytes: address space of the program.
         code_processes: processes and threads that the program may have at a time, its own included.
@@ -28,6 +31,7 @@ class ScoringLimits:
 
     math_seconds: float = 5.0
     math_bytes: int = 4 << 30
+    math_processes: int = 1
     code_seconds: float = 30.0
     code_bytes: int = 1 << 30
     code_processes: int = 4
@@ -47,12 +51,13 @@ class Scorer:
 
     Args:
         limits: what judging one response may take.
-        unsandboxed_code: run programs that a model wrote with this user's rights where there is no sandbox; said loudly.
+        unsandboxed_code: run programs that a model wrote with this user's rights, in no sandbox; said loudly.
     """
 
     def __init__(self, limits: ScoringLimits | None = None, *, unsandboxed_code: bool = False) -> None:
         self.limits = limits or ScoringLimits()
         self.unsandboxed_code = unsandboxed_code
+        self._expressions = MathChecker(self.limits.math_seconds, self.limits.math_bytes, self.limits.math_processes)
 
     def __enter__(self) -> Scorer:
         return self
@@ -64,6 +69,7 @@ class Scorer:
 
     def close(self) -> None:
         """End the processes; a later ``score`` starts them again."""
+        self._expressions.close()
 
     def prepare(self, kinds: Iterable[str]) -> None:
         """Start what judging these kinds needs, before the first response.
@@ -71,6 +77,8 @@ class Scorer:
         Raises:
             RewardError: something needed is missing, with the ways out.
         """
+        if "math" in kinds:
+            self._expressions.start()
 
     def score(self, kind: str, response: str, gold: str, options_count: int | None = None) -> Verdict:
         """Judge one response.
@@ -86,7 +94,7 @@ class Scorer:
             RewardError: the response could not be judged. Never scored instead.
         """
         judge = {
-            "math": self._math,
+            "math": self._expressions.verdict,
             "integer": self._integer,
             "letter": lambda response, gold: self._letter(response, gold, options_count),
             "code": self._code,
@@ -108,7 +116,15 @@ class Scorer:
             return answers.whole_number(gold) is not None
         if kind == "letter":
             return len(gold) == 1 and gold in LETTERS[: options_count or len(LETTERS)]
-        raise RewardError(f"kind: {kind!r} cannot be judged yet")
+        if kind == "math":
+            return self._expressions.gold_is_checkable(gold)
+        if kind != "code":
+            raise ConfigurationError(f"kind: {kind!r}; wanted one of {', '.join(KINDS)}")
+        try:
+            CodeGold.read(gold)
+        except ConfigurationError:
+            return False
+        return True
 
     def _integer(self, response: str, gold: str) -> Verdict:
         wanted = answers.whole_number(gold)
@@ -128,10 +144,8 @@ class Scorer:
             Verdict(False, None, note="no letter") if answer is None else _compared(answer == gold, answer, "another")
         )
 
-    def _math(self, response: str, gold: str) -> Verdict:
-        raise RewardError("kind: 'math' cannot be judged yet")
-
     def _code(self, response: str, gold: str) -> Verdict:
+        CodeGold.read(gold)
         raise RewardError("kind: 'code' cannot be judged yet")
 
 

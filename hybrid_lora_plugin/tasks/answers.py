@@ -17,7 +17,10 @@ _BOX = re.compile(r"\\f?boxed(?![A-Za-z])\s*")
 _MARKUP = r"(?:[\s*_$:(\[]|\\[(\[]|\\f?boxed\{|\\text(?:bf)?\{|\\mathbf\{|\\mathrm\{)*"
 _FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+.-]*)[^\n`]*$")
 _PYTHON = ("python", "python3", "py")
-_WHOLE_NUMBER = re.compile(r"[+-]?\d+")
+#: Words behind a number that change it, or name another one.
+_NO_UNIT = re.compile(
+    r"(?<![a-z])(?:or|and|to|k|hundred|thousands?|millions?|billions?|trillions?|dozens?|squared|cubed|factorial)(?![a-z])"
+)
 #: The most digits of a whole number; Python itself refuses to read more than 4,300.
 _MOST_DIGITS = 1000
 
@@ -104,9 +107,10 @@ def program(response: str) -> str | None:
 
 
 def whole_number(text: str) -> int | None:
-    r"""The one whole number that a box may mean: ``033``, ``1,080``, ``1{,}080``, ``\$72.00``, ``72\text{ km}``, ``n = 5``.
+    r"""The one whole number that a box may mean.
 
-    None where it is none, or more than one thing: ``1 or 2``, ``1=2=204``, ``7.5``.
+    ``033``, ``1,080``, ``1{,}080``, ``\$72.00``, ``72\text{ km}`` and ``n = 5`` mean one. None where it is no whole
+    number, or more than one thing: ``7.5``, ``1 or 2``, ``1=2=204``.
     """
     text = text.strip().strip("$").strip()
     text = re.sub(r"^[A-Za-z]\w*\s*=(?!=)\s*", "", text)
@@ -114,10 +118,10 @@ def whole_number(text: str) -> int | None:
     text = text.replace("\\$", "").replace("−", "-").replace("{,}", ",").replace("\\!", "")
     text = re.sub(r"\\[,;: ]", " ", text).replace("\\%", "%").strip()
     match = re.fullmatch(
-        r"([+-]?\s?[$€£]?)\s*(\d{1,3}(?:[ ,]\d{3})+|\d+)(?:\.0*)?\s*(?:%|°|\^\s*\{?\\circ\}?|[A-Za-z][A-Za-z ./²³]*)?",
+        r"([+-]?\s?[$€£]?)\s*(\d{1,3}(?:[ ,]\d{3})+|\d+)(?:\.0*)?\s*(?:%|°|\^\s*\{?\\circ\}?|[A-Za-z][A-Za-z ./]*)?",
         text,
     )
-    if match is None:
+    if match is None or _NO_UNIT.search(match[0].casefold()):
         return None
     digits = ("-" if "-" in match[1] else "") + re.sub(r"\D", "", match[2])
     return int(digits) if len(digits) <= _MOST_DIGITS else None
