@@ -7,4 +7,8 @@ expression_text.py   what the text of two expressions decides
 math_process.py      one process that compares expressions, as its parent sees it
 math_worker.py       that process
 code_gold.py         the gold of a code problem
+sandbox.py           running a program against its tests
+sandbox_guest.py     what runs inside the two sandboxes
+terms.py             what may be added to the reward: form and length
+verl_reward.py       verl's custom reward function
 """

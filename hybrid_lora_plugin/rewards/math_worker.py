@@ -128,7 +128,7 @@ def main() -> None:
             try:
                 print(json.dumps(reply), file=replies, flush=True)
             except BrokenPipeError:
-                os._exit(0)
+                return
             continue
         if select.select([0], [], [], _PARENT_CHECK_S)[0]:
             received = os.read(0, 65536)

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from types import TracebackType
 
-from hybrid_lora_plugin.errors import ConfigurationError, RewardError
+from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.rewards.code_gold import CodeGold
 from hybrid_lora_plugin.rewards.math import MathChecker
+from hybrid_lora_plugin.rewards.sandbox import ProgramLimits, Sandbox
 from hybrid_lora_plugin.rewards.verdict import Verdict
 from hybrid_lora_plugin.tasks import answers
 from hybrid_lora_plugin.tasks.problem import KINDS, LETTERS
@@ -27,6 +29,7 @@ class ScoringLimits:
         code_processes: processes and threads that the program may have at a time, its own included.
         code_disk_bytes: what the program may write to its only folder.
         code_output_bytes: one result of the program.
+        code_at_a_time: how many programs run at a time.
     """
 
     math_seconds: float = 5.0
@@ -37,11 +40,14 @@ class ScoringLimits:
     code_processes: int = 4
     code_disk_bytes: int = 16 << 20
     code_output_bytes: int = 16 << 20
+    code_at_a_time: int = 4
 
     def __post_init__(self) -> None:
         for name, value in vars(self).items():
-            if not value > 0:
-                raise ConfigurationError(f"{name}: {value}; wanted more than 0")
+            whole = isinstance(getattr(ScoringLimits, name), int)
+            usable = isinstance(value, int if whole else int | float) and not isinstance(value, bool)
+            if not (usable and 0 < value < math.inf):
+                raise ConfigurationError(f"{name}: {value!r}; wanted {'a whole' if whole else 'a'} number above 0")
 
 
 class Scorer:
@@ -56,8 +62,13 @@ class Scorer:
 
     def __init__(self, limits: ScoringLimits | None = None, *, unsandboxed_code: bool = False) -> None:
         self.limits = limits or ScoringLimits()
-        self.unsandboxed_code = unsandboxed_code
-        self._expressions = MathChecker(self.limits.math_seconds, self.limits.math_bytes, self.limits.math_processes)
+        of = self.limits
+        self._expressions = MathChecker(of.math_seconds, of.math_bytes, of.math_processes)
+        self._sandbox = Sandbox(
+            ProgramLimits(of.code_seconds, of.code_bytes, of.code_processes, of.code_disk_bytes, of.code_output_bytes),
+            of.code_at_a_time,
+            bare=unsandboxed_code,
+        )
 
     def __enter__(self) -> Scorer:
         return self
@@ -72,13 +83,16 @@ class Scorer:
         self._expressions.close()
 
     def prepare(self, kinds: Iterable[str]) -> None:
-        """Start what judging these kinds needs, before the first response.
+        """Start what judging these kinds needs and try it, before the first response.
 
         Raises:
             RewardError: something needed is missing, with the ways out.
         """
-        if "math" in kinds:
+        wanted = set(kinds)
+        if "math" in wanted:
             self._expressions.start()
+        if "code" in wanted:
+            self._sandbox.check()
 
     def score(self, kind: str, response: str, gold: str, options_count: int | None = None) -> Verdict:
         """Judge one response.
@@ -145,8 +159,12 @@ class Scorer:
         )
 
     def _code(self, response: str, gold: str) -> Verdict:
-        CodeGold.read(gold)
-        raise RewardError("kind: 'code' cannot be judged yet")
+        tests = CodeGold.read(gold)
+        program = answers.program(response)
+        if program is None:
+            return Verdict(False, None, note="no program")
+        outcome = self._sandbox.run(program, tests)
+        return Verdict(outcome.passed, program, timed_out=outcome.timed_out, note=outcome.note)
 
 
 def _compared(correct: bool, answer: str, otherwise: str) -> Verdict:
