@@ -36,6 +36,7 @@ CONFIG_PARTS = {
     "config_probe",
     "config_sync",
     "config_checkpoint",
+    "config_data",
     "config_evaluation",
 }
 #: What looks at a whole configuration.
@@ -55,7 +56,7 @@ MODELS = {
 INTERNAL = {
     **{
         f"config_{part}.py": {"config_field", "errors"}
-        for part in ("selection", "probe", "sync", "checkpoint", "evaluation")
+        for part in ("selection", "probe", "sync", "checkpoint", "data", "evaluation")
     },
     "config.py": CONFIG_PARTS | {"errors"},
     "config_validation.py": {"config", "errors"},
@@ -75,7 +76,8 @@ INTERNAL = {
     "sync": GROUND | {"training"},
     "tasks": {"errors"},
     "rewards": GROUND | {"tasks"},
-    "preparation": GROUND | {"config_validation", "tasks", "rewards"},
+    # The probe's readers of files, which know every form that rows come in.
+    "preparation": GROUND | {"config_validation", "tasks", "rewards", "probing"},
     "evaluation": GROUND | MODELS | {"config_validation", "tasks", "rewards", "preparation", "report", "training"},
     "plan": GROUND | MODELS | {"config_validation", "allocation", "training", "sync", "report"},
     "verl_backend": GROUND

@@ -233,7 +233,20 @@ def text_in(row: Row, column: str) -> str:
     if not isinstance(value, str) or not value.strip():
         what = "no answer" if "answer" in column.lower() or column == "solution" else f"no text in `{column}`"
         raise RowError(what, f"`{column}` is {value!r:.60}; wanted a text")
+    refuse_half_characters(value, f"`{column}`")
     return value
+
+
+def refuse_half_characters(text: str, what: str) -> None:
+    """Refuse a text with half of a surrogate pair, which JSON can hold and no file in UTF-8.
+
+    Raises:
+        RowError: naming ``what``.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        raise RowError("half a character", f"{what} has half of a surrogate pair at {error.start}") from error
 
 
 def _identity(row: Row, column: str | None, question: str) -> str:
