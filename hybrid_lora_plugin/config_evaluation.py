@@ -91,7 +91,8 @@ class ScoringConfig:
 
     code_seconds: float = documented(
         30.0,
-        "Time of a program for all tests of its problem; one that takes longer is wrong and counted.",
+        "CPU time of a program for all tests of its problem; by the clock it has three times that. One that takes "
+        "longer is wrong and counted.",
         source="own choice: at 15 s some of LeetCodeDataset's own solutions end too late",
         unit="s",
         bound=above(0, "above 0, e.g. 30"),

@@ -21,6 +21,7 @@ from hybrid_lora_plugin.config import (
     CompareCommandConfig,
     DataCommandConfig,
     DoctorCommandConfig,
+    EvaluateCommandConfig,
     ExportCommandConfig,
     ProbeCommandConfig,
 )
@@ -35,6 +36,7 @@ CONFIGS = {
     "data": DataCommandConfig,
     "export": ExportCommandConfig,
     "doctor": DoctorCommandConfig,
+    "eval": EvaluateCommandConfig,
 }
 
 
@@ -165,6 +167,7 @@ REQUIRED = {
     "compare": "allocations: not given; write allocations=[",
     "data": "set, output_dir: not given; write set=gsm8k output_dir=FOLDER",
     "export": "checkpoint, output_dir: not given; write checkpoint=FOLDER",
+    "eval": "model, output_dir: not given; write model=FOLDER",
 }
 
 

@@ -7,13 +7,14 @@ import shlex
 
 import pytest
 
-from hybrid_lora_plugin.cli import allocate, compare, data, doctor, export, probe
+from hybrid_lora_plugin.cli import allocate, compare, data, doctor, eval, export, probe
 from hybrid_lora_plugin.cli.arguments import parse
 from hybrid_lora_plugin.config import (
     AllocateCommandConfig,
     CompareCommandConfig,
     DataCommandConfig,
     DoctorCommandConfig,
+    EvaluateCommandConfig,
     ExportCommandConfig,
     ProbeCommandConfig,
 )
@@ -30,10 +31,11 @@ COMMANDS = {
     "hybrid-lora-data": DataCommandConfig,
     "hybrid-lora-export": ExportCommandConfig,
     "hybrid-lora-doctor": DoctorCommandConfig,
+    "hybrid-lora-eval": EvaluateCommandConfig,
 }
 # Under torchrun a command is the module that its entry point names.
 MODULES = {"hybrid_lora_plugin.cli.probe": ProbeCommandConfig}
-EXAMPLES = [module.EXAMPLE for module in (probe, allocate, compare, data, export, doctor)]
+EXAMPLES = [module.EXAMPLE for module in (probe, allocate, compare, data, export, doctor, eval)]
 SHELL_BLOCKS = ("bash", "sh", "zsh", "shell", "console")
 #: what a shell reads as part of a pattern or of its own grammar
 GLOB = "*?[]{}()^"

@@ -16,6 +16,7 @@ from hybrid_lora_plugin.config import (
     CompareCommandConfig,
     DataCommandConfig,
     DoctorCommandConfig,
+    EvaluateCommandConfig,
     ExportCommandConfig,
     HybridLoraConfig,
     ProbeCommandConfig,
@@ -57,6 +58,7 @@ SECTIONS = (
     ("`hybrid-lora-data`", "Given as `key=value`; [its own page](data.md).", "", DataCommandConfig),
     ("`hybrid-lora-export`", "Given as `key=value`.", "", ExportCommandConfig),
     ("`hybrid-lora-doctor`", "Given as `key=value`; [its own page](doctor.md).", "", DoctorCommandConfig),
+    ("`hybrid-lora-eval`", "Given as `key=value`; [its own page](evaluation.md).", "", EvaluateCommandConfig),
 )
 
 

@@ -10,6 +10,7 @@ _APPLY = "training/apply.py"
 _REFERENCE = "training/reference.py"
 _EXPORT = "training/export.py"
 _BASE_MODEL = "training/base_model.py"
+_SERVED = "evaluation/served_model.py"
 _ADAPTER_FOLDER = "training/adapter_folder.py"
 _LOADING = "probing/loading.py"
 _TEMPLATE = "probing/data/template.py"
@@ -91,8 +92,8 @@ TRAINING = Subject(
             "registration probe export",
             "transformers",
             "",
-            ("AutoConfig", (_LOADING, _MODEL_CHECK, _BASE_MODEL), "config of a checkpoint"),
-            ("AutoConfig.from_pretrained", (_LOADING, _MODEL_CHECK, _BASE_MODEL), "config of a checkpoint"),
+            ("AutoConfig", (_LOADING, _MODEL_CHECK, _BASE_MODEL, _SERVED), "config of a checkpoint"),
+            ("AutoConfig.from_pretrained", (_LOADING, _MODEL_CHECK, _BASE_MODEL, _SERVED), "config of a checkpoint"),
         ),
         *rows(
             "registration probe",
@@ -111,8 +112,12 @@ TRAINING = Subject(
             "export",
             "transformers",
             "",
-            ("GenerationConfig", _BASE_MODEL, "settings of generation of a model that was not loaded"),
-            ("GenerationConfig.from_pretrained", (_BASE_MODEL, "probing/prepare.py"), "settings of generation alone"),
+            ("GenerationConfig", (_BASE_MODEL, _SERVED), "settings of generation of a model that was not loaded"),
+            (
+                "GenerationConfig.from_pretrained",
+                (_BASE_MODEL, _SERVED, "probing/prepare.py"),
+                "settings of generation alone",
+            ),
         ),
         *rows(
             "export",
