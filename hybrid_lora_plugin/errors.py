@@ -6,6 +6,7 @@
         AllocationError         an allocation that cannot be made, written, read or used
         ScoringError            measurements from which no ranking can be made
         ProbeError              a probe that cannot give a meaningful answer
+      RewardError             a response could not be judged: the run ends, and nothing is scored 0 instead
       WeightSyncError         rollout weights are not provably the trainer's: the run ends
 
 ``probing.interrupt.ProbeInterrupted`` is a ``KeyboardInterrupt`` and no error.
@@ -79,6 +80,13 @@ class ScoringError(ConfigurationError):
 
 class ProbeError(ConfigurationError):
     """A probe that cannot give a meaningful answer with these data and settings."""
+
+
+class RewardError(HybridLoraError, RuntimeError):
+    """A response could not be judged, through no fault of its own: a sandbox or a process that cannot be had.
+
+    It ends the run: a score of 0 instead would teach the policy that its answer was wrong.
+    """
 
 
 class WeightSyncError(HybridLoraError, RuntimeError):

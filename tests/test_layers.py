@@ -27,7 +27,7 @@ PURE = {
     "report": ({"numpy", "torch"}, {"matplotlib"}),
     # A verl worker scores every response with these: nothing heavy, and math-verify in a process of its own.
     "tasks": (set(), set()),
-    "rewards": (set(), set()),
+    "rewards": (set(), {"math_verify", "sympy"}),
 }
 #: What stands below every folder of the package.
 CONFIG_PARTS = {"config_field", "config_selection", "config_probe", "config_sync", "config_checkpoint"}

@@ -2,4 +2,5 @@
 
 problem.py   one problem with its gold answer
 prompts.py   the messages that ask it
+answers.py   what a response gives as its answer
 """
