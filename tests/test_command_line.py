@@ -19,6 +19,7 @@ from hybrid_lora_plugin.config import (
     WITHOUT_PROBE,
     AllocateCommandConfig,
     CompareCommandConfig,
+    DataCommandConfig,
     DoctorCommandConfig,
     ExportCommandConfig,
     ProbeCommandConfig,
@@ -31,6 +32,7 @@ CONFIGS = {
     "probe": ProbeCommandConfig,
     "allocate": AllocateCommandConfig,
     "compare": CompareCommandConfig,
+    "data": DataCommandConfig,
     "export": ExportCommandConfig,
     "doctor": DoctorCommandConfig,
 }
@@ -161,6 +163,7 @@ REQUIRED = {
     "probe": "model.path, output_dir, probe.files: not given; write model.path=",
     "allocate": "artifact, output_dir: not given; write artifact=FOLDER",
     "compare": "allocations: not given; write allocations=[",
+    "data": "set, output_dir: not given; write set=gsm8k output_dir=FOLDER",
     "export": "checkpoint, output_dir: not given; write checkpoint=FOLDER",
 }
 

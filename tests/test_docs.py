@@ -7,11 +7,12 @@ import shlex
 
 import pytest
 
-from hybrid_lora_plugin.cli import allocate, compare, doctor, export, probe
+from hybrid_lora_plugin.cli import allocate, compare, data, doctor, export, probe
 from hybrid_lora_plugin.cli.arguments import parse
 from hybrid_lora_plugin.config import (
     AllocateCommandConfig,
     CompareCommandConfig,
+    DataCommandConfig,
     DoctorCommandConfig,
     ExportCommandConfig,
     ProbeCommandConfig,
@@ -26,12 +27,13 @@ COMMANDS = {
     "hybrid-lora-probe": ProbeCommandConfig,
     "hybrid-lora-allocate": AllocateCommandConfig,
     "hybrid-lora-compare": CompareCommandConfig,
+    "hybrid-lora-data": DataCommandConfig,
     "hybrid-lora-export": ExportCommandConfig,
     "hybrid-lora-doctor": DoctorCommandConfig,
 }
 # Under torchrun a command is the module that its entry point names.
 MODULES = {"hybrid_lora_plugin.cli.probe": ProbeCommandConfig}
-EXAMPLES = [module.EXAMPLE for module in (probe, allocate, compare, export, doctor)]
+EXAMPLES = [module.EXAMPLE for module in (probe, allocate, compare, data, export, doctor)]
 SHELL_BLOCKS = ("bash", "sh", "zsh", "shell", "console")
 #: what a shell reads as part of a pattern or of its own grammar
 GLOB = "*?[]{}()^"

@@ -14,6 +14,7 @@ from hybrid_lora_plugin.config import (
     CRITERIA,
     AllocateCommandConfig,
     CompareCommandConfig,
+    DataCommandConfig,
     DoctorCommandConfig,
     ExportCommandConfig,
     HybridLoraConfig,
@@ -53,6 +54,7 @@ SECTIONS = (
         AllocateCommandConfig,
     ),
     ("`hybrid-lora-compare`", "Given as `key=value`.", "", CompareCommandConfig),
+    ("`hybrid-lora-data`", "Given as `key=value`; [its own page](data.md).", "", DataCommandConfig),
     ("`hybrid-lora-export`", "Given as `key=value`.", "", ExportCommandConfig),
     ("`hybrid-lora-doctor`", "Given as `key=value`; [its own page](doctor.md).", "", DoctorCommandConfig),
 )
