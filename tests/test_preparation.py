@@ -9,6 +9,8 @@ import random
 import re
 import shutil
 import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -31,6 +33,7 @@ from hybrid_lora_plugin.tasks.problem import LETTERS, Problem
 from hybrid_lora_plugin.tasks.prompts import STYLES
 from tests.support.benchmark_rows import ROWS
 from tests.support.mixture_rows import CASES, CHOICE, row, sums, write_lines, write_parquet
+from tests.support.verl_processes import ROOT
 
 MATH = {"set": "mixture_of_thoughts", "configs": ["math"], "decontaminate": []}
 
@@ -179,6 +182,26 @@ def test_a_set_for_evaluation_is_one_file_and_nothing_is_held_out(tmp_path, name
 def test_the_sets_of_the_configuration_are_those_that_there_are():
     assert list(DATA_SETS) == ["mixture_of_thoughts", *BENCHMARKS]
     assert set(PROMPT_STYLES) == set(STYLES)
+
+
+def test_the_reward_of_a_run_knows_the_rows(tmp_path, checkable):
+    """Right and wrong responses to rows of every kind that needs no sandbox, as verl hands them over."""
+    from hybrid_lora_plugin.rewards.verl_reward import compute_score
+
+    folder = tmp_path / "mixture"
+    for part in ("math", "science"):
+        write_lines(folder / part / "train.jsonl", [given for name, given, _ in CASES if name == part])
+    write_lines(tmp_path / "gsm8k.jsonl", [ROWS["gsm8k"]])
+    options = {"configs": ["math", "science"], "validation": 0.0, "evaluation": [f"gsm8k={tmp_path / 'gsm8k.jsonl'}"]}
+    done = run(tmp_path / "out", folder, checkable, **options)
+    made = rows_of(done.folder, "train", "test_gsm8k")
+    assert {each["extra_info"]["kind"] for each in made} == {"math", "letter", "integer"}
+    for each in made:
+        gold = each["reward_model"]["ground_truth"]
+        form = "Answer: {}" if each["extra_info"]["kind"] == "letter" else "It is \\boxed{{{}}}."
+        for answer, right in ((gold, 1.0), ("A" if form[0] == "A" else "1234567", 0.0)):
+            said = form.format(answer)
+            assert compute_score(each["data_source"], said, gold, each["extra_info"])["score"] == right, (said, gold)
 
 
 # -- what is left out -------------------------------------------------------------------------------------------------
@@ -365,6 +388,21 @@ def test_a_file_that_cannot_be_read_is_one_line_that_names_the_option(tmp_path, 
     with pytest.raises(ConfigurationError, match=message):
         run(tmp_path / "out", file)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("offline", ["HF_HUB_OFFLINE", "HF_ENDPOINT"])
+def test_a_hub_that_does_not_answer_is_one_line_with_a_way_out(tmp_path, offline):
+    # In a process of its own: the library reads these once.
+    code = (
+        "from hybrid_lora_plugin.cli.data import main\n"
+        f"raise SystemExit(main(['set=gsm8k', 'output_dir={tmp_path / 'out'}']))"
+    )
+    environment = os.environ | {offline: "1" if offline == "HF_HUB_OFFLINE" else "http://127.0.0.1:9"}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("hybrid-lora-data: source: openai/gsm8k cannot be read from the hub (")
+    assert "or give a file or folder on this machine" in done.stderr
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_row_of_an_evaluation_set_without_an_answer_is_refused_not_left_out(tmp_path):

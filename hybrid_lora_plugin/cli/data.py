@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import shlex
 import signal
 import sys
@@ -64,7 +65,8 @@ def _prepare(config: DataCommandConfig, same_command: str) -> int:
     watch = watch_for()
     try:
         with writing(), Scorer() as scorer:
-            prepared = prepare(config, scorer.is_checkable, watch)
+            # Many questions have the same small number for an answer.
+            prepared = prepare(config, functools.lru_cache(1 << 16)(scorer.is_checkable), watch)
     except KeyboardInterrupt as interrupt:
         watch.close()
         kept = partial_folder(config.output_dir)
