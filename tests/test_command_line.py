@@ -24,6 +24,7 @@ from hybrid_lora_plugin.config import (
     ProbeCommandConfig,
 )
 from hybrid_lora_plugin.config_effect import COMMAND, PROBE, SELECTION, without_effect
+from hybrid_lora_plugin.config_plan import PlanCommandConfig
 from hybrid_lora_plugin.config_selection import NAMING
 from tests.support.verl_processes import ROOT
 
@@ -33,6 +34,7 @@ CONFIGS = {
     "compare": CompareCommandConfig,
     "export": ExportCommandConfig,
     "doctor": DoctorCommandConfig,
+    "plan": PlanCommandConfig,
 }
 
 
@@ -162,6 +164,7 @@ REQUIRED = {
     "allocate": "artifact, output_dir: not given; write artifact=FOLDER",
     "compare": "allocations: not given; write allocations=[",
     "export": "checkpoint, output_dir: not given; write checkpoint=FOLDER",
+    "plan": "recipe: not given; write recipe=NAME, or a command",
 }
 
 

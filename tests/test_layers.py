@@ -30,7 +30,14 @@ PURE = {
     "rewards": (set(), set()),
 }
 #: What stands below every folder of the package.
-CONFIG_PARTS = {"config_field", "config_selection", "config_probe", "config_sync", "config_checkpoint"}
+CONFIG_PARTS = {
+    "config_field",
+    "config_selection",
+    "config_probe",
+    "config_sync",
+    "config_checkpoint",
+    "config_plan",
+}
 #: What looks at a whole configuration.
 CONFIG_CHECKS = {"config_validation", "config_effect"}
 GROUND = {"__version__", "errors", "names", "files", "seeding", "parameter_counts", "config"} | CONFIG_PARTS
@@ -46,7 +53,9 @@ MODELS = {
 }
 # What a layer may use of this package: data flow one way, from the first row to the last.
 INTERNAL = {
-    **{f"config_{part}.py": {"config_field", "errors"} for part in ("selection", "probe", "sync", "checkpoint")},
+    **{
+        f"config_{part}.py": {"config_field", "errors"} for part in ("selection", "probe", "sync", "checkpoint", "plan")
+    },
     "config.py": CONFIG_PARTS | {"errors"},
     "config_validation.py": {"config", "errors"},
     "config_effect.py": CONFIG_PARTS | {"errors"},
