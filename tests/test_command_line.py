@@ -26,6 +26,7 @@ from hybrid_lora_plugin.config import (
     ProbeCommandConfig,
 )
 from hybrid_lora_plugin.config_effect import COMMAND, PROBE, SELECTION, without_effect
+from hybrid_lora_plugin.config_plan import PlanCommandConfig
 from hybrid_lora_plugin.config_selection import NAMING
 from tests.support.verl_processes import ROOT
 
@@ -37,6 +38,7 @@ CONFIGS = {
     "export": ExportCommandConfig,
     "doctor": DoctorCommandConfig,
     "eval": EvaluateCommandConfig,
+    "plan": PlanCommandConfig,
 }
 
 
@@ -168,6 +170,7 @@ REQUIRED = {
     "data": "set, output_dir: not given; write set=gsm8k output_dir=FOLDER",
     "export": "checkpoint, output_dir: not given; write checkpoint=FOLDER",
     "eval": "model, output_dir: not given; write model=FOLDER",
+    "plan": "recipe: not given; write recipe=NAME, or a command",
 }
 
 

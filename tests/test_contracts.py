@@ -52,6 +52,7 @@ SUBCLASSES = {
     "verl_backend/cpu/platform.py": ["CpuPlatform"],
     "verl_backend/preflight.py": ["Preflight"],
     "training/lora_linear.py": ["LoraLinear"],
+    "plan/live_bytes.py": ["LiveBytes"],
     "../hydra_plugins/hybrid_lora/search_path.py": ["HybridLoraSearchPath"],
 }
 

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from hybrid_lora_plugin.cli import allocate, compare, data, doctor, eval, export, probe
+from hybrid_lora_plugin.cli import allocate, compare, data, doctor, eval, export, plan, probe
 from hybrid_lora_plugin.cli.arguments import parse
 from hybrid_lora_plugin.config import (
     AllocateCommandConfig,
@@ -18,6 +18,7 @@ from hybrid_lora_plugin.config import (
     ExportCommandConfig,
     ProbeCommandConfig,
 )
+from hybrid_lora_plugin.config_plan import PlanCommandConfig
 from tests.support.verl_processes import ROOT
 
 PAGES = [
@@ -32,10 +33,11 @@ COMMANDS = {
     "hybrid-lora-export": ExportCommandConfig,
     "hybrid-lora-doctor": DoctorCommandConfig,
     "hybrid-lora-eval": EvaluateCommandConfig,
+    "hybrid-lora-plan": PlanCommandConfig,
 }
 # Under torchrun a command is the module that its entry point names.
 MODULES = {"hybrid_lora_plugin.cli.probe": ProbeCommandConfig}
-EXAMPLES = [module.EXAMPLE for module in (probe, allocate, compare, data, export, doctor, eval)]
+EXAMPLES = [module.EXAMPLE for module in (probe, allocate, compare, data, export, doctor, eval, plan)]
 SHELL_BLOCKS = ("bash", "sh", "zsh", "shell", "console")
 #: what a shell reads as part of a pattern or of its own grammar
 GLOB = "*?[]{}()^"
@@ -80,13 +82,13 @@ def test_make_targets_exist():
 @pytest.mark.parametrize("line", sorted({line for _, line in ALL if line.split()[0] in COMMANDS and "=" in line}))
 def test_plugin_commands_use_known_options(line):
     program, *arguments = shlex.split(line)
-    parse(arguments, COMMANDS[program])
+    parse(plan.split(arguments)[0], COMMANDS[program])
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_examples_of_the_commands_use_known_options(example):
     program, *arguments = shlex.split(example)
-    parse(arguments, COMMANDS[program])
+    parse(plan.split(arguments)[0], COMMANDS[program])
 
 
 def test_every_page_with_commands_is_searched():

@@ -38,6 +38,7 @@ CONFIG_PARTS = {
     "config_checkpoint",
     "config_data",
     "config_evaluation",
+    "config_plan",
 }
 #: What looks at a whole configuration.
 CONFIG_CHECKS = {"config_validation", "config_effect"}
@@ -56,7 +57,7 @@ MODELS = {
 INTERNAL = {
     **{
         f"config_{part}.py": {"config_field", "errors"}
-        for part in ("selection", "probe", "sync", "checkpoint", "data", "evaluation")
+        for part in ("selection", "probe", "sync", "checkpoint", "data", "evaluation", "plan")
     },
     "config.py": CONFIG_PARTS | {"errors"},
     "config_validation.py": {"config", "errors"},

@@ -6,6 +6,8 @@ from hybrid_lora_plugin.verl_backend.contracts.record import Subject, behaviour,
 
 _LORA_LINEAR = "training/lora_linear.py"
 _WEIGHTS = "weight_loading.py"
+_PLAN = "plan/model.py"
+_PLANNED = "verl_backend/planned_command.py"
 _APPLY = "training/apply.py"
 _REFERENCE = "training/reference.py"
 _EXPORT = "training/export.py"
@@ -42,17 +44,17 @@ TRAINING = Subject(
             ("PeftModel", _APPLY, "what apply_allocation returns"),
             ("PeftModel.peft_config", _APPLY, "tells a model that is wrapped already"),
             ("LoraConfig._register_custom_module", _APPLY, "puts our layer in place of PEFT's", "mapping"),
-            ("get_peft_model", _APPLY, "wraps the model", "model peft_config adapter_name"),
+            ("get_peft_model", (_APPLY, _PLAN), "wraps the model", "model peft_config adapter_name"),
         ),
         *rows(
             "engine export",
             "peft",
             "",
-            ("TaskType", (_APPLY, _ADAPTER_FOLDER), "kind of model"),
-            ("TaskType.CAUSAL_LM", (_APPLY, _ADAPTER_FOLDER), "kind of model"),
+            ("TaskType", (_APPLY, _ADAPTER_FOLDER, _PLAN), "kind of model"),
+            ("TaskType.CAUSAL_LM", (_APPLY, _ADAPTER_FOLDER, _PLAN), "kind of model"),
             (
                 "LoraConfig",
-                (_APPLY, _ADAPTER_FOLDER),
+                (_APPLY, _ADAPTER_FOLDER, _PLAN),
                 "the adapters",
                 "task_type r target_modules lora_alpha lora_dropout bias",
             ),
@@ -92,8 +94,12 @@ TRAINING = Subject(
             "registration probe export",
             "transformers",
             "",
-            ("AutoConfig", (_LOADING, _MODEL_CHECK, _BASE_MODEL, _SERVED), "config of a checkpoint"),
-            ("AutoConfig.from_pretrained", (_LOADING, _MODEL_CHECK, _BASE_MODEL, _SERVED), "config of a checkpoint"),
+            ("AutoConfig", (_LOADING, _MODEL_CHECK, _BASE_MODEL, _SERVED, _PLANNED), "config of a checkpoint"),
+            (
+                "AutoConfig.from_pretrained",
+                (_LOADING, _MODEL_CHECK, _BASE_MODEL, _SERVED, _PLANNED),
+                "config of a checkpoint",
+            ),
         ),
         *rows(
             "registration probe",
@@ -123,7 +129,7 @@ TRAINING = Subject(
             "export",
             "transformers.utils",
             "",
-            ("logging", "cli/export.py", "quiet where nothing takes long"),
+            ("logging", ("cli/export.py", "cli/plan.py"), "quiet where nothing takes long"),
         ),
         *rows(
             "export",
