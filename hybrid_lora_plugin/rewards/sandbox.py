@@ -176,7 +176,7 @@ def _version(bubblewrap: str) -> tuple[int, ...]:
 
 def _walls(python: str) -> list[str]:
     """bubblewrap's arguments, but for the size of the program's folder."""
-    walls = ["--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
+    walls = ["--unshare-user", "--unshare-all", "--die-with-parent", "--new-session", "--cap-drop", "ALL", "--clearenv"]
     walls += ["--uid", str(_NOBODY), "--gid", str(_NOBODY), "--hostname", "sandbox"]
     walls += ["--setenv", "PATH", "/usr/bin", "--setenv", "HOME", "/tmp", "--setenv", "LANG", "C.UTF-8"]
     walls += ["--ro-bind", "/usr", "/usr"]
