@@ -12,8 +12,11 @@ import time
 import pytest
 
 from hybrid_lora_plugin.cli.data import main
+from tests.support.hub_server import COMMIT, hub_of
 from tests.support.mixture_rows import sums, write_lines, write_parquet
 from tests.support.verl_processes import ROOT
+
+ONLINE = {"HF_HUB_OFFLINE": "0", "HF_DATASETS_OFFLINE": "0"}
 
 
 @pytest.fixture
@@ -89,6 +92,48 @@ def test_an_interruption_keeps_what_is_done_and_the_same_command_goes_on(tmp_pat
     assert not kept.exists()
     whole, again = ({file.name: file.read_bytes() for file in (tmp_path / name).iterdir()} for name in ("whole", "out"))
     assert whole == again
+
+
+def test_the_hub_is_streamed_at_one_commit_and_goes_on_where_it_was(tmp_path):
+    """By the real libraries, from a server on this machine; each in a process, as they read their address once."""
+    card = [
+        f"- config_name: {part}\n  data_files:\n  - split: train\n    path: {part}/*\n" for part in ("math", "code")
+    ]
+    for name in ("open-r1/Mixture-of-Thoughts", "open-r1/gated"):
+        repository = tmp_path / "hub" / name
+        write_parquet(repository / "math" / "train-00000-of-00001.parquet", sums(1500))
+        write_parquet(repository / "code" / "train-00000-of-00001.parquet", sums(5))
+        (repository / "README.md").write_text(f"---\nconfigs:\n{''.join(card)}---\n")
+    words = ["set=mixture_of_thoughts", "configs=[math]", "decontaminate=[]", "format=sft"]
+    code = (
+        "import os, sys\nfrom hybrid_lora_plugin.cli.data import main\n"
+        "from hybrid_lora_plugin.preparation.runner import Watch\n"
+        "from hybrid_lora_plugin.cli import data_progress\n"
+        "class Dies(Watch):\n"
+        "    def rows(self, read, kept, share):\n"
+        "        if read == 1200: os._exit(9)\n"
+        "if sys.argv[1] == 'dies': data_progress.watch_for = Dies\n"
+        f"raise SystemExit(main([*{words!r}, *sys.argv[2:]]))"
+    )
+    with hub_of(tmp_path / "hub") as address:
+        environment = os.environ | ONLINE | {"HF_ENDPOINT": address, "HF_HOME": str(tmp_path / "home")}
+
+        def command(*given):
+            command = [sys.executable, "-c", code, *given]
+            return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment)
+
+        whole, out = (f"output_dir={tmp_path / name}" for name in ("whole", "out"))
+        assert command("lives", whole).returncode == 0
+        assert command("dies", out).returncode == 9 and (tmp_path / "out.partial" / "00000.json").exists()
+        assert command("lives", out).stdout.startswith("1,500 rows read, some of them before an interruption\n")
+        gated = command("lives", "source=open-r1/gated/math:train", f"output_dir={tmp_path / 'gated'}")
+    assert {file.name: file.read_bytes() for file in (tmp_path / "whole").iterdir()} == {
+        file.name: file.read_bytes() for file in (tmp_path / "out").iterdir()
+    }
+    sheet = json.loads((tmp_path / "out" / "datasheet.json").read_text())
+    assert sheet["source"]["math"] == [{"name": "open-r1/Mixture-of-Thoughts/math:train", "commit": COMMIT}]
+    assert gated.returncode == 2 and gated.stderr.count("\n") == 1, gated.stderr
+    assert "accept its conditions on its page and run `hf auth login`, or give a file of it" in gated.stderr
 
 
 @pytest.mark.verl

@@ -397,7 +397,12 @@ def test_a_hub_that_does_not_answer_is_one_line_with_a_way_out(tmp_path, offline
         "from hybrid_lora_plugin.cli.data import main\n"
         f"raise SystemExit(main(['set=gsm8k', 'output_dir={tmp_path / 'out'}']))"
     )
-    environment = os.environ | {offline: "1" if offline == "HF_HUB_OFFLINE" else "http://127.0.0.1:9"}
+    chosen = (
+        {"HF_HUB_OFFLINE": "1"}
+        if offline == "HF_HUB_OFFLINE"
+        else {"HF_HUB_OFFLINE": "0", offline: "http://127.0.0.1:9"}
+    )
+    environment = os.environ | chosen
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, env=environment)
     assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
     assert done.stderr.startswith("hybrid-lora-data: source: openai/gsm8k cannot be read from the hub (")
