@@ -19,6 +19,7 @@ _TEMPLATE = "probing/data/template.py"
 _TOKENS = "probing/data/tokens.py"
 _MODEL_CHECK = "verl_backend/model_check.py"
 _PATCHES = "verl_backend/patches.py"
+_CONFIG_READERS = (_LOADING, _MODEL_CHECK, _BASE_MODEL, _SERVED, _PLANNED)
 _BOTH_ENGINES = ("verl_backend/engine.py", "verl_backend/probe/policy_engine.py")
 
 TRAINING = Subject(
