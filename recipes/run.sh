@@ -62,6 +62,8 @@ train=$rows/train.parquet
 [ -z "$CODE" ] || [ "$ALGORITHM" = sft ] || train="[$train,$DATA/leetcode/rl/train.parquet]"
 settings+=("data.train_files=$train" "data.val_files=$rows/validation.parquet")
 [ -z "$MODEL_PATH" ] || settings+=("$model.path=$MODEL_PATH")
+# A plan needs none: it goes by the budget.
+[ -z "$PLAN" ] || [ -e "$ALLOCATION" ] || ALLOCATION=
 [ -z "$ALLOCATION" ] || settings+=("hybrid_lora.allocation=$ALLOCATION")
 if [ "$NODES" != 1 ]; then
   [ "$ALGORITHM" != sft ] || { echo "run.sh: NODES is for Ray; start SFT on several machines by TORCHRUN" >&2; exit 2; }
