@@ -21,10 +21,12 @@ from hybrid_lora_plugin.config import (
     CompareCommandConfig,
     DataCommandConfig,
     DoctorCommandConfig,
+    EvaluateCommandConfig,
     ExportCommandConfig,
     ProbeCommandConfig,
 )
 from hybrid_lora_plugin.config_effect import COMMAND, PROBE, SELECTION, without_effect
+from hybrid_lora_plugin.config_plan import PlanCommandConfig
 from hybrid_lora_plugin.config_selection import NAMING
 from tests.support.verl_processes import ROOT
 
@@ -35,6 +37,8 @@ CONFIGS = {
     "data": DataCommandConfig,
     "export": ExportCommandConfig,
     "doctor": DoctorCommandConfig,
+    "eval": EvaluateCommandConfig,
+    "plan": PlanCommandConfig,
 }
 
 
@@ -165,6 +169,8 @@ REQUIRED = {
     "compare": "allocations: not given; write allocations=[",
     "data": "set, output_dir: not given; write set=gsm8k output_dir=FOLDER",
     "export": "checkpoint, output_dir: not given; write checkpoint=FOLDER",
+    "eval": "model, output_dir: not given; write model=FOLDER",
+    "plan": "recipe: not given; write recipe=NAME, or a command",
 }
 
 

@@ -332,6 +332,10 @@ RIGHT = {
         "from sortedcontainers import SortedList\ndef double(x): return SortedList([2 * x])[0]",
         DOUBLE,
     ),
+    "one whose prompt has a sorted list": (
+        "def double(x): return SortedList([2 * x])[0]",
+        CodeGold("from sortedcontainers import SortedList", DOUBLE.test, "double"),
+    ),
     "one with threads": (THREADED, DOUBLE),
     "one of linked lists": (FLIP, CodeGold(LINKED, FLIPPED, "Solution().flip")),
     "one that defines the prompt's class once more": (

@@ -11,6 +11,8 @@ import re
 
 #: The most characters of an answer or a gold that is parsed at all.
 MOST_CHARACTERS = 2000
+#: Braces around a whole answer that are taken off; more are a parser's business.
+_MOST_BRACES = 2
 
 _SPACES = re.compile(r"\\[,;:! >]|\\q?quad(?![A-Za-z])|~|\\displaystyle(?![A-Za-z])")
 _SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?")
@@ -47,10 +49,29 @@ def plain(text: str) -> str:
     text = text.replace("\\lbrace", "\\{").replace("\\rbrace", "\\}")
     text = _SIZES.sub("", text).replace("{,}", ",").replace("−", "-")
     text = re.sub(r"\\[dtc]frac(?![A-Za-z])", r"\\frac", text)
-    text = text.removeprefix("\\$").replace("-\\$", "-") if text.count("$") == 1 else text
     text = re.sub(r"\s+", " ", text).strip()
+    for _ in range(_MOST_BRACES):
+        text = text[1:-1].strip() if _in_braces(text) else text
+    text = re.sub(r"(^|[-=]\s*)\\\$\s*", r"\1", text) if text.count("$") == 1 else text
     text = text[:-1].rstrip() if text.endswith(".") else text
-    return text.replace(" ", "").replace(",", "") if _GROUPED.fullmatch(text) else text
+    # Of "x = 1,080" the number alone.
+    name, equals, value = text.rpartition("=")
+    return name + equals + re.sub(r"[ ,]", "", value) if _GROUPED.fullmatch(value.strip()) else text
+
+
+def _in_braces(text: str) -> bool:
+    """Whether one pair of braces encloses all."""
+    if text[:1] != "{":
+        return False
+    depth, escaped = 0, False
+    for position, character in enumerate(text):
+        if escaped or character == "\\":
+            escaped = not escaped
+            continue
+        depth += {"{": 1, "}": -1}.get(character, 0)
+        if depth <= 0:
+            return depth == 0 and position > 0 and position == len(text) - 1
+    return False
 
 
 def words(text: str) -> str | None:

@@ -215,7 +215,7 @@ def _run(program: str, gold: CodeGold, limits: ProgramLimits, walls: Sequence[st
     }
     # Inside, and not before: there it counts this sandbox's processes, outside those of all. bubblewrap's own is one.
     processes = {} if walls is None else {"NPROC": (limits.processes + 1, limits.processes + 1)}
-    modules = _carried() if _CARRIED in program else {}
+    modules = _carried() if _CARRIED in program + gold.prompt + gold.test else {}
     payloads = {
         "program": {
             "prompt": gold.prompt,
@@ -227,6 +227,7 @@ def _run(program: str, gold: CodeGold, limits: ProgramLimits, walls: Sequence[st
         "checker": {
             "prompt": gold.prompt,
             "test": gold.test,
+            "modules": modules,
             "output_bytes": limits.output_bytes,
             # Room for a result that is as large as allowed, beside the one expected.
             "limits": {**shared, "AS": (2 * limits.memory_bytes + 64 * limits.output_bytes,) * 2},

@@ -220,6 +220,7 @@ def run_checker(payload, verdicts):
     """Say ``started`` once the program is about to run, then ``passed`` or why not."""
     results, calls = private_channels()
     verdicts = os.fdopen(verdicts, "wb")
+    sys.meta_path.append(CarriedModules(payload["modules"]))
     try:
         namespace, classes = defined(payload["prompt"], _MODULE)
         exec(compile(payload["test"], "test", "exec"), namespace)

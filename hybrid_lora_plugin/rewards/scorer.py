@@ -35,7 +35,7 @@ class ScoringLimits:
     math_seconds: float = 5.0
     math_bytes: int = 4 << 30
     math_processes: int = 1
-    code_seconds: float = 30.0
+    code_seconds: float = 15.0
     code_bytes: int = 1 << 30
     code_processes: int = 4
     code_disk_bytes: int = 16 << 20

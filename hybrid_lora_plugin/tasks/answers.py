@@ -113,6 +113,8 @@ def whole_number(text: str) -> int | None:
     number, or more than one thing: ``7.5``, ``1 or 2``, ``1=2=204``.
     """
     text = text.strip().strip("$").strip()
+    while text[:1] == "{" and text[-1:] == "}" and "{" not in text[1:] and "}" not in text[:-1]:
+        text = text[1:-1].strip()
     text = re.sub(r"^[A-Za-z]\w*\s*=(?!=)\s*", "", text)
     text = re.sub(r"\\(?:text|mathrm|textbf|mathbf|mbox)\{\s*([^{}]*)\}", r" \1 ", text)
     text = text.replace("\\$", "").replace("−", "-").replace("{,}", ",").replace("\\!", "")
