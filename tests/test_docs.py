@@ -7,15 +7,18 @@ import shlex
 
 import pytest
 
-from hybrid_lora_plugin.cli import allocate, compare, doctor, export, probe
+from hybrid_lora_plugin.cli import allocate, compare, data, doctor, eval, export, plan, probe
 from hybrid_lora_plugin.cli.arguments import parse
 from hybrid_lora_plugin.config import (
     AllocateCommandConfig,
     CompareCommandConfig,
+    DataCommandConfig,
     DoctorCommandConfig,
+    EvaluateCommandConfig,
     ExportCommandConfig,
     ProbeCommandConfig,
 )
+from hybrid_lora_plugin.config_plan import PlanCommandConfig
 from tests.support.verl_processes import ROOT
 
 PAGES = [
@@ -26,12 +29,15 @@ COMMANDS = {
     "hybrid-lora-probe": ProbeCommandConfig,
     "hybrid-lora-allocate": AllocateCommandConfig,
     "hybrid-lora-compare": CompareCommandConfig,
+    "hybrid-lora-data": DataCommandConfig,
     "hybrid-lora-export": ExportCommandConfig,
     "hybrid-lora-doctor": DoctorCommandConfig,
+    "hybrid-lora-eval": EvaluateCommandConfig,
+    "hybrid-lora-plan": PlanCommandConfig,
 }
 # Under torchrun a command is the module that its entry point names.
 MODULES = {"hybrid_lora_plugin.cli.probe": ProbeCommandConfig}
-EXAMPLES = [module.EXAMPLE for module in (probe, allocate, compare, export, doctor)]
+EXAMPLES = [module.EXAMPLE for module in (probe, allocate, compare, data, export, doctor, eval, plan)]
 SHELL_BLOCKS = ("bash", "sh", "zsh", "shell", "console")
 #: what a shell reads as part of a pattern or of its own grammar
 GLOB = "*?[]{}()^"
@@ -76,13 +82,13 @@ def test_make_targets_exist():
 @pytest.mark.parametrize("line", sorted({line for _, line in ALL if line.split()[0] in COMMANDS and "=" in line}))
 def test_plugin_commands_use_known_options(line):
     program, *arguments = shlex.split(line)
-    parse(arguments, COMMANDS[program])
+    parse(plan.split(arguments)[0], COMMANDS[program])
 
 
 @pytest.mark.parametrize("example", EXAMPLES)
 def test_examples_of_the_commands_use_known_options(example):
     program, *arguments = shlex.split(example)
-    parse(arguments, COMMANDS[program])
+    parse(plan.split(arguments)[0], COMMANDS[program])
 
 
 def test_every_page_with_commands_is_searched():

@@ -30,7 +30,16 @@ PURE = {
     "rewards": (set(), {"math_verify", "sympy"}),
 }
 #: What stands below every folder of the package.
-CONFIG_PARTS = {"config_field", "config_selection", "config_probe", "config_sync", "config_checkpoint"}
+CONFIG_PARTS = {
+    "config_field",
+    "config_selection",
+    "config_probe",
+    "config_sync",
+    "config_checkpoint",
+    "config_data",
+    "config_evaluation",
+    "config_plan",
+}
 #: What looks at a whole configuration.
 CONFIG_CHECKS = {"config_validation", "config_effect"}
 GROUND = {"__version__", "errors", "names", "files", "seeding", "parameter_counts", "config"} | CONFIG_PARTS
@@ -46,7 +55,10 @@ MODELS = {
 }
 # What a layer may use of this package: data flow one way, from the first row to the last.
 INTERNAL = {
-    **{f"config_{part}.py": {"config_field", "errors"} for part in ("selection", "probe", "sync", "checkpoint")},
+    **{
+        f"config_{part}.py": {"config_field", "errors"}
+        for part in ("selection", "probe", "sync", "checkpoint", "data", "evaluation", "plan")
+    },
     "config.py": CONFIG_PARTS | {"errors"},
     "config_validation.py": {"config", "errors"},
     "config_effect.py": CONFIG_PARTS | {"errors"},
@@ -65,8 +77,9 @@ INTERNAL = {
     "sync": GROUND | {"training"},
     "tasks": {"errors"},
     "rewards": GROUND | {"tasks"},
-    "preparation": GROUND | {"config_validation", "tasks", "rewards"},
-    "evaluation": GROUND | {"config_validation", "tasks", "rewards", "report", "training"},
+    # The probe's readers of files, which know every form that rows come in.
+    "preparation": GROUND | {"config_validation", "tasks", "rewards", "probing"},
+    "evaluation": GROUND | MODELS | {"config_validation", "tasks", "rewards", "preparation", "report", "training"},
     "plan": GROUND | MODELS | {"config_validation", "allocation", "training", "sync", "report"},
     "verl_backend": GROUND
     | MODELS

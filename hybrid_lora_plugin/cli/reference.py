@@ -14,11 +14,14 @@ from hybrid_lora_plugin.config import (
     CRITERIA,
     AllocateCommandConfig,
     CompareCommandConfig,
+    DataCommandConfig,
     DoctorCommandConfig,
+    EvaluateCommandConfig,
     ExportCommandConfig,
     HybridLoraConfig,
     ProbeCommandConfig,
 )
+from hybrid_lora_plugin.config_plan import PlanCommandConfig
 from hybrid_lora_plugin.scoring import get_criterion
 from hybrid_lora_plugin.verl_backend.contracts import (
     BEHAVIOURS,
@@ -53,8 +56,16 @@ SECTIONS = (
         AllocateCommandConfig,
     ),
     ("`hybrid-lora-compare`", "Given as `key=value`.", "", CompareCommandConfig),
+    ("`hybrid-lora-data`", "Given as `key=value`; [its own page](data.md).", "", DataCommandConfig),
     ("`hybrid-lora-export`", "Given as `key=value`.", "", ExportCommandConfig),
     ("`hybrid-lora-doctor`", "Given as `key=value`; [its own page](doctor.md).", "", DoctorCommandConfig),
+    ("`hybrid-lora-eval`", "Given as `key=value`; [its own page](evaluation.md).", "", EvaluateCommandConfig),
+    (
+        "`hybrid-lora-plan`",
+        "Given as `key=value` in front of `--`; [its own page](plan.md).",
+        "",
+        PlanCommandConfig,
+    ),
 )
 
 

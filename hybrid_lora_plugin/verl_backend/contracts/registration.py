@@ -15,6 +15,7 @@ _CHECKPOINTS = "verl_backend/engine_checkpoints.py"
 _SFT = "verl_backend/probe/sft.py"
 _CHILD = "verl_backend/doctor/child.py"
 _GIVEN = "verl_backend/given_settings.py"
+_PLANNED = "verl_backend/planned_command.py"
 
 
 def _literal(module: str, text: str, file: str, reason: str) -> Contract:
@@ -28,7 +29,7 @@ REGISTRATION = Subject(
             "registration",
             "verl",
             "",
-            ("", (_PLUGIN, _CHILD, _GIVEN), "its folder holds the version file and its configurations"),
+            ("", (_PLUGIN, _CHILD, _GIVEN, _PLANNED), "its folder holds the version file and its configurations"),
         ),
         _literal("verl", "verl.plugins", _PLUGIN, "group of entry points that `import verl` loads"),
         _literal("verl", "VERL_USE_EXTERNAL_PLUGINS", _PLUGIN, "which of them it loads"),

@@ -6,16 +6,20 @@ from hybrid_lora_plugin.verl_backend.contracts.record import Subject, behaviour,
 
 _LORA_LINEAR = "training/lora_linear.py"
 _WEIGHTS = "weight_loading.py"
+_PLAN = "plan/model.py"
+_PLANNED = "verl_backend/planned_command.py"
 _APPLY = "training/apply.py"
 _REFERENCE = "training/reference.py"
 _EXPORT = "training/export.py"
 _BASE_MODEL = "training/base_model.py"
+_SERVED = "evaluation/served_model.py"
 _ADAPTER_FOLDER = "training/adapter_folder.py"
 _LOADING = "probing/loading.py"
 _TEMPLATE = "probing/data/template.py"
 _TOKENS = "probing/data/tokens.py"
 _MODEL_CHECK = "verl_backend/model_check.py"
 _PATCHES = "verl_backend/patches.py"
+_CONFIG_READERS = (_LOADING, _MODEL_CHECK, _BASE_MODEL, _SERVED, _PLANNED)
 _BOTH_ENGINES = ("verl_backend/engine.py", "verl_backend/probe/policy_engine.py")
 
 TRAINING = Subject(
@@ -41,17 +45,17 @@ TRAINING = Subject(
             ("PeftModel", _APPLY, "what apply_allocation returns"),
             ("PeftModel.peft_config", _APPLY, "tells a model that is wrapped already"),
             ("LoraConfig._register_custom_module", _APPLY, "puts our layer in place of PEFT's", "mapping"),
-            ("get_peft_model", _APPLY, "wraps the model", "model peft_config adapter_name"),
+            ("get_peft_model", (_APPLY, _PLAN), "wraps the model", "model peft_config adapter_name"),
         ),
         *rows(
             "engine export",
             "peft",
             "",
-            ("TaskType", (_APPLY, _ADAPTER_FOLDER), "kind of model"),
-            ("TaskType.CAUSAL_LM", (_APPLY, _ADAPTER_FOLDER), "kind of model"),
+            ("TaskType", (_APPLY, _ADAPTER_FOLDER, _PLAN), "kind of model"),
+            ("TaskType.CAUSAL_LM", (_APPLY, _ADAPTER_FOLDER, _PLAN), "kind of model"),
             (
                 "LoraConfig",
-                (_APPLY, _ADAPTER_FOLDER),
+                (_APPLY, _ADAPTER_FOLDER, _PLAN),
                 "the adapters",
                 "task_type r target_modules lora_alpha lora_dropout bias",
             ),
@@ -91,8 +95,12 @@ TRAINING = Subject(
             "registration probe export",
             "transformers",
             "",
-            ("AutoConfig", (_LOADING, _MODEL_CHECK, _BASE_MODEL), "config of a checkpoint"),
-            ("AutoConfig.from_pretrained", (_LOADING, _MODEL_CHECK, _BASE_MODEL), "config of a checkpoint"),
+            ("AutoConfig", (_LOADING, _MODEL_CHECK, _BASE_MODEL, _SERVED, _PLANNED), "config of a checkpoint"),
+            (
+                "AutoConfig.from_pretrained",
+                (_LOADING, _MODEL_CHECK, _BASE_MODEL, _SERVED, _PLANNED),
+                "config of a checkpoint",
+            ),
         ),
         *rows(
             "registration probe",
@@ -111,14 +119,18 @@ TRAINING = Subject(
             "export",
             "transformers",
             "",
-            ("GenerationConfig", _BASE_MODEL, "settings of generation of a model that was not loaded"),
-            ("GenerationConfig.from_pretrained", (_BASE_MODEL, "probing/prepare.py"), "settings of generation alone"),
+            ("GenerationConfig", (_BASE_MODEL, _SERVED), "settings of generation of a model that was not loaded"),
+            (
+                "GenerationConfig.from_pretrained",
+                (_BASE_MODEL, _SERVED, "probing/prepare.py"),
+                "settings of generation alone",
+            ),
         ),
         *rows(
             "export",
             "transformers.utils",
             "",
-            ("logging", "cli/export.py", "quiet where nothing takes long"),
+            ("logging", ("cli/export.py", "cli/plan.py"), "quiet where nothing takes long"),
         ),
         *rows(
             "export",
