@@ -17,6 +17,8 @@ from pathlib import Path
 
 import torch
 
+from hybrid_lora_plugin.training.freed_memory import give_back_freed_memory
+
 #: Hugging Face's config.json of Qwen/Qwen2.5-0.5B-Instruct, what decides shapes
 SHAPE = {"vocab_size": 151_936, "hidden": 896, "heads": 14, "kv_heads": 2, "intermediate_size": 4864}
 FORMATS = (("merged", "auto"), ("merged", "float32"), ("adapter", "auto"), ("delta", "auto"), ("delta", "float32"))
@@ -59,6 +61,7 @@ def measure(export, *arguments, **options) -> dict[str, float]:
     child = os.fork()
     if not child:
         try:
+            give_back_freed_memory()  # as the command does
             Path("/proc/self/clear_refs").write_text("5")
             before, begun = highest_resident(), time.perf_counter()
             export(*arguments, **options)

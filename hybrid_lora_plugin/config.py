@@ -10,6 +10,8 @@ generated from or checked against these files, so a field is documented there an
     config_probe.py       the probe
     config_sync.py        the weight sync of a run
     config_checkpoint.py  its checkpoints
+    config_evaluation.py  an evaluation
+    config_data.py        what `hybrid-lora-data` takes
     config_plan.py        the plan of a run
     config_field.py       how a field is declared
     config_validation.py  what one field cannot check of itself
@@ -22,6 +24,8 @@ import re
 from dataclasses import dataclass
 
 from hybrid_lora_plugin.config_checkpoint import SAVES, BestCheckpointConfig, CheckpointConfig
+from hybrid_lora_plugin.config_data import DATA_FORMATS, DATA_SETS, DataCommandConfig
+from hybrid_lora_plugin.config_evaluation import EvaluateCommandConfig
 from hybrid_lora_plugin.config_field import Bound, above, at_least, documented
 from hybrid_lora_plugin.config_probe import AdaLoraConfig, AutoLoraConfig, ProbeConfig
 from hybrid_lora_plugin.config_selection import (
@@ -38,6 +42,8 @@ from hybrid_lora_plugin.config_sync import ROUNDINGS, SYNC_MODES, SyncConfig
 __all__ = [
     "BUDGET_AMOUNTS",
     "CRITERIA",
+    "DATA_FORMATS",
+    "DATA_SETS",
     "DOCTOR_LOOKS",
     "EXPORT_DTYPES",
     "EXPORT_FORMATS",
@@ -56,7 +62,9 @@ __all__ = [
     "CheckpointConfig",
     "CompareCommandConfig",
     "ControlConfig",
+    "DataCommandConfig",
     "DoctorCommandConfig",
+    "EvaluateCommandConfig",
     "ExportCommandConfig",
     "HybridLoraConfig",
     "ModelConfig",

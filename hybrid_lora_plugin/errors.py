@@ -6,6 +6,8 @@
         AllocationError         an allocation that cannot be made, written, read or used
         ScoringError            measurements from which no ranking can be made
         ProbeError              a probe that cannot give a meaningful answer
+        RowError                a row of a data set that is no problem with an answer
+      RewardError             a response could not be judged: the run ends, and nothing is scored 0 instead
       WeightSyncError         rollout weights are not provably the trainer's: the run ends
 
 ``probing.interrupt.ProbeInterrupted`` is a ``KeyboardInterrupt`` and no error.
@@ -79,6 +81,28 @@ class ScoringError(ConfigurationError):
 
 class ProbeError(ConfigurationError):
     """A probe that cannot give a meaningful answer with these data and settings."""
+
+
+class RowError(ConfigurationError):
+    """A row of a data set that is no problem with an answer.
+
+    Attributes:
+        reason: why, in a few words that are the same for all such rows, e.g. ``no answer``.
+    """
+
+    def __init__(self, reason: str, message: str) -> None:
+        super().__init__(message)
+        self.reason = reason
+
+    def __reduce__(self) -> tuple:
+        return type(self), (self.reason, str(self))
+
+
+class RewardError(HybridLoraError, RuntimeError):
+    """A response could not be judged, through no fault of its own: a sandbox or a process that cannot be had.
+
+    It ends the run: a score of 0 instead would teach the policy that its answer was wrong.
+    """
 
 
 class WeightSyncError(HybridLoraError, RuntimeError):

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from hybrid_lora_plugin.errors import ConfigurationError
-from hybrid_lora_plugin.files import bring_back, complete_folder
+from hybrid_lora_plugin.files import bring_back, complete_folder, remove_folder
 from hybrid_lora_plugin.probing.distributed import Ranks
 from hybrid_lora_plugin.training.best_checkpoint import BestCheckpoint
 from hybrid_lora_plugin.training.checkpoint import CheckpointDescription, load_trained, save_trained
@@ -21,7 +21,7 @@ from tests.support.kills import killed_at
 pytest.importorskip("verl", reason="verl is not installed")
 
 from hybrid_lora_plugin.verl_backend.checkpoint_retention import TRACKER, Retention  # noqa: E402
-from hybrid_lora_plugin.verl_backend.checkpoint_writing import unwritable_explained, written_whole  # noqa: E402
+from hybrid_lora_plugin.verl_backend.checkpoint_writing import tidy, unwritable_explained, written_whole  # noqa: E402
 
 pytestmark = pytest.mark.verl
 
@@ -77,6 +77,25 @@ def test_a_folder_that_replaces_another_is_killed_at_any_call(tmp_path):
         if not killed:
             break
     assert event >= 6
+
+
+@pytest.mark.parametrize("actor", ["", "actor"], ids=["sft", "reinforcement learning"])
+def test_a_removal_that_was_killed_is_ended_when_a_run_goes_on_and_nothing_of_another_run_is(tmp_path, actor):
+    for event in itertools.count():
+        place = tmp_path / str(event)
+        older, newer = (place / f"global_step_{step}" / actor for step in (1, 2))
+        write(older, 1), write(newer, 2)
+        # Another run that resumes from here looks at the folder while this one writes.
+        alive = newer.parent / f".{newer.name}.0123.writing"
+        alive.mkdir()
+        killed = killed_at(event, lambda older=older: remove_folder(older))
+        tidy(newer)
+        assert [path.name for path in place.rglob(".*")] == [alive.name]
+        assert value_of(older) == 1 if older.exists() else event > 0
+        assert value_of(newer) == 2
+        if not killed:
+            break
+    assert event >= 5
 
 
 # -- which give way -----------------------------------------------------------------------------------------------

@@ -19,7 +19,9 @@ from hybrid_lora_plugin.config import (
     WITHOUT_PROBE,
     AllocateCommandConfig,
     CompareCommandConfig,
+    DataCommandConfig,
     DoctorCommandConfig,
+    EvaluateCommandConfig,
     ExportCommandConfig,
     ProbeCommandConfig,
 )
@@ -32,8 +34,10 @@ CONFIGS = {
     "probe": ProbeCommandConfig,
     "allocate": AllocateCommandConfig,
     "compare": CompareCommandConfig,
+    "data": DataCommandConfig,
     "export": ExportCommandConfig,
     "doctor": DoctorCommandConfig,
+    "eval": EvaluateCommandConfig,
     "plan": PlanCommandConfig,
 }
 
@@ -163,7 +167,9 @@ REQUIRED = {
     "probe": "model.path, output_dir, probe.files: not given; write model.path=",
     "allocate": "artifact, output_dir: not given; write artifact=FOLDER",
     "compare": "allocations: not given; write allocations=[",
+    "data": "set, output_dir: not given; write set=gsm8k output_dir=FOLDER",
     "export": "checkpoint, output_dir: not given; write checkpoint=FOLDER",
+    "eval": "model, output_dir: not given; write model=FOLDER",
     "plan": "recipe: not given; write recipe=NAME, or a command",
 }
 

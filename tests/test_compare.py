@@ -11,8 +11,9 @@ from hybrid_lora_plugin.allocation import AllocationError
 from hybrid_lora_plugin.cli.compare import main
 from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig
 from hybrid_lora_plugin.report.artifact import save_allocation
-from hybrid_lora_plugin.report.compare import compare, make_labels, overlap, rank_agreement
+from hybrid_lora_plugin.report.compare import Overlap, compare, make_labels, overlap, rank_agreement
 from hybrid_lora_plugin.report.compare_tables import as_text, comparison_tables
+from hybrid_lora_plugin.report.compare_verdict import tails, verdicts
 from hybrid_lora_plugin.report.ranking import average_ranks, find_cut, spearman
 from tests.support.allocations import decide_for, draw_measurements
 from tests.support.drawn_allocations import (
@@ -88,6 +89,43 @@ def test_the_chance_within_types_keeps_each_number_per_type():
     # Two of four and three of four o_proj; no q_proj in the first.
     assert pair.chance_within_types == pytest.approx(2 * 3 / 4)
     assert pair.overlap.chance == pytest.approx(2 * 4 / 28)
+
+
+def test_tails_are_counts_over_all_random_choices():
+    parts = [Overlap(1, 2, 3, 0, 0, 0, modules=5), Overlap(2, 2, 2, 0, 0, 0, modules=4)]
+    shared = [
+        len({0, 1} & set(one)) + len({0, 1} & set(two))
+        for one in itertools.combinations(range(5), 3)
+        for two in itertools.combinations(range(4), 2)
+    ]
+    above, below = tails(parts)
+    assert above == pytest.approx(sum(count >= 3 for count in shared) / len(shared))
+    assert below == pytest.approx(sum(count <= 3 for count in shared) / len(shared))
+    # Widths of a model of 80 layers: no number is too large.
+    assert tails([Overlap(0, 56, 56, 0, 0, 0, modules=560)])[0] == pytest.approx(1)
+
+
+LAYERS = 12
+QUERIES, OUTPUTS = ([module_name(layer, type_) for layer in range(LAYERS)] for type_ in ("q_proj", "o_proj"))
+
+
+@pytest.mark.parametrize(
+    "first, second, said",
+    [
+        (QUERIES[:6], QUERIES[:6], "choose the same modules"),
+        (QUERIES[:6] + OUTPUTS[:6], QUERIES[:6] + OUTPUTS[1:7], "agree"),
+        (QUERIES[:4] + OUTPUTS[:4], QUERIES[:4] + OUTPUTS[2:6], "agree in part"),
+        (QUERIES[:6], QUERIES[3:9], "prefer the same types of modules, and within them agree no more than chance"),
+        (QUERIES[:3], OUTPUTS[:3], "agree no more than chance"),
+        (module_names(LAYERS)[:40], module_names(LAYERS)[40:70], "avoid each other's modules"),
+    ],
+)
+def test_a_pair_is_judged_against_chance_and_against_chance_within_types(first, second, said):
+    comparison = compare([make(LAYERS, full=first), make(LAYERS, full=second)], ["one", "other"])
+    (sentence,) = verdicts(comparison)
+    assert f"({len(second)}) {said}: {len(set(first) & set(second))} in common, " in sentence
+    turned = verdicts(compare([make(LAYERS, full=second), make(LAYERS, full=first)], ["one", "other"]))
+    assert said in turned[0]
 
 
 def test_rank_agreement_is_that_of_the_preference_whatever_the_direction():

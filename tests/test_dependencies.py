@@ -84,13 +84,13 @@ def whole_environment():
 
 
 def test_the_core_declares_what_the_probe_and_the_other_commands_import():
-    assert_declared(imported("hybrid_lora_plugin", "hydra_plugins", backend=False), None)
+    assert_declared(imported("hybrid_lora_plugin", "hydra_plugins", backend=False), None, "rewards")
 
 
 def test_each_extra_with_verl_declares_what_only_the_verl_backend_imports():
     imports = imported("hybrid_lora_plugin", "hydra_plugins")
     assert_declared(imports, None, "cpu")
-    assert_declared({ON_CUDA.get(name, name): file for name, file in imports.items()}, None, "gpu")
+    assert_declared({ON_CUDA.get(name, name): file for name, file in imports.items()}, None, "gpu", "rewards")
 
 
 def test_recipes_benchmarks_and_tests_import_what_is_declared():

@@ -7,12 +7,14 @@ import shlex
 
 import pytest
 
-from hybrid_lora_plugin.cli import allocate, compare, doctor, export, plan, probe
+from hybrid_lora_plugin.cli import allocate, compare, data, doctor, eval, export, plan, probe
 from hybrid_lora_plugin.cli.arguments import parse
 from hybrid_lora_plugin.config import (
     AllocateCommandConfig,
     CompareCommandConfig,
+    DataCommandConfig,
     DoctorCommandConfig,
+    EvaluateCommandConfig,
     ExportCommandConfig,
     ProbeCommandConfig,
 )
@@ -27,13 +29,15 @@ COMMANDS = {
     "hybrid-lora-probe": ProbeCommandConfig,
     "hybrid-lora-allocate": AllocateCommandConfig,
     "hybrid-lora-compare": CompareCommandConfig,
+    "hybrid-lora-data": DataCommandConfig,
     "hybrid-lora-export": ExportCommandConfig,
     "hybrid-lora-doctor": DoctorCommandConfig,
+    "hybrid-lora-eval": EvaluateCommandConfig,
     "hybrid-lora-plan": PlanCommandConfig,
 }
 # Under torchrun a command is the module that its entry point names.
 MODULES = {"hybrid_lora_plugin.cli.probe": ProbeCommandConfig}
-EXAMPLES = [module.EXAMPLE for module in (probe, allocate, compare, export, doctor, plan)]
+EXAMPLES = [module.EXAMPLE for module in (probe, allocate, compare, data, export, doctor, eval, plan)]
 SHELL_BLOCKS = ("bash", "sh", "zsh", "shell", "console")
 #: what a shell reads as part of a pattern or of its own grammar
 GLOB = "*?[]{}()^"

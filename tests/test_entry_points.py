@@ -13,9 +13,11 @@ from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file  # noqa: E402
 
 from hybrid_lora_plugin.training.export import export_checkpoint  # noqa: E402
+from hybrid_lora_plugin.training.model_card import CARD  # noqa: E402
 from recipes.demo import base_model, task  # noqa: E402
 from tests.support import held_weights  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
+from tests.support.folders import assert_same_files  # noqa: E402
 from tests.support.verl_processes import ROOT, run  # noqa: E402
 from tests.test_sync_run import MICRO_BATCHES, PLUGIN  # noqa: E402
 
@@ -79,6 +81,7 @@ def test_two_steps_leave_the_engine_with_the_bits_of_the_checkpoint(trainer, set
             *(f"actor_rollout_ref.{part}_micro_batch_size_per_gpu={PROMPTS * ANSWERS}" for part in MICRO_BATCHES),
             f"actor_rollout_ref.rollout.n={ANSWERS}", "trainer.val_before_train=false", "trainer.test_freq=-1",
             f"trainer.total_training_steps={STEPS}", "trainer.save_freq=1", "trainer.logger=[console]",
+            "hybrid_lora.export_at_save=true",
             f"trainer.default_local_dir={checkpoints}", f"hydra.run.dir={tmp_path / 'hydra'}", *arguments,
         ],
         **{
@@ -94,6 +97,9 @@ def test_two_steps_leave_the_engine_with_the_bits_of_the_checkpoint(trainer, set
         assert int(file.metadata()["builds_on"]) == int(file.metadata()["number"]) - 1
     held = load_file(tmp_path / held_weights.FILE)
     exported = export_checkpoint(checkpoints / f"global_step_{held_step}", tmp_path / "exported")
+    at_save = checkpoints / f"global_step_{held_step}" / "actor" / "huggingface"
+    (exported.folder / CARD).unlink()
+    assert_same_files(at_save, exported.folder)
     exported = load_file(exported.folder / "model.safetensors")
     assert held.keys() == exported.keys() and all(torch.equal(held[name], exported[name]) for name in held)
     base = load_file(folder / "model" / "model.safetensors")

@@ -27,7 +27,7 @@ PURE = {
     "report": ({"numpy", "torch"}, {"matplotlib"}),
     # A verl worker scores every response with these: nothing heavy, and math-verify in a process of its own.
     "tasks": (set(), set()),
-    "rewards": (set(), set()),
+    "rewards": (set(), {"math_verify", "sympy"}),
 }
 #: What stands below every folder of the package.
 CONFIG_PARTS = {
@@ -36,6 +36,8 @@ CONFIG_PARTS = {
     "config_probe",
     "config_sync",
     "config_checkpoint",
+    "config_data",
+    "config_evaluation",
     "config_plan",
 }
 #: What looks at a whole configuration.
@@ -54,7 +56,8 @@ MODELS = {
 # What a layer may use of this package: data flow one way, from the first row to the last.
 INTERNAL = {
     **{
-        f"config_{part}.py": {"config_field", "errors"} for part in ("selection", "probe", "sync", "checkpoint", "plan")
+        f"config_{part}.py": {"config_field", "errors"}
+        for part in ("selection", "probe", "sync", "checkpoint", "data", "evaluation", "plan")
     },
     "config.py": CONFIG_PARTS | {"errors"},
     "config_validation.py": {"config", "errors"},
@@ -74,8 +77,9 @@ INTERNAL = {
     "sync": GROUND | {"training"},
     "tasks": {"errors"},
     "rewards": GROUND | {"tasks"},
-    "preparation": GROUND | {"config_validation", "tasks", "rewards"},
-    "evaluation": GROUND | {"config_validation", "tasks", "rewards", "report", "training"},
+    # The probe's readers of files, which know every form that rows come in.
+    "preparation": GROUND | {"config_validation", "tasks", "rewards", "probing"},
+    "evaluation": GROUND | MODELS | {"config_validation", "tasks", "rewards", "preparation", "report", "training"},
     "plan": GROUND | MODELS | {"config_validation", "allocation", "training", "sync", "report"},
     "verl_backend": GROUND
     | MODELS

@@ -84,7 +84,10 @@ OPTIONS = {
         },
     }.items()
 }
-CASES = [(ranks, name) for ranks in RANKS for name in SETTINGS]
+#: on one rank and on four: both strategies with and without offload; two ranks run every combination
+SOME = (*SAVED, "fsdp2-offload-4", "fsdp-offload-4")
+OF_RANKS = {ranks: SETTINGS if ranks == 2 else {name: SETTINGS[name] for name in SOME} for ranks in RANKS}
+CASES = [(ranks, name) for ranks in RANKS for name in OF_RANKS[ranks]]
 CASES += [(2, name) for name in OPTIONS] + [(4, name) for name in OTHERS]
 
 
@@ -132,7 +135,7 @@ def runs(setting):
             worker="tests/support/sharding_worker.py",
             model=model,
             allocation=allocation,
-            settings=SETTINGS | own[ranks],
+            settings=OF_RANKS[ranks] | own[ranks],
         )
         for ranks in RANKS
     }

@@ -19,7 +19,7 @@ STEPS = 3
 FULL_FINE_TUNING = """
 hydra:
   searchpath: [pkg://verl.trainer.config, "file://{recipes}"]
-defaults: [ppo_trainer, recipe/parts/cpu@_global_, _self_]
+defaults: [ppo_trainer, recipe/machine/cpu, _self_]
 algorithm: {{adv_estimator: grpo, use_kl_in_reward: false}}
 data: {{train_batch_size: 8, max_prompt_length: 24, max_response_length: 8, dataloader_num_workers: 0}}
 actor_rollout_ref:

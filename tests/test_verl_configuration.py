@@ -266,6 +266,18 @@ def test_workers_are_told_where_checkpoints_go_if_there_will_be_any(accepted):
         assert config.actor_rollout_ref.model.lora.hybrid.checkpoint_dir == wanted
 
 
+def test_a_clip_range_that_cannot_act_is_told(accepted, capsys):
+    def told(*overrides):
+        check_configuration(composed(*accepted, *overrides))
+        return "ppo_epochs=1) and the ratio is 1: the clip range" in capsys.readouterr().out
+
+    actor = "actor_rollout_ref.actor"
+    once = ["data.train_batch_size=64", f"{actor}.ppo_mini_batch_size=64"]
+    assert told(*once) and told(*once, f"{actor}.policy_loss.loss_mode=hybrid_gspo")
+    assert not told(once[0], f"{actor}.ppo_mini_batch_size=32") and not told(*once, f"{actor}.ppo_epochs=2")
+    assert not told(*once, "algorithm.rollout_correction.bypass_mode=true")
+
+
 def test_raising_both_limits_is_accepted(accepted):
     check_configuration(composed(*accepted, "hybrid_lora.sync_timeout=600", "actor_rollout_ref.nccl_timeout=1000"))
 

@@ -107,6 +107,27 @@ class ModuleRecord(Candidate):
 
 
 @dataclass(frozen=True)
+class StabilityRecord:
+    """What a bootstrap over the validation batches chose; each list in the order of the M modules.
+
+    Attributes:
+        draws: how often T of the T batches were drawn, with replacement.
+        batches: T.
+        seed: of the draws.
+        shares: in which share of the draws a module was chosen for full fine-tuning.
+        low: 5 % quantile of its scores in the draws.
+        high: 95 % quantile.
+    """
+
+    draws: int
+    batches: int
+    seed: int
+    shares: list[float]
+    low: list[float]
+    high: list[float]
+
+
+@dataclass(frozen=True)
 class Allocation:
     """A checked allocation, as written to and read from ``allocation.json``.
 
@@ -114,6 +135,7 @@ class Allocation:
         modules: the M candidates in model order.
         environment: versions of the libraries that made it.
         probe: None where nothing was probed; then the file has no such key.
+        stability: None where there were no batches to draw from, and in artifacts that do not record it; likewise.
     """
 
     model: ModelIdentity
@@ -122,6 +144,7 @@ class Allocation:
     modules: list[ModuleRecord]
     environment: dict
     probe: ProbeRecord | None = None
+    stability: StabilityRecord | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hybrid_lora_plugin.allocation.budget import assign
 from hybrid_lora_plugin.allocation.schema import Allocation, ModelIdentity, ModuleRecord, ProbeRecord, SelectionRecord
+from hybrid_lora_plugin.allocation.stability import bootstrap
 from hybrid_lora_plugin.candidates import Candidate
 from hybrid_lora_plugin.errors import AllocationError
 from hybrid_lora_plugin.scoring import Measured, get_criterion, score_modules
@@ -28,7 +29,7 @@ def select_modules(
     probe: ProbeRecord | None = None,
     environment: dict[str, str],
 ) -> Allocation:
-    """Score the candidates and assign them within the budget.
+    """Score the candidates, assign them within the budget, and say how sure that is.
 
     Args:
         config: a ``config.SelectionConfig``: criterion, direction, normalise, budget and control.
@@ -84,4 +85,5 @@ def select_modules(
         ],
         environment=environment,
         probe=probe,
+        stability=bootstrap(config, candidates, measurements, direction, lora_rank),
     )

@@ -31,8 +31,9 @@ ALLOCATION_FILE = "allocation.json"
 def allocation_text(allocation: Allocation) -> str:
     """The text of ``allocation.json``."""
     payload = {"schema_version": allocation.schema_version} | asdict(allocation)
-    if allocation.probe is None:
-        del payload["probe"]
+    for name in ("probe", "stability"):
+        if payload[name] is None:
+            del payload[name]
     return json.dumps(payload, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -59,6 +59,7 @@ def validate_allocation(allocation: Allocation, where: str) -> None:
         f"{model.candidate_parameters:,} but the modules add up to {total:,}",
     )
     _check_budget(allocation, where)
+    _check_stability(allocation, where)
 
 
 def _check_budget(allocation: Allocation, where: str) -> None:
@@ -89,3 +90,18 @@ def _check_budget(allocation: Allocation, where: str) -> None:
     used = expected.used
     _require(budget.used == used, where, "budget.used", f"{budget.used:,} but the full modules add up to {used:,}")
     _require(used <= budget.limit, where, "budget.used", f"{used:,} exceeds the limit of {budget.limit:,}")
+
+
+def _check_stability(allocation: Allocation, where: str) -> None:
+    stability, count = allocation.stability, len(allocation.modules)
+    if stability is None:
+        return
+    for name in ("draws", "batches"):
+        value = getattr(stability, name)
+        _require(value > 0, where, f"stability.{name}", f"{value}, more than 0 is wanted")
+    for name in ("shares", "low", "high"):
+        length = len(getattr(stability, name))
+        _require(length == count, where, f"stability.{name}", f"{length} values for {count} modules")
+    for index, (share, low, high) in enumerate(zip(stability.shares, stability.low, stability.high, strict=True)):
+        _require(0 <= share <= 1, where, f"stability.shares[{index}]", f"{share}, a fraction in [0, 1] is wanted")
+        _require(low <= high, where, f"stability.low[{index}]", f"{low}, no more than high, {high}, is wanted")

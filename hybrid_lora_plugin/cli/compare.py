@@ -33,13 +33,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         from hybrid_lora_plugin.allocation.storage import load_allocation, refuse_existing
         from hybrid_lora_plugin.report.compare import compare, make_labels
         from hybrid_lora_plugin.report.compare_tables import as_text, comparison_tables
+        from hybrid_lora_plugin.report.compare_verdict import verdicts
 
         if config.output_dir:
             refuse_existing(config.output_dir)
         allocations = [load_allocation(path, "allocations") for path in config.allocations]
         comparison = compare(allocations, make_labels(allocations, config.allocations))
         tables = comparison_tables(comparison, config.allocations)
-        print(as_text(tables))
+        print("\n".join(verdicts(comparison)) + "\n\n" + as_text(tables))
         if config.output_dir:
             with writing():
                 write_comparison(comparison, tables, config.output_dir)
@@ -62,13 +63,15 @@ def write_comparison(comparison, tables, folder: str | Path) -> None:
     """
     from hybrid_lora_plugin.report.compare_plot import draw_comparison
     from hybrid_lora_plugin.report.compare_tables import as_markdown
+    from hybrid_lora_plugin.report.compare_verdict import verdicts
 
     model = comparison.allocations[0].model.name_or_path
     title = f"# {len(comparison.allocations)} allocations for {model} compared"
     picture = "![What each allocation fully fine-tunes, and how much of it pairs share](compare.png)"
     try:
         with complete_folder(Path(folder)) as unfinished:
-            text = f"{title}\n\n{picture}\n\n{as_markdown(tables)}\n"
+            said = "\n".join(f"- {sentence}" for sentence in verdicts(comparison))
+            text = f"{title}\n\n{said}\n\n{picture}\n\n{as_markdown(tables)}\n"
             (unfinished / "compare.md").write_text(text, encoding="utf-8")
             draw_comparison(comparison, unfinished / "compare.png")
     except OSError as error:

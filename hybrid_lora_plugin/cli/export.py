@@ -46,8 +46,10 @@ def _export(config: ExportCommandConfig) -> int:
 
     from hybrid_lora_plugin.cli.export_progress import progress_for
     from hybrid_lora_plugin.training.export import apply_delta, export_checkpoint
+    from hybrid_lora_plugin.training.freed_memory import give_back_freed_memory
     from hybrid_lora_plugin.training.model_folder import LARGEST_FILE
 
+    give_back_freed_memory()
     # Its bars are of what takes no time here.
     logging.disable_progress_bar()
     write, source = (apply_delta, config.delta) if config.delta else (export_checkpoint, config.checkpoint)

@@ -80,6 +80,7 @@ def _spread(allocation: Allocation) -> str:
     text = "A control chosen by rule: modules of one type, spread evenly over the depth, without a measurement."
     if {module.type for module in allocation.modules if module.assignment == FULL} == {"o_proj"}:
         text += (
-            f" In the study behind this project ({_TOY}) o_proj of every layer beat random choices in all six seeds."
+            f" In the first study behind this project ({_TOY}) o_proj of every layer beat random choices in all six "
+            "seeds; on another base model, in twelve, it did not."
         )
     return text

@@ -7,17 +7,19 @@ from pathlib import Path
 
 from hybrid_lora_plugin.allocation.budget import FULL
 from hybrid_lora_plugin.allocation.schema import Allocation
+from hybrid_lora_plugin.allocation.stability import EDGE, by_standing
 from hybrid_lora_plugin.report.groups import present_types, short_type
 from hybrid_lora_plugin.report.ranking import by_preference
 
-_MARK, _SILENT, _PLAIN = "#ff2b2b", "#d9d9d9", "#dfe5ec"
+_MARK, _SILENT, _PLAIN, _EDGE = "#ff2b2b", "#d9d9d9", "#dfe5ec", "#ffffffb0"
 
 
 def draw_heatmap(allocation: Allocation, file: Path) -> None:
     """Write a PNG: one column a layer, one row a type, colour = the score, on a log10 scale if all are positive.
 
     Scores of both signs are drawn on a linear scale that is white at 0. A fully fine-tuned module has a red frame
-    and a dot; one without signal is grey and hatched. An allocation without scores shows the assignment only.
+    and a dot; one without signal is grey and hatched; one that other batches may choose or drop is cross-hatched. An
+    allocation without scores shows the assignment only.
 
     Args:
         allocation: the modules with their scores.
@@ -43,6 +45,7 @@ def draw_heatmap(allocation: Allocation, file: Path) -> None:
     axes.set_facecolor(_SILENT if scored else _PLAIN)
     image = axes.imshow(grid, aspect="equal" if layers > 14 else "auto", interpolation="nearest", **colours)
     silent = marked = False
+    undecided = {module.name for module in by_standing(allocation).get(EDGE, ())}
     for module in allocation.modules:
         column, row = module.layer, types.index(module.type)
         if scored and not module.signal:
@@ -50,6 +53,8 @@ def draw_heatmap(allocation: Allocation, file: Path) -> None:
             axes.add_patch(
                 Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="////", edgecolor="#888888", lw=0)
             )
+        if module.name in undecided:
+            axes.add_patch(Rectangle((column - 0.5, row - 0.5), 1, 1, fill=False, hatch="xxx", edgecolor=_EDGE, lw=0))
         if module.assignment == FULL:
             marked = True
             axes.add_patch(Rectangle((column - 0.42, row - 0.42), 0.84, 0.84, fill=False, edgecolor=_MARK, lw=1.8))
@@ -75,7 +80,9 @@ def draw_heatmap(allocation: Allocation, file: Path) -> None:
     legend.append(Patch(facecolor="none" if scored else _PLAIN, edgecolor="#999999", label="LoRA (no frame)"))
     if silent:
         legend.append(Patch(facecolor=_SILENT, hatch="////", edgecolor="#888888", label="no signal (LoRA)"))
-    figure.legend(handles=legend, loc="outside lower center", ncols=3, fontsize=7, frameon=False)
+    if undecided:
+        legend.append(Patch(facecolor="none", hatch="xxxx", edgecolor="#999999", label="on the edge"))
+    figure.legend(handles=legend, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
     # Without this the PNG names the Matplotlib version; nothing in it may change from run to run.
     figure.savefig(file, metadata={"Software": None})
 

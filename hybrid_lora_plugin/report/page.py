@@ -12,6 +12,7 @@ import numpy as np
 from hybrid_lora_plugin.allocation.budget import FULL
 from hybrid_lora_plugin.allocation.budget_modes import budget_mode
 from hybrid_lora_plugin.allocation.schema import Allocation, ModuleRecord, ProbeRecord
+from hybrid_lora_plugin.allocation.stability import DECIDED, EDGE, by_standing, in_words, shares_of
 from hybrid_lora_plugin.linear_account import account_markdown
 from hybrid_lora_plugin.report.caveats import CONTROLS, caveats_text, caveats_title
 from hybrid_lora_plugin.report.groups import depth_thirds, present_types
@@ -37,11 +38,12 @@ def _lines(allocation: Allocation) -> list[str]:
     pictures = "[heatmap.png](heatmap.png) shows every module by layer and type"
     if by_preference(allocation):
         pictures += ", [scores.png](scores.png) all modules in the order of their score"
+    sure = f"; {said}" if (said := in_words(allocation)) else ""
     return [
         f"# Allocation for {allocation.model.name_or_path}",
         "",
         f"{len(full)} of {len(modules)} candidate modules are fully fine-tuned, the other "
-        f"{len(modules) - len(full)} get LoRA. {pictures}.",
+        f"{len(modules) - len(full)} get LoRA{sure}. {pictures}.",
         "",
         "## What was probed" if allocation.probe else "## How it was chosen",
         "",
@@ -72,6 +74,7 @@ def _lines(allocation: Allocation) -> list[str]:
         "",
         *_separation(allocation),
         "",
+        *_sureness(allocation),
         f"## {caveats_title(allocation)}",
         "",
         caveats_text(allocation),
@@ -170,10 +173,15 @@ def _by_type_and_depth(modules: list[ModuleRecord], num_layers: int) -> list[str
 def _full_modules(allocation: Allocation, full: list[ModuleRecord]) -> list[str]:
     if not by_preference(allocation):
         return ["| module | parameters |", "| --- | ---: |", *(f"| `{m.name}` | {m.parameters:,} |" for m in full)]
+    shares = shares_of(allocation)
     lines = [
-        "| module | parameters | mean | std | score |",
-        "| --- | ---: | ---: | ---: | ---: |",
-        *(f"| `{m.name}` | {m.parameters:,} | {m.mean:.4g} | {m.std:.4g} | {m.score:.4g} |" for m in full),
+        f"| module | parameters | mean | std | score |{' chosen in |' if shares else ''}",
+        f"| --- | ---: | ---: | ---: | ---: |{' ---: |' if shares else ''}",
+        *(
+            f"| `{m.name}` | {m.parameters:,} | {m.mean:.4g} | {m.std:.4g} | {m.score:.4g} |"
+            + (f" {100 * shares[m.name]:.0f} % |" if shares else "")
+            for m in full
+        ),
     ]
     silent = [f"`{module.name}`" for module in allocation.modules if not module.signal]
     if silent:
@@ -206,6 +214,39 @@ def _separation(allocation: Allocation) -> list[str]:
         with_mean = spearman([module.mean for module in order], [module.score for module in order])
         if with_mean is not None:
             lines += ["", _against_the_mean(with_mean, len(order))]
+    return lines
+
+
+def _sureness(allocation: Allocation) -> list[str]:
+    """What a bootstrap over the batches chose, and the modules that it is undecided about."""
+    stability = allocation.stability
+    if stability is None:
+        return []
+    shares, groups = shares_of(allocation), by_standing(allocation)
+    lines = [
+        "## How sure is the choice?",
+        "",
+        f"The {stability.batches} validation batches were drawn anew, with replacement, {stability.draws} times, and "
+        f"the modules chosen from each draw. Certain is a chosen module that {100 * DECIDED:.0f} % of the draws or "
+        f"more choose, out is another that {100 - 100 * DECIDED:.0f} % or less do. This is the part of the uncertainty "
+        "that the batches bring; another seed of the warm-up or other rows may move more.",
+        "",
+        "| | modules |",
+        "| --- | ---: |",
+        *(f"| {name} | {len(members)} |" for name, members in groups.items()),
+        "",
+    ]
+    if groups[EDGE]:
+        edge = sorted(groups[EDGE], key=lambda module: -shares[module.name])
+        lines += [
+            "| on the edge | chosen here | chosen in |",
+            "| --- | --- | ---: |",
+            *(
+                f"| `{m.name}` | {'yes' if m.assignment == FULL else 'no'} | {100 * shares[m.name]:.0f} % |"
+                for m in edge
+            ),
+            "",
+        ]
     return lines
 
 

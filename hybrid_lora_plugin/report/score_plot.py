@@ -28,6 +28,8 @@ _RING = "#d40000"
 def draw_scores(allocation: Allocation, file: Path) -> None:
     """Write a PNG: modules in order of preference with the cut, and their moments over T batches.
 
+    A bar spans the middle 90 % of a module's scores in draws of the batches (``allocation.stability``).
+
     The second panel is left out where no module has a spread. An allocation without scores (see
     ``ranking.by_preference``) has nothing to draw and gets no file.
 
@@ -59,6 +61,8 @@ def draw_scores(allocation: Allocation, file: Path) -> None:
     types = present_types(modules)
     legend = [Line2D([], [], marker="o", ls="", ms=4.5, color=_COLOURS[t], label=short_type(t)) for t in types]
     legend.append(Line2D([], [], label="full fine-tuning", **_ring_style()))
+    if allocation.stability is not None:
+        legend.append(Line2D([], [], color="#b0b0b0", lw=0.9, label="90 % of draws"))
     figure.legend(handles=legend, loc="outside lower center", ncols=len(legend), fontsize=7, frameon=False)
     silent = len(allocation.modules) - len(modules)
     figure.suptitle(
@@ -72,6 +76,7 @@ def draw_scores(allocation: Allocation, file: Path) -> None:
 
 def _draw_order(axes, allocation: Allocation, modules: Sequence[ModuleRecord]) -> None:
     places, scores = range(1, len(modules) + 1), [module.score for module in modules]
+    _draw_bounds(axes, allocation, modules)
     _scatter(axes, places, scores, modules)
     cut = find_cut(allocation)
     if cut is not None:
@@ -91,6 +96,20 @@ def _draw_order(axes, allocation: Allocation, modules: Sequence[ModuleRecord]) -
     _scale(axes, axes.set_yscale, scores)
     axes.set_xlabel(f"modules, {allocation.selection.direction} score first", fontsize=8)
     axes.set_ylabel(_score_name(allocation), fontsize=8)
+
+
+def _draw_bounds(axes, allocation: Allocation, modules: Sequence[ModuleRecord]) -> None:
+    """What other draws of the batches gave for each score."""
+    stability = allocation.stability
+    if stability is None:
+        return
+    place = {module.name: index for index, module in enumerate(allocation.modules)}
+    low, high = ([bounds[place[m.name]] for m in modules] for bounds in (stability.low, stability.high))
+    lowest = min(module.score for module in modules)
+    if lowest > 0:
+        # A draw without spread has a score of 0, which has no place on a logarithmic scale.
+        low = [max(value, lowest / 10) for value in low]
+    axes.vlines(range(1, len(modules) + 1), low, high, color="#b0b0b0", lw=0.7, zorder=1)
 
 
 def _draw_moments(axes, allocation: Allocation, modules: Sequence[ModuleRecord]) -> None:

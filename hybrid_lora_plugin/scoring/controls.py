@@ -79,7 +79,7 @@ def even_order(count: int) -> list[int]:
     method=None,
     normalisable=False,
     options=("type",),
-    source="own study: o_proj of every layer, with no probe, beat random in 6 of 6 seeds on a toy",
+    source="a control; o_proj of every layer beat random in 6 of 6 seeds on a toy, in 5 of 12 on another",
 )
 def score_spread(measured: Measured) -> ModuleScores:
     """Place, from 1, of each module of ``control.type`` in an order whose every prefix is even over the depth.

@@ -23,6 +23,8 @@ from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.files import bring_back, put_in_place
 from hybrid_lora_plugin.probing.distributed import Ranks
 
+#: how the name of a folder ends that is being removed (``files.remove_folder``)
+_REMOVING = ".removing"
 #: what torch says of a file that it could not write: no type of error tells it from others
 _OF_A_FILE = (
     "PytorchStreamWriter",
@@ -89,7 +91,17 @@ def step_folder(actor: Path) -> Path:
     return next((path for path in (actor, *actor.parents) if path.name.startswith("global_step_")), actor)
 
 
-def _left_behind(folder: Path) -> list[Path]:
+def tidy(folder: Path) -> None:
+    """Before a checkpoint is read: bring it back if it was put aside, and finish removals that a kill cut short.
+
+    What is half written stays until the next save: the folder may be another run's that is alive.
+    """
+    bring_back(folder)
+    for stale in _left_behind(folder, (_REMOVING,)):
+        shutil.rmtree(stale, ignore_errors=True)
+
+
+def _left_behind(folder: Path, ends: tuple[str, ...] = (".*.writing", _REMOVING)) -> list[Path]:
     """What killed processes have left of this and other steps: folders half written, and half removed."""
     step = step_folder(folder)
     if not step.name.startswith("global_step_"):
@@ -98,7 +110,7 @@ def _left_behind(folder: Path) -> list[Path]:
         place, name = step.parent, ".global_step_*"
     else:
         place, name = step.parent, f"global_step_*/.{folder.name}"
-    return [path for end in (".*.writing", ".removing") for path in place.glob(name + end)]
+    return [path for end in ends for path in place.glob(name + end)]
 
 
 class Disks:

@@ -11,7 +11,6 @@ from verl.utils.device import get_device_id, get_torch_device
 from verl.utils.fsdp_utils import offload_fsdp_optimizer
 
 from hybrid_lora_plugin.errors import ConfigurationError
-from hybrid_lora_plugin.files import bring_back
 from hybrid_lora_plugin.names import plain_name, wire_name
 from hybrid_lora_plugin.sync.base_weights import base_digests
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights
@@ -30,7 +29,7 @@ from hybrid_lora_plugin.training.rounding import Rounding
 from hybrid_lora_plugin.verl_backend import hugging_face_output
 from hybrid_lora_plugin.verl_backend.checkpoint_files import require_shards
 from hybrid_lora_plugin.verl_backend.checkpoint_retention import Retention
-from hybrid_lora_plugin.verl_backend.checkpoint_writing import Disks, unwritable_explained, written_whole
+from hybrid_lora_plugin.verl_backend.checkpoint_writing import Disks, tidy, unwritable_explained, written_whole
 from hybrid_lora_plugin.verl_backend.earlier_checkpoint import require_hybrid, require_weights
 from hybrid_lora_plugin.verl_backend.run_kinds import MODEL
 from hybrid_lora_plugin.verl_backend.sender.weight_source import rollout_dtype
@@ -153,7 +152,7 @@ class Checkpoints:
     def load_checkpoint(self, local_path, hdfs_path=None, del_local_after_load=True, **kwargs):
         if local_path is not None:
             folder = Path(local_path)
-            Disks(folder, self._ranks).in_turn(lambda: bring_back(folder) and None)
+            Disks(folder, self._ranks).in_turn(lambda: tidy(folder))
             self._ranks.from_first(lambda: self._compare_setting(folder / FOLDER))
             state = self._ranks.from_first(lambda: read_state(folder / FOLDER))
             if state is not None:

@@ -16,7 +16,7 @@ from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
 
 from hybrid_lora_plugin.config import HybridLoraConfig
-from hybrid_lora_plugin.errors import ConfigurationError, HybridLoraError, explained, with_reference
+from hybrid_lora_plugin.errors import ConfigurationError, HybridLoraError, RewardError, explained, with_reference
 
 if TYPE_CHECKING:
     from hybrid_lora_plugin.allocation.schema import Allocation
@@ -55,6 +55,7 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
     from hybrid_lora_plugin.verl_backend import registration, requirements, run_kinds, run_settings, validation_log
     from hybrid_lora_plugin.verl_backend.doctor import gate
     from hybrid_lora_plugin.verl_backend.earlier_checkpoint import check_earlier_checkpoint, settle_tracker
+    from hybrid_lora_plugin.verl_backend.reward_check import check_rewards
     from hybrid_lora_plugin.verl_backend.unused_settings import unused_settings
 
     registration.register()
@@ -63,6 +64,7 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
     hybrid = requirements.hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
     requirements.check_run(config)
     gate.require_features(config, hybrid)
+    check_rewards(config)
     for line in [*decided, *unused_settings(config), *validation_log.said_of_best(config, hybrid)]:
         run_kinds.tell(line)
     if validation_log.saves(config, kind):
@@ -207,7 +209,7 @@ def _check_or_exit(config: DictConfig, may_probe: bool) -> None:
             from hybrid_lora_plugin.verl_backend.probe.policy import run_policy_probe
 
             run_policy_probe(config, hybrid)
-    except (ConfigurationError, ImportError) as error:
+    except (ConfigurationError, RewardError, ImportError) as error:
         raise RunRefused(_line_of(str(error).removeprefix("hybrid_lora: "))) from error
     except Exception as error:  # Hydra would turn it into a warning and start the run unchecked
         raise RunRefused(_line_of(f"the configuration could not be checked: {error!r}")) from error

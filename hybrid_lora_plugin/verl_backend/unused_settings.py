@@ -15,6 +15,9 @@ from hybrid_lora_plugin.verl_backend.given_settings import verls_configuration
 
 REFERENCE = "actor_rollout_ref.ref"
 LAYERED_SUMMON = "actor_rollout_ref.rollout.layered_summon"
+ACTOR = "actor_rollout_ref.actor"
+#: policy losses that clip a ratio to the policy at the beginning of a step
+CLIPPED = ("vanilla", "gspo", "hybrid_gspo")
 
 
 def unused_settings(config: DictConfig) -> list[str]:
@@ -31,7 +34,26 @@ def unused_settings(config: DictConfig) -> list[str]:
             )
     if OmegaConf.select(config, LAYERED_SUMMON):
         lines.append(f"without effect, as weights are gathered one at a time in any case: {LAYERED_SUMMON}")
+    if _updates_once(config):
+        batch = OmegaConf.select(config, "data.train_batch_size")
+        lines.append(
+            f"without effect, as a step is one update (data.train_batch_size={batch}, {ACTOR}.ppo_mini_batch_size="
+            f"{batch}, {ACTOR}.ppo_epochs=1) and the ratio is 1: the clip range; a smaller mini-batch lets it act"
+        )
     return lines
+
+
+def _updates_once(config: DictConfig) -> bool:
+    """Whether the policy of every update is the one whose log-probabilities its ratio is taken to."""
+    actor = OmegaConf.select(config, ACTOR)
+    return actor is not None and (
+        OmegaConf.select(config, "data.train_batch_size") == actor.get("ppo_mini_batch_size")
+        and actor.get("ppo_epochs") == 1
+        and OmegaConf.select(actor, "policy_loss.loss_mode") in CLIPPED
+        # Elsewhere the ratio is to the rollout engine's policy, or may be to an older one.
+        and not OmegaConf.select(config, "algorithm.rollout_correction.bypass_mode")
+        and OmegaConf.select(config, "trainer.v1.trainer_mode") == "sync"
+    )
 
 
 def _own(config: DictConfig) -> Iterator[tuple[str, Any]]:

@@ -34,6 +34,7 @@ FEATURES = {
     "export": "hybrid-lora-export",
     "probe": "the probe on rows: hybrid-lora-probe, and hybrid_lora.probe.objective=sft",
     "policy_probe": "the probe on rollouts: hybrid_lora.probe.objective=policy",
+    "evaluation": "responses for hybrid-lora-eval",
     "plan": "hybrid-lora-plan",
     "cpu": "runs without an accelerator: VERL_PLATFORM=cpu",
 }

@@ -12,12 +12,14 @@ _APPLY = "training/apply.py"
 _REFERENCE = "training/reference.py"
 _EXPORT = "training/export.py"
 _BASE_MODEL = "training/base_model.py"
+_SERVED = "evaluation/served_model.py"
 _ADAPTER_FOLDER = "training/adapter_folder.py"
 _LOADING = "probing/loading.py"
 _TEMPLATE = "probing/data/template.py"
 _TOKENS = "probing/data/tokens.py"
 _MODEL_CHECK = "verl_backend/model_check.py"
 _PATCHES = "verl_backend/patches.py"
+_CONFIG_READERS = (_LOADING, _MODEL_CHECK, _BASE_MODEL, _SERVED, _PLANNED)
 _BOTH_ENGINES = ("verl_backend/engine.py", "verl_backend/probe/policy_engine.py")
 
 TRAINING = Subject(
@@ -93,8 +95,12 @@ TRAINING = Subject(
             "registration probe export",
             "transformers",
             "",
-            ("AutoConfig", (_LOADING, _MODEL_CHECK, _BASE_MODEL, _PLANNED), "config of a checkpoint"),
-            ("AutoConfig.from_pretrained", (_LOADING, _MODEL_CHECK, _BASE_MODEL, _PLANNED), "config of a checkpoint"),
+            ("AutoConfig", (_LOADING, _MODEL_CHECK, _BASE_MODEL, _SERVED, _PLANNED), "config of a checkpoint"),
+            (
+                "AutoConfig.from_pretrained",
+                (_LOADING, _MODEL_CHECK, _BASE_MODEL, _SERVED, _PLANNED),
+                "config of a checkpoint",
+            ),
         ),
         *rows(
             "registration probe",
@@ -113,8 +119,12 @@ TRAINING = Subject(
             "export",
             "transformers",
             "",
-            ("GenerationConfig", _BASE_MODEL, "settings of generation of a model that was not loaded"),
-            ("GenerationConfig.from_pretrained", (_BASE_MODEL, "probing/prepare.py"), "settings of generation alone"),
+            ("GenerationConfig", (_BASE_MODEL, _SERVED), "settings of generation of a model that was not loaded"),
+            (
+                "GenerationConfig.from_pretrained",
+                (_BASE_MODEL, _SERVED, "probing/prepare.py"),
+                "settings of generation alone",
+            ),
         ),
         *rows(
             "export",

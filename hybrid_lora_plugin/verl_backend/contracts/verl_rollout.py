@@ -12,6 +12,7 @@ _PATCHES = "verl_backend/patches.py"
 _WORKER = "verl_backend/receiver/worker.py"
 _SERVER = "verl_backend/receiver/server.py"
 _REPLICA = "verl_backend/receiver/replica.py"
+_GENERATION = "verl_backend/generation.py"
 _ROLLOUT = "verl.workers.rollout"
 _VLLM_SERVER = f"{_ROLLOUT}.vllm_rollout.vllm_async_server"
 
@@ -243,17 +244,22 @@ SERVER = Subject(
         ),
         # Named when the server's module is imported, so that nothing is served without them.
         *rows(
-            "server logprobs",
+            "server logprobs evaluation",
             "vllm",
             "",
-            ("SamplingParams", _SERVER, "one token, log-probabilities of the prompt", "temperature max_tokens"),
+            ("SamplingParams", (_SERVER, _GENERATION), "what is drawn, and how", "temperature max_tokens"),
         ),
-        *rows("server logprobs", "vllm.inputs", "TokensPrompt", ("", _SERVER, "a prompt of tokens")),
         *rows(
-            "server logprobs",
+            "server logprobs evaluation",
+            "vllm.inputs",
+            "TokensPrompt",
+            ("", (_SERVER, _GENERATION), "a prompt of tokens"),
+        ),
+        *rows(
+            "server logprobs evaluation",
             "vllm.lora.request",
             "LoRARequest",
-            ("", _SERVER, "generates with the adapter", "lora_name lora_int_id lora_path"),
+            ("", (_SERVER, _GENERATION), "generates with the adapter", "lora_name lora_int_id lora_path"),
         ),
         *rows(
             "logprobs",
@@ -263,7 +269,12 @@ SERVER = Subject(
             ("RequestOutput.prompt_logprobs", _SERVER, "where they are"),
         ),
         *rows("logprobs", "vllm.logprobs", "Logprob", ("logprob", _SERVER, "one of them")),
-        *rows("logprobs", "vllm.inputs", "TokensPrompt", ("prompt_token_ids", _SERVER, "its tokens")),
+        *rows(
+            "logprobs evaluation",
+            "vllm.inputs",
+            "TokensPrompt",
+            ("prompt_token_ids", (_SERVER, _GENERATION), "its tokens"),
+        ),
     ),
     (
         behaviour(

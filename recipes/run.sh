@@ -1,0 +1,87 @@
+#!/usr/bin/env bash
+# Train a row of the paper's Table 1, or a control:
+#
+#   run.sh MODEL ALGORITHM SELECTION [SETTINGS OF verl OR hybrid_lora ...]
+#
+#   MODEL      qwen2_5_1_5b, qwen2_5_3b, qwen2_5_7b
+#   ALGORITHM  grpo, gspo, gspo_narrow_clip, or sft
+#   SELECTION  hybrid_lora, adalora, autolora, lora_drop, lora_ffn, random, gradient_norm, o_proj; full and lora are
+#              verl's own, without the plugin
+#
+# Where the allocation of a selection is not there yet, probe.sh makes it first. The same command resumes a run.
+# Variables: those of settings.sh, and
+#   RUN         name of the run, a folder in OUTPUT
+#   ALLOCATION  another allocation; empty: the run probes for itself, by hybrid_lora.probe settings that you add
+#   LOGGER      wandb, tensorboard or swanlab, beside the console and metrics.jsonl
+#   NODES       machines of a Ray cluster that runs already
+#   TORCHRUN    command that starts SFT
+set -euo pipefail
+source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
+
+[ $# -ge 3 ] || usage
+MODEL=$1 ALGORITHM=$2 SELECTION=$3
+shift 3
+
+RUN=${RUN:-$TASK-$MODEL-$ALGORITHM-$SELECTION}
+ALLOCATION=${ALLOCATION-$OUTPUT/allocations/$MODEL-$SELECTION}
+LOGGER=${LOGGER:-}
+NODES=${NODES:-1}
+TORCHRUN=${TORCHRUN:-$PYTHON -m torch.distributed.run --standalone --nproc-per-node=$GPUS}
+
+case $ALGORITHM in
+  sft) groups=recipe/sft/ at=_global_ model=model ;;
+  *) groups=recipe/ at=actor_rollout_ref model=actor_rollout_ref.model ;;
+esac
+case $SELECTION in
+  full | lora) selection=${groups#recipe/}selection ALLOCATION= ;;
+  *) selection=selection ;;
+esac
+
+require model "$MODEL"
+require "$selection" "$SELECTION"
+require "${groups#recipe/}task" "$TASK"
+require "${groups#recipe/}machine" "$MACHINE"
+[ "$ALGORITHM" = sft ] || require algorithm "$ALGORITHM"
+
+# Later parts win over earlier ones, and settings over all parts.
+parts=("+recipe/model@$at=$MODEL" "+${groups}task=$TASK")
+[ "$ALGORITHM" = sft ] || parts+=("+recipe/algorithm=$ALGORITHM")
+parts+=("+${groups}machine=$MACHINE" "+recipe/$selection=$SELECTION")
+
+settings=(
+  "trainer.n_gpus_per_node=$GPUS"
+  "trainer.experiment_name=$RUN"
+  "trainer.default_local_dir=$OUTPUT/$RUN/checkpoints"
+  "hydra.run.dir=$OUTPUT/$RUN/hydra"
+  "trainer.logger=[console,file${LOGGER:+,$LOGGER}]"
+)
+if [ "$ALGORITHM" = sft ]; then
+  settings+=("data.train_files=$DATA/$TASK/sft_train.parquet" "data.val_files=$DATA/$TASK/sft_validation.parquet")
+else
+  settings+=("data.train_files=$DATA/$TASK/train.parquet" "data.val_files=$DATA/$TASK/validation.parquet")
+fi
+[ -z "$MODEL_PATH" ] || settings+=("$model.path=$MODEL_PATH")
+[ -z "$ALLOCATION" ] || settings+=("hybrid_lora.allocation=$ALLOCATION")
+if [ "$NODES" != 1 ]; then
+  [ "$ALGORITHM" != sft ] || { echo "run.sh: NODES is for Ray; start SFT on several machines by TORCHRUN" >&2; exit 2; }
+  export NODES
+  parts+=("+recipe/cluster=several_nodes")
+fi
+
+if [ -n "$ALLOCATION" ] && [ ! -e "$ALLOCATION" ]; then
+  "$here/probe.sh" "$MODEL" "$SELECTION"
+fi
+
+export VERL_FILE_LOGGER_PATH=$OUTPUT/$RUN/metrics.jsonl TENSORBOARD_DIR=${TENSORBOARD_DIR:-$OUTPUT/$RUN/tensorboard}
+if [ -z "$DRY_RUN" ]; then
+  mkdir -p "$OUTPUT/$RUN"
+  # verl begins the file anew, also when a run resumes.
+  [ ! -e "$VERL_FILE_LOGGER_PATH" ] || mv "$VERL_FILE_LOGGER_PATH" "$OUTPUT/$RUN/metrics-until-$(date -u +%FT%T).jsonl"
+fi
+if [ "$ALGORITHM" = sft ]; then
+  read -ra start <<<"$TORCHRUN"
+  start+=(-m verl.trainer.sft_trainer)
+else
+  start=("$PYTHON" -m verl.trainer.main_ppo)
+fi
+run "${start[@]}" --config-dir "$here" "${parts[@]}" "${settings[@]}" "$@"

@@ -1,0 +1,230 @@
+"""The scripts in ``recipes/``: each run that they can start composes, and passes verl's and the plugin's checks."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import os
+import shlex
+import subprocess
+
+import pytest
+import yaml
+
+pytest.importorskip("verl", reason="verl is not installed")
+
+from hydra import compose, initialize_config_module  # noqa: E402
+from omegaconf import OmegaConf, open_dict  # noqa: E402
+
+from hybrid_lora_plugin.cli.arguments import parse  # noqa: E402
+from hybrid_lora_plugin.config import WITHOUT_PROBE, AllocateCommandConfig, ProbeCommandConfig  # noqa: E402
+from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
+from tests.support.allocations import make_allocation  # noqa: E402
+from tests.support.verl_processes import ROOT  # noqa: E402
+
+RECIPES = ROOT / "recipes"
+SCRIPTS = sorted(RECIPES.glob("*.sh"))
+#: entry point, and the file of verl it starts from
+PRIMARY = {"verl.trainer.main_ppo": "ppo_trainer", "verl.trainer.sft_trainer": "sft_trainer_engine"}
+
+
+def parts(group):
+    return sorted(path.stem for path in (RECIPES / "recipe" / group).glob("*.yaml"))
+
+
+MODELS, ALGORITHMS, SELECTIONS = parts("model"), [*parts("algorithm"), "sft"], parts("selection")
+HYBRID = [name for name in SELECTIONS if name not in ("full", "lora")]
+#: Every selection with every algorithm, and every model: a model's part is its path and nothing else.
+ROWS = [
+    *itertools.product(["qwen2_5_1_5b"], ["grpo", "gspo", "sft"], SELECTIONS),
+    ("qwen2_5_1_5b", "gspo_narrow_clip", "hybrid_lora"),
+    *itertools.product(["qwen2_5_3b", "qwen2_5_7b"], ["grpo", "gspo", "sft"], ["hybrid_lora"]),
+]
+
+
+def script(name, *arguments, **environment):
+    """A script with its exit status and texts; of this process's environment only what a shell has."""
+    kept = {key: os.environ[key] for key in ("PATH", "HOME", "LANG") if key in os.environ}
+    return subprocess.run(
+        ["bash", RECIPES / f"{name}.sh", *arguments], capture_output=True, text=True, env=kept | environment, timeout=60
+    )
+
+
+def commands(name, *arguments, **environment):
+    """What a script would run, a list of words for each."""
+    done = script(name, *arguments, DRY_RUN="1", **environment)
+    assert done.returncode == 0, done.stderr
+    return [shlex.split(line) for line in done.stdout.splitlines()]
+
+
+def module_and_arguments(command):
+    modules = [at + 1 for at, word in enumerate(command) if word == "-m"]
+    return command[modules[-1]], command[modules[-1] + 1 :]
+
+
+def composed(command):
+    """The configuration that a command of verl starts with."""
+    module, arguments = module_and_arguments(command)
+    at = arguments.index("--config-dir")
+    search = f"hydra.searchpath=[file://{arguments[at + 1]}]"
+    overrides = [search, *arguments[:at], *arguments[at + 2 :]]
+    with initialize_config_module("verl.trainer.config", version_base=None, job_name=module.rpartition(".")[2]):
+        return compose(PRIMARY[module], overrides=overrides, return_hydra_config=True)
+
+
+def checked(config):
+    """As a run checks it before Ray starts; returns verl's part of it, resolved."""
+    if "hybrid_lora" in config:
+        check_configuration(config)
+    with open_dict(config):
+        del config["hydra"]
+    OmegaConf.resolve(config)
+    return config
+
+
+@pytest.fixture(scope="module")
+def setting(tiny_qwen2, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("recipes")
+    return {"MODEL_PATH": str(tiny_qwen2), "ALLOCATION": str(make_allocation(tiny_qwen2, folder / "allocation"))}
+
+
+@pytest.mark.parametrize("path", SCRIPTS, ids=lambda path: path.name)
+def test_bash_can_read_a_script(path):
+    assert subprocess.run(["bash", "-n", path]).returncode == 0
+    assert os.access(path, os.X_OK)
+
+
+@pytest.mark.parametrize("row", ROWS, ids="-".join)
+def test_a_row_passes_verls_and_the_plugins_checks(row, setting, capsys):
+    from verl.trainer.ppo.utils import need_reference_policy
+    from verl.utils.config import omega_conf_to_dataclass, validate_config
+
+    _, algorithm, selection = row
+    (command,) = commands("run", *row, **setting)
+    config = checked(composed(command))
+    said = capsys.readouterr().out
+    assert ("hybrid_lora" in config) == (selection in HYBRID) == ("learning rates: full modules 1e-06" in said)
+    assert "WARNING" not in said and "without effect, as a step" not in said
+    assert config.trainer.test_freq == config.trainer.save_freq == 50
+    if algorithm == "sft":
+        model, optimizer = config.model, config.optim
+        for node in (config.engine, config.optim, config.checkpoint):
+            assert dataclasses.is_dataclass(omega_conf_to_dataclass(node))
+    else:
+        model, actor, rollout = (config.actor_rollout_ref[name] for name in ("model", "actor", "rollout"))
+        optimizer = actor.optim
+        validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=False)
+        for node in (rollout, config.algorithm):
+            assert dataclasses.is_dataclass(omega_conf_to_dataclass(node))
+        assert config.algorithm.adv_estimator == "hybrid_group" and actor.loss_agg_mode == "seq-mean-token-mean"
+        assert actor.use_kl_loss and (actor.kl_loss_coef, rollout.n, rollout.temperature) == (0.01, 4, 1.0)
+        clip = (3e-4, 4e-4) if algorithm == "gspo_narrow_clip" else (0.2, 0.2)
+        assert (actor.clip_ratio_low, actor.clip_ratio_high) == clip
+        assert actor.policy_loss.loss_mode == ("vanilla" if algorithm == "grpo" else "hybrid_gspo")
+        assert rollout.max_model_len == config.data.max_prompt_length + config.data.max_response_length
+        assert config.data.train_batch_size // actor.ppo_mini_batch_size * actor.ppo_epochs > 1
+        assert config.trainer.n_gpus_per_node == 8
+    if selection in HYBRID:
+        hybrid = config.hybrid_lora
+        assert (hybrid.full_lr, hybrid.lora.lr, hybrid.lora.rank, hybrid.budget.ratio) == (1e-6, 2.5e-5, 16, 0.1)
+        assert (hybrid.probe.warmup_steps, hybrid.probe.partitions) == (500, 20)
+    else:
+        rank = 16 if selection == "lora" else 0
+        assert (optimizer.lr, model.lora_rank) == (2.5e-5 if rank else 1e-6, rank)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_rows_of_models_differ_in_the_path_alone(model):
+    (path,) = yaml.safe_load((RECIPES / "recipe" / "model" / f"{model}.yaml").read_text())["model"].values()
+    assert path.lower() == "qwen/" + model.replace("qwen2_5_", "qwen2.5-").replace("1_5", "1.5") + "-instruct"
+    for algorithm, selection in itertools.product(ALGORITHMS, SELECTIONS):
+        ours, first = [commands("run", name, algorithm, selection, OUTPUT="/o") for name in (model, MODELS[0])]
+        first = [[word.replace(MODELS[0], model).replace("Qwen/Qwen2.5-1.5B-Instruct", path) for word in line]
+                 for line in first]  # fmt: skip
+        assert ours == first
+    for algorithm, at in (("gspo", "actor_rollout_ref.model.path"), ("sft", "model.path")):
+        assert OmegaConf.select(composed(commands("run", model, algorithm, "full")[-1]), at) == path
+
+
+@pytest.mark.parametrize(
+    "task, machine", [*(("reasoning", name) for name in parts("machine") if name != "gpu"), ("gsm8k", "a800x8")]
+)
+def test_tasks_and_machines_pass_the_checks(task, machine, setting):
+    from verl.utils.config import validate_config
+
+    (command,) = commands("run", "qwen2_5_1_5b", "grpo", "hybrid_lora", TASK=task, MACHINE=machine, **setting)
+    config = checked(composed(command))
+    validate_config(config=config, use_reference_policy=True, use_critic=False)
+    length = config.actor_rollout_ref.rollout.max_model_len
+    actor, rollout = config.actor_rollout_ref.actor, config.actor_rollout_ref.rollout
+    if actor.use_dynamic_bsz:
+        assert min(actor.ppo_max_token_len_per_gpu, rollout.log_prob_max_token_len_per_gpu) >= length
+    assert config.trainer.device == ("cpu" if machine == "cpu" else "cuda")
+    assert config.data.train_files.endswith(f"data/{task}/train.parquet")
+
+
+@pytest.mark.parametrize("machine", parts("sft/machine"))
+def test_sft_has_the_same_machines(machine, setting):
+    (command,) = commands("run", "qwen2_5_1_5b", "sft", "hybrid_lora", MACHINE=machine, **setting)
+    config = checked(composed(command))
+    assert not config.data.use_dynamic_bsz or config.data.max_token_len_per_gpu >= config.data.max_length
+    assert parts("sft/machine") == [name for name in parts("machine") if name != "gpu"]
+
+
+def test_several_nodes_join_a_cluster_that_runs(setting, monkeypatch):
+    monkeypatch.setenv("NODES", "2")
+    (command,) = commands("run", "qwen2_5_7b", "gspo", "hybrid_lora", NODES="2", **setting)
+    config = checked(composed(command))
+    assert (config.trainer.nnodes, config.ray_kwargs.ray_init.address) == (2, "auto")
+    done = script("run", "qwen2_5_7b", "sft", "full", NODES="2", DRY_RUN="1")
+    assert done.returncode == 2 and "TORCHRUN" in done.stderr
+
+
+def test_variables_and_settings_reach_the_run(setting, tmp_path):
+    variables = {"RUN": "mine", "OUTPUT": str(tmp_path), "DATA": "rows", "LOGGER": "swanlab", "GPUS": "4"}
+    command = commands("run", "qwen2_5_3b", "gspo", "lora", "data.seed=7", "trainer.test_freq=9", **variables)[-1]
+    config = composed(command)
+    assert config.trainer.logger == ["console", "file", "swanlab"] and config.trainer.n_gpus_per_node == 4
+    assert config.trainer.default_local_dir == f"{tmp_path}/mine/checkpoints"
+    assert config.data.train_files == os.path.abspath("rows/reasoning/train.parquet")
+    assert (config.data.seed, config.trainer.test_freq) == (7, 9), "settings win over parts"
+
+
+@pytest.mark.parametrize(
+    "arguments, words",
+    [
+        (["qwen2_5_1_5b", "gspo"], ["run.sh MODEL ALGORITHM SELECTION"]),
+        (["qwen2_5_72b", "gspo", "full"], ["qwen2_5_72b", "qwen2_5_1_5b"]),
+        (["qwen2_5_3b", "ppo", "full"], ["ppo", "gspo_narrow_clip"]),
+        (["qwen2_5_3b", "sft", "dora"], ["dora", "hybrid_lora"]),
+    ],
+)
+def test_a_mistake_is_told_with_what_there_is(arguments, words):
+    done = script("run", *arguments, DRY_RUN="1")
+    assert done.returncode == 2 and all(word in done.stderr for word in words) and not done.stdout
+
+
+@pytest.mark.parametrize("selection", HYBRID)
+def test_a_run_without_its_allocation_probes_first(selection, tmp_path):
+    probe, train = commands("run", "qwen2_5_7b", "gspo", selection, OUTPUT=str(tmp_path))
+    module, arguments = module_and_arguments(probe)
+    assert module == "hybrid_lora_plugin.cli.probe"
+    config = parse(arguments, ProbeCommandConfig)
+    part = yaml.safe_load((RECIPES / "recipe" / "selection" / f"{selection}.yaml").read_text())
+    assert config.criterion == part["hybrid_lora"]["criterion"]
+    assert bool(config.probe.files) == (config.criterion not in WITHOUT_PROBE)
+    assert f"hybrid_lora.allocation={config.output_dir}" in train
+
+
+def test_a_selection_can_be_made_from_measurements_of_another():
+    (command,) = commands("probe", "qwen2_5_7b", "gradient_norm", FROM="outputs/probed")
+    module, arguments = module_and_arguments(command)
+    config = parse(arguments, AllocateCommandConfig)
+    assert module == "hybrid_lora_plugin.cli.allocate"
+    assert (config.artifact, config.criterion) == ("outputs/probed", "gradient_norm")
+
+
+def test_runs_of_verl_alone_have_nothing_to_probe():
+    assert len(commands("run", "qwen2_5_7b", "gspo", "lora")) == 1
+    done = script("probe", "qwen2_5_7b", "full", DRY_RUN="1")
+    assert done.returncode == 2 and "no allocation" in done.stderr
