@@ -174,6 +174,19 @@ def test_options_and_rows_are_refused_before_the_run(tmp_path):
     check(run_with(tmp_path, [{"data_source": "openai/gsm8k"}]))
 
 
+@pytest.mark.usefixtures("without_bubblewrap")
+def test_a_run_that_cannot_judge_its_rows_ends_with_one_line_and_status_2(tmp_path, monkeypatch, capsys):
+    preflight = pytest.importorskip("hybrid_lora_plugin.verl_backend.preflight", reason="hydra is not installed")
+    config = run_with(tmp_path, [row("code")])
+    # The part of the check that is this package's reward; all of it wants a whole verl configuration.
+    monkeypatch.setattr(preflight, "check_configuration", check)
+    with pytest.raises(SystemExit) as caught:
+        preflight._check_or_exit(config, may_probe=False)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert caught.value.code == 2 and line.startswith("hybrid_lora: code rewards: bubblewrap is missing")
+    assert split_reference(line)[1] == "rewards-not-possible"
+
+
 THROUGH_VERL = r"""
 import asyncio, torch
 from omegaconf import OmegaConf
