@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import pytest
 
 from hybrid_lora_plugin.errors import ConfigurationError, RewardError, split_reference
 from hybrid_lora_plugin.rewards import sandbox, verl_reward
+from hybrid_lora_plugin.rewards.scorer import ScoringLimits
 from hybrid_lora_plugin.rewards.terms import excess_length, has_form
-from hybrid_lora_plugin.rewards.verl_reward import compute_score
-from tests.support.verl_processes import run
+from hybrid_lora_plugin.rewards.verl_reward import RewardOptions, compute_score
+from tests.support.verl_processes import ROOT, run
 
 KEYS = {"score", "acc", "answered", "format", "timed_out", "length"}
 
@@ -96,6 +100,14 @@ def test_a_source_that_nobody_knows_is_refused_by_its_name():
 
 def test_every_source_of_verl_s_own_names_has_a_kind_of_ours():
     assert set(verl_reward.KINDS_OF_SOURCES.values()) == {"math", "integer", "letter", "code"}
+
+
+def test_every_option_is_on_the_page():
+    page = (ROOT / "docs/rewards.md").read_text(encoding="utf-8")
+    table = page.partition("## Options")[2].partition("## Measured")[0]
+    told = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line[:3] == "| `")))
+    assert told == {field.name for kind in (RewardOptions, ScoringLimits) for field in dataclasses.fields(kind)}
+    assert KEYS <= set(re.findall(r"`(\w+)`", table))
 
 
 # -- before a run -----------------------------------------------------------------------------------------------------
