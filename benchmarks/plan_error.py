@@ -1,6 +1,6 @@
 """How far ``hybrid-lora-plan`` is from what verl's own engines hold: state, and the peak of an update and of a forward.
 
-    python -m benchmarks.plan_error [--ranks 1,2] [--layers 8] [--hidden 576] [--vocabulary 16384] [--tokens 512,1024]
+    python -m benchmarks.plan_error [--ranks 1,2] [--layers 4] [--hidden 192] [--vocabulary 2048] [--tokens 128,256]
                                     [--write docs/plan.md]
 
 The engines are verl's, with FSDP2, its packed rows and its loss, on the CPU. Bytes are those of tensors that are alive,
@@ -62,9 +62,10 @@ def measure(shape: argparse.Namespace) -> None:
                 planned = plan_of(variant, folder, ranks, tokens, checkpointing)
                 case = {"variant": variant, "ranks": ranks, "tokens": tokens, "checkpointing": checkpointing}
                 rows.append(case | {"held": held, "peaks": peaks, "planned": planned})
+                if rank == 0:
+                    # Of a run that is cut short there are those that were measured.
+                    save_figures(folder, f"rows-{ranks}", rows)
             del engine
-    if rank == 0:
-        save_figures(folder, f"rows-{ranks}", rows)
     torch.distributed.destroy_process_group()
 
 
@@ -196,12 +197,12 @@ def main(arguments: list[str] | None = None) -> int:
     """Measure and print; returns 0, or the status of a failed run."""
     parser = argparse.ArgumentParser(prog="python -m benchmarks.plan_error", description=__doc__.splitlines()[0])
     for name, default, text in (
-        ("layers", 8, "of the model"),
-        ("hidden", 576, "width, a multiple of 192"),
-        ("vocabulary", 16384, "rows of the embedding"),
+        ("layers", 4, "of the model"),
+        ("hidden", 192, "width, a multiple of 192"),
+        ("vocabulary", 2048, "rows of the embedding"),
     ):
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
-    parser.add_argument("--tokens", default="512,1024", help="of a micro-batch, one case each (default: 512,1024)")
+    parser.add_argument("--tokens", default="128,256", help="of a micro-batch, one case each (default: 128,256)")
     parser.add_argument("--ranks", default="1,2", help="numbers of ranks, one run each (default: 1,2)")
     parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder (default: outputs/bench)")
     parser.add_argument("--write", type=Path, help="put the table between the markers of this page")
