@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
-# Choose the modules that a selection tunes fully, and write the allocation to OUTPUT/allocations/MODEL-SELECTION:
+# Choose the modules that a selection tunes fully, and write the allocation to
+# OUTPUT/allocations/TASK-MODEL-SELECTION:
 #
 #   probe.sh MODEL SELECTION [OPTIONS OF hybrid-lora-probe ...]
 #
@@ -20,7 +21,7 @@ require selection "$SELECTION"
 FROM=${FROM:-}
 criterion=$(value_in "selection/$SELECTION" criterion)
 [ -n "$criterion" ] || { echo "probe.sh: $SELECTION tunes by verl alone and has no allocation" >&2; exit 2; }
-arguments=("criterion=$criterion" "output_dir=$OUTPUT/allocations/$MODEL-$SELECTION")
+arguments=("criterion=$criterion" "output_dir=$OUTPUT/allocations/$TASK-$MODEL-$SELECTION")
 
 if [ -n "$FROM" ]; then
   run "$PYTHON" -m hybrid_lora_plugin.cli.allocate "artifact=$FROM" "${arguments[@]}" "$@"
@@ -31,8 +32,9 @@ start=("$PYTHON")
 case $criterion in
   random | lora_ffn | spread) ;;  # these read no measurement
   *)
-    arguments+=("probe.files=[$DATA/$TASK/sft_train.parquet]")
+    arguments+=("probe.files=[$DATA/$TASK/sft/train.parquet]")
+    [ "$TASK" != stand_ins ] || arguments+=(probe.warmup_steps=2 probe.partitions=4 probe.max_length=512)
     [ "$GPUS" = 1 ] || start+=(-m torch.distributed.run --standalone "--nproc-per-node=$GPUS")
     ;;
 esac
-run "${start[@]}" -m hybrid_lora_plugin.cli.probe "${arguments[@]}" "$@"
+run exec "${start[@]}" -m hybrid_lora_plugin.cli.probe "${arguments[@]}" "$@"

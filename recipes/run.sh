@@ -10,11 +10,11 @@
 #
 # Where the allocation of a selection is not there yet, probe.sh makes it first. The same command resumes a run.
 # Variables: those of settings.sh, and
-#   RUN         name of the run, a folder in OUTPUT
 #   ALLOCATION  another allocation; empty: the run probes for itself, by hybrid_lora.probe settings that you add
 #   LOGGER      wandb, tensorboard or swanlab, beside the console and metrics.jsonl
 #   NODES       machines of a Ray cluster that runs already
 #   TORCHRUN    command that starts SFT
+#   PLAN        1: say what the run will need, by hybrid-lora-plan, and run nothing
 set -euo pipefail
 source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 
@@ -22,10 +22,11 @@ source "$(dirname "${BASH_SOURCE[0]}")/settings.sh"
 MODEL=$1 ALGORITHM=$2 SELECTION=$3
 shift 3
 
-RUN=${RUN:-$TASK-$MODEL-$ALGORITHM-$SELECTION}
-ALLOCATION=${ALLOCATION-$OUTPUT/allocations/$MODEL-$SELECTION}
+name_run "$MODEL" "$ALGORITHM" "$SELECTION"
+ALLOCATION=${ALLOCATION-$OUTPUT/allocations/$TASK-$MODEL-$SELECTION}
 LOGGER=${LOGGER:-}
 NODES=${NODES:-1}
+PLAN=${PLAN:-}
 TORCHRUN=${TORCHRUN:-$PYTHON -m torch.distributed.run --standalone --nproc-per-node=$GPUS}
 
 case $ALGORITHM in
@@ -55,11 +56,11 @@ settings=(
   "hydra.run.dir=$OUTPUT/$RUN/hydra"
   "trainer.logger=[console,file${LOGGER:+,$LOGGER}]"
 )
-if [ "$ALGORITHM" = sft ]; then
-  settings+=("data.train_files=$DATA/$TASK/sft_train.parquet" "data.val_files=$DATA/$TASK/sft_validation.parquet")
-else
-  settings+=("data.train_files=$DATA/$TASK/train.parquet" "data.val_files=$DATA/$TASK/validation.parquet")
-fi
+rows=$DATA/$TASK/rl
+[ "$ALGORITHM" != sft ] || rows=$DATA/$TASK/sft
+train=$rows/train.parquet
+[ -z "$CODE" ] || [ "$ALGORITHM" = sft ] || train="[$train,$DATA/leetcode/rl/train.parquet]"
+settings+=("data.train_files=$train" "data.val_files=$rows/validation.parquet")
 [ -z "$MODEL_PATH" ] || settings+=("$model.path=$MODEL_PATH")
 [ -z "$ALLOCATION" ] || settings+=("hybrid_lora.allocation=$ALLOCATION")
 if [ "$NODES" != 1 ]; then
@@ -68,8 +69,20 @@ if [ "$NODES" != 1 ]; then
   parts+=("+recipe/cluster=several_nodes")
 fi
 
-if [ -n "$ALLOCATION" ] && [ ! -e "$ALLOCATION" ]; then
+if [ -n "$ALLOCATION" ] && [ ! -e "$ALLOCATION" ] && [ -z "$PLAN" ]; then
   "$here/probe.sh" "$MODEL" "$SELECTION"
+fi
+
+if [ "$ALGORITHM" = sft ]; then
+  read -ra start <<<"$TORCHRUN"
+  start+=(-m verl.trainer.sft_trainer)
+else
+  start=("$PYTHON" -m verl.trainer.main_ppo)
+fi
+command=("${start[@]}" --config-dir "$here" "${parts[@]}" "${settings[@]}" "$@")
+if [ -n "$PLAN" ]; then
+  run "$PYTHON" -m hybrid_lora_plugin.cli.plan -- "${command[@]}"
+  exit
 fi
 
 export VERL_FILE_LOGGER_PATH=$OUTPUT/$RUN/metrics.jsonl TENSORBOARD_DIR=${TENSORBOARD_DIR:-$OUTPUT/$RUN/tensorboard}
@@ -78,10 +91,5 @@ if [ -z "$DRY_RUN" ]; then
   # verl begins the file anew, also when a run resumes.
   [ ! -e "$VERL_FILE_LOGGER_PATH" ] || mv "$VERL_FILE_LOGGER_PATH" "$OUTPUT/$RUN/metrics-until-$(date -u +%FT%T).jsonl"
 fi
-if [ "$ALGORITHM" = sft ]; then
-  read -ra start <<<"$TORCHRUN"
-  start+=(-m verl.trainer.sft_trainer)
-else
-  start=("$PYTHON" -m verl.trainer.main_ppo)
-fi
-run "${start[@]}" --config-dir "$here" "${parts[@]}" "${settings[@]}" "$@"
+# In the place of this script, so that a signal reaches it.
+run exec "${command[@]}"

@@ -3,10 +3,12 @@
 here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 
 MACHINE=${MACHINE:-a800x8}            # a file in recipe/machine: a800x8, h100x8, rtx4090x2, cpu
-TASK=${TASK:-reasoning}               # a file in recipe/task: reasoning, gsm8k
+TASK=${TASK:-reasoning}               # a file in recipe/task: reasoning, gsm8k, stand_ins
 DATA=${DATA:-data}                    # where prepare_data.sh writes
 OUTPUT=${OUTPUT:-outputs/recipes}     # where runs, allocations and evaluations go
+RUN=${RUN:-}                          # folder of a run in OUTPUT; empty: TASK-MODEL-ALGORITHM-SELECTION
 MODEL_PATH=${MODEL_PATH:-}            # folder of the model's weights; empty: by name from the hub
+CODE=${CODE:-}                        # 1: train on the problems of LeetCodeDataset too, which needs bubblewrap
 DRY_RUN=${DRY_RUN:-}                  # 1: print the commands, one a line, and run nothing
 PYTHON=${PYTHON:-python3}
 
@@ -43,8 +45,15 @@ model_path() {  # model_path MODEL
 
 DATA=$(realpath -m -- "$DATA") OUTPUT=$(realpath -m -- "$OUTPUT")  # workers may start in another folder
 
-run() {  # run COMMAND ARGUMENTS ...: unless DRY_RUN, which prints it as it can be pasted
+[ "$TASK" != stand_ins ] || MODEL_PATH=${MODEL_PATH:-$DATA/stand_ins/model}
+
+name_run() {  # name_run MODEL ALGORITHM SELECTION
+  RUN=${RUN:-$TASK-$1-$2-$3}
+}
+
+run() {  # run [exec] COMMAND ARGUMENTS ...: unless DRY_RUN, which prints it as it can be pasted
   if [ -n "$DRY_RUN" ]; then
+    [ "$1" != exec ] || shift
     printf '%q ' "$@"
     echo
   else

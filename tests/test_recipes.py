@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
+import json
 import os
+import re
 import shlex
+import shutil
 import subprocess
 
 import pytest
@@ -17,8 +20,17 @@ from hydra import compose, initialize_config_module  # noqa: E402
 from omegaconf import OmegaConf, open_dict  # noqa: E402
 
 from hybrid_lora_plugin.cli.arguments import parse  # noqa: E402
-from hybrid_lora_plugin.config import WITHOUT_PROBE, AllocateCommandConfig, ProbeCommandConfig  # noqa: E402
+from hybrid_lora_plugin.config import (  # noqa: E402
+    WITHOUT_PROBE,
+    AllocateCommandConfig,
+    DataCommandConfig,
+    EvaluateCommandConfig,
+    ExportCommandConfig,
+    ProbeCommandConfig,
+)
+from hybrid_lora_plugin.config_validation import validate  # noqa: E402
 from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
+from recipes.merge_lora import merge_lora  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
 from tests.support.verl_processes import ROOT  # noqa: E402
 
@@ -160,7 +172,7 @@ def test_tasks_and_machines_pass_the_checks(task, machine, setting):
     if actor.use_dynamic_bsz:
         assert min(actor.ppo_max_token_len_per_gpu, rollout.log_prob_max_token_len_per_gpu) >= length
     assert config.trainer.device == ("cpu" if machine == "cpu" else "cuda")
-    assert config.data.train_files.endswith(f"data/{task}/train.parquet")
+    assert config.data.train_files.endswith(f"data/{task}/rl/train.parquet")
 
 
 @pytest.mark.parametrize("machine", parts("sft/machine"))
@@ -186,7 +198,7 @@ def test_variables_and_settings_reach_the_run(setting, tmp_path):
     config = composed(command)
     assert config.trainer.logger == ["console", "file", "swanlab"] and config.trainer.n_gpus_per_node == 4
     assert config.trainer.default_local_dir == f"{tmp_path}/mine/checkpoints"
-    assert config.data.train_files == os.path.abspath("rows/reasoning/train.parquet")
+    assert config.data.train_files == os.path.abspath("rows/reasoning/rl/train.parquet")
     assert (config.data.seed, config.trainer.test_freq) == (7, 9), "settings win over parts"
 
 
@@ -228,3 +240,106 @@ def test_runs_of_verl_alone_have_nothing_to_probe():
     assert len(commands("run", "qwen2_5_7b", "gspo", "lora")) == 1
     done = script("probe", "qwen2_5_7b", "full", DRY_RUN="1")
     assert done.returncode == 2 and "no allocation" in done.stderr
+
+
+@pytest.mark.parametrize("task", parts("task"))
+def test_data_are_prepared_where_runs_look_for_them(task, tmp_path):
+    written = {}
+    for command in commands("prepare_data", TASK=task, DATA=str(tmp_path), CODE="1"):
+        module, arguments = module_and_arguments(command)
+        if module == "hybrid_lora_plugin.cli.data":
+            config = parse(arguments, DataCommandConfig)
+            validate(config)
+            written[config.output_dir] = config.format
+    for algorithm, form in (("grpo", "rl"), ("sft", "sft")):
+        config = composed(commands("run", "qwen2_5_1_5b", algorithm, "full", TASK=task, DATA=str(tmp_path))[-1])
+        for file in (config.data.train_files, config.data.val_files):
+            assert written[os.path.dirname(file)] == form
+    config = composed(commands("run", "qwen2_5_1_5b", "grpo", "full", TASK=task, DATA=str(tmp_path), CODE="1")[-1])
+    assert written[os.path.dirname(config.data.train_files[1])] == "rl"
+
+
+def test_what_is_prepared_stays(tmp_path):
+    (tmp_path / "gsm8k" / "rl").mkdir(parents=True)
+    (tmp_path / "gsm8k" / "rl" / "README.md").write_text("")
+    said = script("prepare_data", TASK="gsm8k", DATA=str(tmp_path), DRY_RUN="1").stdout.splitlines()
+    assert len(said) == 2 and "is there" in said[0] and "format=sft" in said[1]
+
+
+def test_the_best_checkpoint_is_exported_or_the_one_that_is_named(tmp_path):
+    variables = {"OUTPUT": str(tmp_path), "RUN": "mine"}
+    checkpoints = tmp_path / "mine" / "checkpoints"
+    checkpoints.mkdir(parents=True)
+    row = ("qwen2_5_1_5b", "gspo", "hybrid_lora")
+    done = script("export", *row, **variables)
+    assert done.returncode == 2 and "no checkpoint" in done.stderr
+    (checkpoints / "latest_checkpointed_iteration.txt").write_text("150")
+
+    def exported(**more):
+        (command,) = commands("export", *row, **variables, **more)
+        return os.path.basename(parse(module_and_arguments(command)[1], ExportCommandConfig).checkpoint)
+
+    assert exported() == "global_step_150"
+    (checkpoints / "best_checkpoint.json").write_text(json.dumps({"step": 100, "value": 0.5}, indent=1))
+    assert exported() == "global_step_100" and exported(STEP="50") == "global_step_50"
+
+
+@pytest.mark.parametrize("algorithm, folder", [("grpo", "global_step_9/actor"), ("sft", "global_step_9")])
+def test_runs_of_verl_alone_are_exported_by_verl(algorithm, folder):
+    merger, lora = commands("export", "qwen2_5_1_5b", algorithm, "lora", STEP="9")
+    assert merger[merger.index("--local_dir") + 1].endswith(folder) and lora[-2] == "recipes.merge_lora"
+    assert len(commands("export", "qwen2_5_1_5b", algorithm, "full", STEP="9")) == 1
+
+
+def test_what_is_exported_is_evaluated_and_served():
+    row = ("qwen2_5_1_5b", "gspo", "hybrid_lora")
+    (export,), (serve,) = commands("export", *row, STEP="9"), commands("serve", *row)
+    folder = parse(module_and_arguments(export)[1], ExportCommandConfig).output_dir
+    assert serve[serve.index("--model") + 1] == folder
+    for task in parts("task"):
+        (export,), (command,) = commands("export", *row, STEP="9", TASK=task), commands("evaluate", *row, TASK=task)
+        config = parse(module_and_arguments(command)[1], EvaluateCommandConfig)
+        validate(config)
+        assert config.model == parse(module_and_arguments(export)[1], ExportCommandConfig).output_dir
+    (command,) = commands("evaluate", "qwen2_5_3b", "prompt=io")
+    config = parse(module_and_arguments(command)[1], EvaluateCommandConfig)
+    assert (config.model, config.prompt) == ("Qwen/Qwen2.5-3B-Instruct", "io")
+
+
+def test_every_command_of_the_page_is_one(tmp_path):
+    """With its variables, in the order of the page; the stand-ins' come after their `export`."""
+    page = (RECIPES / "README.md").read_text().replace("\\\n", " ")
+    exported, seen = {"OUTPUT": str(tmp_path)}, set()
+    for line in re.findall(r"^(?:export |[A-Z_]+=|bash ).*$", page, re.M):
+        words = shlex.split(line)
+        values = dict(word.split("=", 1) for word in words if re.match(r"[A-Z_]+=", word))
+        if words[0] == "export":
+            exported |= {name: value for name, value in values.items() if name != "PYTHON"}
+            continue
+        at = words.index("bash") if "ray" not in words else len(words) - 5
+        name = os.path.basename(words[at + 1]).removesuffix(".sh")
+        assert commands(name, *words[at + 2 :], **exported, **values) or name == "prepare_data"
+        seen.add(name)
+    assert seen == {path.stem for path in SCRIPTS} - {"settings"}
+
+
+def test_an_adapter_that_verls_merger_leaves_is_added_to_the_model(tiny_qwen2, tmp_path):
+    import torch
+    from peft import LoraConfig, PeftModel, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    shutil.copytree(tiny_qwen2, tmp_path / "model")
+    model = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
+    adapted = get_peft_model(model, LoraConfig(r=4, lora_alpha=8, target_modules=["q_proj", "up_proj"]))
+    with torch.no_grad():
+        for name, parameter in adapted.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_()
+    adapted.save_pretrained(tmp_path / "model" / "lora_adapter")
+    tokens = torch.arange(12)[None]
+    wanted = adapted(tokens).logits
+    assert merge_lora(tmp_path / "model")
+    merged = AutoModelForCausalLM.from_pretrained(tmp_path / "model")
+    assert not isinstance(merged, PeftModel) and torch.allclose(merged(tokens).logits, wanted, atol=1e-5)
+    assert not torch.allclose(AutoModelForCausalLM.from_pretrained(tiny_qwen2)(tokens).logits, wanted, atol=1e-3)
+    assert not merge_lora(tmp_path / "model"), "nor is it added twice"
