@@ -235,7 +235,7 @@ def test_table_has_all_that_the_package_overrides(file):
     known = {contract.last_name for contract in CONTRACTS if file in contract.files}
     for name in SUBCLASSES[file]:
         ours = getattr(module, name)
-        theirs = [base for base in ours.__mro__ if base.__module__.partition(".")[0] in LIBRARIES]
+        theirs = [base for base in ours.__mro__ if is_watched(f"{base.__module__}.")]
         assert theirs
         overridden = {
             attribute

@@ -51,6 +51,9 @@ def test_it_says_what_was_read_dropped_and_written(source, tmp_path, capsys):
     [
         (["set=gsm8k", "configs=[math]"], "configs: has no effect with set=gsm8k; leave it out"),
         (["set=gsm8k", "code_tests=x"], "code_tests: has no effect with set=gsm8k; leave it out"),
+        (["set=math500", "validation=0.1"], "validation: has no effect with set=math500, which is only evaluated"),
+        (["set=gpqa", "decontaminate=[]"], "decontaminate: has no effect with set=gpqa, which is only evaluated"),
+        (["set=gsm8k", "decontaminate=[]", "ngram=9"], "ngram: has no effect with decontaminate=[]; leave it out"),
         (["set=gsm"], "set: 'gsm' is not supported; choose one of"),
         (["set=mixture_of_thoughts", "configs=[maths]"], "configs: ['maths'] is not usable; give parts such as"),
         (["set=mixture_of_thoughts", "configs=[all,math]"], "configs: ['all', 'math'] is not usable"),

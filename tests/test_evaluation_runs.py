@@ -405,7 +405,7 @@ def test_a_result_is_what_a_count_by_hand_gives(tmp_path):
     assert result.unbiased == pytest.approx(sum(unbiased_pass_at_k(8, sum(row), 4) for row in correct) / 6)
     assert result.per_response == sum(map(sum, correct)) / 48 and result.counts.correct == sum(map(sum, correct))
     assert result.low <= result.value <= result.high and (result.problems, result.of) == (6, 30)
-    assert result.fewest_points == 100.0
+    assert result.fewest_points == 50.0
 
 
 def report_of(folder, tasks, size=None):
@@ -419,7 +419,7 @@ def test_the_report_says_all_that_was_counted(tmp_path):
     assert json.loads(json.dumps(said)) == said
     assert said["results"]["aime25"]["counts"]["responses"] == 48 and said["results"]["mmlu_pro"]["k"] == 1
     assert said["results"]["aime25"]["measure"] == "pass@4"
-    assert "of the first 6" in markdown and "6 problems, 100.0 points" in markdown
+    assert "of the first 6" in markdown and "6 problems, 50.0 points" in markdown
     assert "nothing: 3 problems are too few" in markdown
     assert "| paper: GSPO | Hybrid-LoRA (ours) | 105M | 81.6 | 42.0 | 36.7 | 56.9 | 38.5 | 47.6 |" in markdown
     widths = {line.count("|") for line in markdown.splitlines() if line.startswith("| paper")}

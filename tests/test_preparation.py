@@ -27,6 +27,8 @@ from hybrid_lora_plugin.preparation.mixture import conversation, letter_of, prob
 from hybrid_lora_plugin.preparation.questions import digest, is_held_out, normalised
 from hybrid_lora_plugin.preparation.reading import open_rows
 from hybrid_lora_plugin.preparation.runner import Watch, prepare
+from hybrid_lora_plugin.preparation.sets import Benchmarks, Mixture
+from hybrid_lora_plugin.preparation.table import schema
 from hybrid_lora_plugin.rewards.scorer import Scorer
 from hybrid_lora_plugin.tasks.benchmarks import BENCHMARKS
 from hybrid_lora_plugin.tasks.problem import LETTERS, Problem
@@ -80,6 +82,53 @@ def test_a_row_of_the_mixture_becomes_a_problem_or_says_why_not(part, given, exp
     except RowError as error:
         made = error.reason
     assert made == expected
+
+
+JSON = st.recursive(
+    st.none()
+    | st.booleans()
+    | st.integers()
+    | st.floats()
+    | st.text()
+    | st.sampled_from(["\ud800", "\\boxed{", "A. x\nB. y"]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["role", "content"]), inner),
+    max_leaves=6,
+)
+
+
+@settings(max_examples=300, deadline=None)
+@given(data=st.data())
+def test_whatever_a_row_holds_it_is_written_or_dropped_for_a_reason(data):
+    """A row in a million must not end a preparation of hours."""
+    import pyarrow
+
+    name = data.draw(st.sampled_from(DATA_SETS))
+    if name == "mixture_of_thoughts":
+        good, part = sums(1)[0], data.draw(st.sampled_from(["math", "science"]))
+        if data.draw(st.booleans()):
+            good["messages"][data.draw(st.integers(0, 1))]["content"] = data.draw(JSON)
+    else:
+        good, part = dict(ROWS[name]), ""
+    changed = good | data.draw(st.dictionaries(st.sampled_from(sorted(good)), JSON, max_size=2))
+    for form in ("rl", "sft") if name in ("mixture_of_thoughts", "gsm8k") else ("rl",):
+        made = data_set_of(name, form)
+        try:
+            item = made.item(changed, part, 0)
+        except RowError as error:
+            assert error.reason and "\n" not in error.reason
+        else:
+            digest(item.question)
+            pyarrow.Table.from_pylist([item.row("train")], schema(form))
+
+
+def data_set_of(name, form):
+    """A set without its rows, which are not looked at."""
+    kind = Mixture if name == "mixture_of_thoughts" else Benchmarks
+    made = kind.__new__(kind)
+    made._rl, made._style, made._seed, made._tests = form == "rl", "cot", 0, None
+    if kind is Benchmarks:
+        made._set, made.source = BENCHMARKS[name], BENCHMARKS[name].source
+    return made
 
 
 @given(st.lists(st.text("abc XY,.\n", min_size=1).filter(str.strip), min_size=2, max_size=10), st.sampled_from("().:"))

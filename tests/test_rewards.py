@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import time
+
 import pytest
 
 from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.rewards import expression_text
 from hybrid_lora_plugin.rewards.code_gold import CodeGold
 from hybrid_lora_plugin.rewards.scorer import Scorer, ScoringLimits
+from hybrid_lora_plugin.rewards.terms import has_form
 from hybrid_lora_plugin.tasks import answers
 from hybrid_lora_plugin.tasks.problem import Problem
 from hybrid_lora_plugin.tasks.prompts import user_turn
@@ -151,6 +155,38 @@ def test_a_program_is_the_longest_closed_block_of_python(response, answer):
 )
 def test_a_whole_number_is_one_and_nothing_else(text, number):
     assert answers.whole_number(text) == number
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "\\boxed{" * 5000,
+        "\\boxed{" + "\\text{a} " * 200 + "x}",
+        "\\boxed{" + "\\text{" + " " * 20000 + "}",
+        "\\boxed{5" + " " * 20000 + "a" * 20000 + "!}",
+        "answer is " + "*" * 50000 + " x",
+        "answer: " * 5000 + "!",
+        "```" + "a" * 50000 + "`",
+        ("```" + " " * 100 + "\n") * 2000,
+        "<think>" * 20000,
+        "\\boxed{" + "{" * 20000 + "}" * 20000 + "}",
+        "\\boxed{" + "1," * 900 + "x}",
+        "\\boxed{" + "5 cm " * 390 + "!}",
+    ],
+    ids=range(12),
+)
+def test_no_response_takes_long_to_look_through(text):
+    # It happens in the worker's own process, where nothing ends it.
+    started = time.process_time()
+    answers.letter(text), answers.program(text)
+    for kind in ("math", "letter", "code"):
+        has_form(kind, text, think=True)
+    box = answers.boxed(text) or ""
+    answers.whole_number(box)
+    if len(box) <= expression_text.MOST_CHARACTERS:
+        expression_text.words(box), expression_text.without_unit(box), expression_text.based(box)
+        expression_text.misread(expression_text.plain(box), "(1,2)"), expression_text.without_percent(box)
+    assert time.process_time() - started < 2
 
 
 def test_what_is_no_answer_is_told_from_a_wrong_one():

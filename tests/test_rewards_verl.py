@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import dataclasses
+import re
+
 import pytest
 
 from hybrid_lora_plugin.errors import ConfigurationError, RewardError, split_reference
 from hybrid_lora_plugin.rewards import sandbox, verl_reward
+from hybrid_lora_plugin.rewards.scorer import ScoringLimits
 from hybrid_lora_plugin.rewards.terms import excess_length, has_form
-from hybrid_lora_plugin.rewards.verl_reward import compute_score
-from tests.support.verl_processes import run
+from hybrid_lora_plugin.rewards.verl_reward import RewardOptions, compute_score
+from tests.support.verl_processes import ROOT, run
 
 KEYS = {"score", "acc", "answered", "format", "timed_out", "length"}
 
@@ -98,6 +102,14 @@ def test_every_source_of_verl_s_own_names_has_a_kind_of_ours():
     assert set(verl_reward.KINDS_OF_SOURCES.values()) == {"math", "integer", "letter", "code"}
 
 
+def test_every_option_is_on_the_page():
+    page = (ROOT / "docs/rewards.md").read_text(encoding="utf-8")
+    table = page.partition("## Options")[2].partition("## Measured")[0]
+    told = set(re.findall(r"`(\w+)`", "".join(line.split("|")[1] for line in table.splitlines() if line[:3] == "| `")))
+    assert told == {field.name for kind in (RewardOptions, ScoringLimits) for field in dataclasses.fields(kind)}
+    assert KEYS <= set(re.findall(r"`(\w+)`", table))
+
+
 # -- before a run -----------------------------------------------------------------------------------------------------
 
 
@@ -160,6 +172,19 @@ def test_options_and_rows_are_refused_before_the_run(tmp_path):
     with pytest.raises(ConfigurationError, match=r"data.train_files: .*rows.parquet: data_source: 'me/mine'"):
         check(run_with(tmp_path, [row(None, "me/mine")]))
     check(run_with(tmp_path, [{"data_source": "openai/gsm8k"}]))
+
+
+@pytest.mark.usefixtures("without_bubblewrap")
+def test_a_run_that_cannot_judge_its_rows_ends_with_one_line_and_status_2(tmp_path, monkeypatch, capsys):
+    preflight = pytest.importorskip("hybrid_lora_plugin.verl_backend.preflight", reason="hydra is not installed")
+    config = run_with(tmp_path, [row("code")])
+    # The part of the check that is this package's reward; all of it wants a whole verl configuration.
+    monkeypatch.setattr(preflight, "check_configuration", check)
+    with pytest.raises(SystemExit) as caught:
+        preflight._check_or_exit(config, may_probe=False)
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert caught.value.code == 2 and line.startswith("hybrid_lora: code rewards: bubblewrap is missing")
+    assert split_reference(line)[1] == "rewards-not-possible"
 
 
 THROUGH_VERL = r"""

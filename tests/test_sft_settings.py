@@ -12,7 +12,8 @@ from omegaconf import OmegaConf  # noqa: E402
 from hybrid_lora_plugin.errors import ConfigurationError  # noqa: E402
 from hybrid_lora_plugin.verl_backend.earlier_checkpoint import TRACKER  # noqa: E402
 from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
-from hybrid_lora_plugin.verl_backend.requirements import _RULES, ENGINE_MODULE  # noqa: E402
+from hybrid_lora_plugin.verl_backend.requirement_rules import RULES  # noqa: E402
+from hybrid_lora_plugin.verl_backend.requirements import ENGINE_MODULE  # noqa: E402
 from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, REINFORCEMENT_LEARNING, SFT, kind_of_run  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
 
@@ -162,7 +163,7 @@ def test_a_configuration_of_neither_kind_is_refused():
 
 
 def test_every_rule_has_a_place_in_sft_or_none_and_reinforcement_learning_keeps_its_names():
-    assert all(REINFORCEMENT_LEARNING.place(name) == name for name in _RULES)
-    places = {name: SFT.place(name) for name in _RULES}
+    assert all(REINFORCEMENT_LEARNING.place(name) == name for name in RULES)
+    places = {name: SFT.place(name) for name in RULES}
     assert places[MODEL + "lora_rank"] == "model.lora_rank" and places["actor_rollout_ref.rollout.name"] is None
     assert not any((place or "").startswith("actor_rollout_ref") for place in places.values())

@@ -22,6 +22,7 @@ from hybrid_lora_plugin.cli.command import command, writing
 from hybrid_lora_plugin.config import DataCommandConfig
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ConfigurationError, RewardError, UsageError
+from hybrid_lora_plugin.tasks.benchmarks import BENCHMARKS
 
 if TYPE_CHECKING:
     from hybrid_lora_plugin.preparation.runner import Prepared
@@ -102,6 +103,11 @@ def _check(config: DataCommandConfig, given: list[str]) -> None:
     for option in given:
         if option in _MIXTURE_ONLY and config.set != "mixture_of_thoughts":
             raise UsageError(f"{option}: has no effect with set={config.set}; leave it out")
+    if config.set in BENCHMARKS and not BENCHMARKS[config.set].train:
+        for option in {"decontaminate", "ngram", "validation"}.intersection(given):
+            raise UsageError(f"{option}: has no effect with set={config.set}, which is only evaluated; leave it out")
+    if "ngram" in given and not config.decontaminate:
+        raise UsageError("ngram: has no effect with decontaminate=[]; leave it out")
     if config.format == "sft":
         if "code_tests" in given:
             raise UsageError("code_tests: has no effect with format=sft, which needs no tests; leave it out")

@@ -79,8 +79,8 @@ class BenchmarkResult:
 
     @property
     def fewest_points(self) -> float:
-        """Points that ``FEWEST`` problems are: what two runs on the same problems must differ by at the very least."""
-        return 100 * FEWEST / self.problems
+        """Least difference in points of two runs on the same problems: ``FEWEST`` problems in one repeat each."""
+        return 100 * FEWEST / (self.problems * self.repeats)
 
 
 def values_of(correct: Sequence[Sequence[bool]], k: int) -> list[Fraction]:

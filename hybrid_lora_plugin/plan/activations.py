@@ -42,24 +42,32 @@ class Activations:
 
 
 class _FusedAttention(torch.autograd.Function):
-    """Keeps what fused attention kernels keep."""
+    """Keeps what fused attention kernels keep; what it gives has the right shape and no meaning."""
 
     @staticmethod
     def forward(context, query, key, value):
-        out = torch.empty_like(query)
-        sums = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
+        out = query.clone()
+        sums = torch.zeros(query.shape[:3], dtype=torch.float32, device=query.device)
         context.save_for_backward(query, key, value, out, sums)
         return out
 
     @staticmethod
     def backward(context, gradient):
         query, key, value, *_ = context.saved_tensors
-        return torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)
+        return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
 
 
 def _attention(module, query, key, value, mask, **options):
     # As transformers wants it: [rows, tokens, heads, head size], and no weights.
     return _FusedAttention.apply(query, key, value).transpose(1, 2), None
+
+
+def register_attention() -> str:
+    """Make it known to transformers; returns its name for ``attn_implementation``."""
+    from transformers import AttentionInterface
+
+    AttentionInterface.register(_ATTENTION, _attention)
+    return _ATTENTION
 
 
 def layer_activations(config: Any, run: Run, tokens: int, gradient: bool) -> Activations:
@@ -114,9 +122,6 @@ def few_layers(config: Any, layers: int, training: str, rank: int) -> nn.Module:
     Under an allocation every layer stands for one with most adapters: which modules are fully tuned changes what is
     kept by the r columns of an adapter's product for each token, and nothing else.
     """
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(_ATTENTION, _attention)
     config = deepcopy(config)
     text = text_config(config)
     text.num_hidden_layers = layers
@@ -124,7 +129,7 @@ def few_layers(config: Any, layers: int, training: str, rank: int) -> nn.Module:
         # Windows of attention, which is not run.
         text.layer_types = (text.layer_types * layers)[:layers]
     model = meta_model(config)
-    model.set_attn_implementation(_ATTENTION)
+    model.set_attn_implementation(register_attention())
     run = _adapters_of(rank)
     if training == HYBRID:
         # A few modules at least are fully tuned, whatever the shapes.

@@ -26,7 +26,8 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self._excluded = weakref.WeakSet(tensor.untyped_storage() for tensor in excluded)
         # A storage's Python object lives as long as its last tensor, whoever holds that.
-        self._alive: weakref.WeakSet[torch.UntypedStorage] = weakref.WeakSet()
+        self._alive: weakref.WeakKeyDictionary[torch.UntypedStorage, _Size] = weakref.WeakKeyDictionary()
+        self._total = [0]
         self.peak = 0
 
     def __torch_dispatch__(self, function, types, arguments=(), options=None):
@@ -34,14 +35,32 @@ class LiveBytes(TorchDispatchMode):
         for tensor in _tensors(result):
             storage = tensor.untyped_storage()
             if storage not in self._excluded:
-                self._alive.add(storage)
+                self._alive.setdefault(storage, _Size(self._total)).become(storage.nbytes())
             del storage
-        self.peak = max(self.peak, self.now())
+        if self._total[0] > self.peak:
+            # Some may have been emptied since they were seen.
+            self.peak = max(self.peak, self.now())
         return result
 
     def now(self) -> int:
         """Bytes alive. A storage that was emptied, as FSDP does with what it gathered, has none."""
-        return sum(storage.nbytes() for storage in self._alive)
+        for storage, size in list(self._alive.items()):
+            size.become(storage.nbytes())
+        return self._total[0]
+
+
+class _Size:
+    """A storage's part of a total, which it leaves when it goes."""
+
+    def __init__(self, total: list[int]):
+        self._shared, self._bytes = total, 0
+
+    def become(self, size: int) -> None:
+        self._shared[0] += size - self._bytes
+        self._bytes = size
+
+    def __del__(self) -> None:
+        self._shared[0] -= self._bytes
 
 
 def _tensors(result: Any) -> Iterator[torch.Tensor]:

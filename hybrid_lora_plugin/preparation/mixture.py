@@ -29,6 +29,7 @@ _WORD, _COMMAND = re.compile(r"[^\W\d_]{3,}"), re.compile(r"\\[a-zA-Z]+")
 #: The mark of an option at the start of a line: ``A. ``, ``B) ``, ``(C) ``, ``D: ``.
 _MARK = re.compile(r"^[ \t]*(?:\(([A-Z])\)|([A-Z])[.):])[ \t]+(?=\S)", re.M)
 _WRAPPED = re.compile(r"\\(?:text|textbf|mathbf|mathrm|rm|bf)\s*\{([^{}]*)\}")
+_LETTER = re.compile(r"\(?[A-J]\)?[.:]?")
 _NAMED = re.compile(r"\(?([A-Z])\)?(?:[.:)]?\s*|[.:)]\s+.*|\s*[-–]\s+.*)", re.S)
 
 
@@ -83,11 +84,13 @@ def problem_of(turns: list[dict[str, str]], part: str, tests: CodeTests | None) 
     answer = boxed(response)
     if answer is None:
         raise RowError("no boxed answer", f"the response ends with {response[-60:]!r}, without a box that is closed")
-    stem, options = split_options(question) if part == "science" else (question, ())
-    if options:
+    stem, options = split_options(question)
+    is_letter = _LETTER.fullmatch(_bare(answer)) is not None
+    # In math a listed value may be given by itself: then it is compared as an expression.
+    if options and (is_letter or part == "science"):
         gold = letter_of(answer, options)
         return Problem(SOURCE, identity_of(question), "letter", stem, gold, options)
-    if part == "science" and re.fullmatch(r"[A-J]", _bare(answer)):
+    if is_letter:
         raise RowError("a letter without options", f"the answer is {answer!r}, and the question lists no options")
     if len(answer) > _LONGEST[part]:
         raise RowError("a long answer", f"the answer has {len(answer)} characters; at most {_LONGEST[part]} are kept")
@@ -110,7 +113,7 @@ def split_options(question: str) -> tuple[str, tuple[str, ...]]:
     lines than one.
     """
     marks = list(_MARK.finditer(question))
-    for start in range(len(marks) - 1, -1, -1):
+    for start in range(len(marks) - 1, max(-1, len(marks) - 1 - len(LETTERS)), -1):
         letters = [mark[1] or mark[2] for mark in marks[start:]]
         if letters[0] == "A" and letters == list(LETTERS[: len(letters)]) and len(letters) > 1:
             ends = [mark.start() for mark in marks[start + 1 :]] + [len(question)]

@@ -69,8 +69,8 @@ def partial_folder(output_dir: str) -> Path:
 def prepare(config: DataCommandConfig, checkable: Checkable, watch: Watch | None = None) -> Prepared:
     """Prepare a data set; the same call goes on after an interruption, to the same bytes.
 
-    Memory holds the rows of one part, 24 bytes beside Python's own for each question that is kept, and the n-grams of
-    the evaluation sets.
+    Memory holds the rows of one part, about 200 bytes for each question that is kept, and the n-grams of the evaluation
+    sets.
 
     Args:
         config: what to prepare; ``set`` and ``output_dir`` are given.

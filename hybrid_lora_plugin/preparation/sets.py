@@ -19,7 +19,7 @@ from hybrid_lora_plugin.preparation.table import rl_row, sft_row
 from hybrid_lora_plugin.tasks.benchmarks import BENCHMARKS, Benchmark, benchmark
 from hybrid_lora_plugin.tasks.problem import Problem
 from hybrid_lora_plugin.tasks.prompts import user_turn
-from hybrid_lora_plugin.tasks.schemas import identity_of, text_in
+from hybrid_lora_plugin.tasks.schemas import identity_of, refuse_half_characters, text_in
 
 _CALCULATION = re.compile(r"<<[^<>]*>>")
 
@@ -106,6 +106,7 @@ class Mixture(DataSet):
         """See ``DataSet``."""
         turns = mixture.conversation(row)
         origin = str(row.get("source") or "")
+        refuse_half_characters(origin, "`source`")
         if self._rl:
             problem = mixture.problem_of(turns, part, self.prepare_tests())
             style = self._style

@@ -17,7 +17,8 @@ _MOST_BRACES = 2
 _SPACES = re.compile(r"\\[,;:! >]|\\q?quad(?![A-Za-z])|~|\\displaystyle(?![A-Za-z])")
 _SIZES = re.compile(r"\\(?:left|right|[bB]igg?[lrm]?)(?![A-Za-z])\s*\.?")
 _WORDS = r"\\(?:text|mbox|textbf|textit|textrm|textnormal|mathrm|mathbf|operatorname)\s*\{([^{}]*)\}"
-_WHOLE_WORDS = re.compile(rf"(?:\s*{_WORDS}\s*[.,]?)+")
+# Spaces belong to one place only: with two, a long answer could be taken apart in exponentially many ways.
+_WHOLE_WORDS = re.compile(rf"\s*(?:{_WORDS}[\s.,]*)+")
 _DEGREES = re.compile(r"\^\s*\{?\s*\\circ\s*\}?|\\degrees?(?![A-Za-z])|°")
 _PERCENT = re.compile(r"\\?%|\s*\\text\{\s*(?:%|percent)\s*\}|\s*percent\b")
 _GROUPED = re.compile(r"[+-]?\d{1,3}(?:,\s*\d{3})+(?:\.\d+)?")

@@ -43,6 +43,8 @@ _GUEST = Path(__file__).with_name("sandbox_guest.py")
 #: What programs for LeetCode's problems import beside the standard library.
 _CARRIED = "sortedcontainers"
 _MEBIBYTE = 1 << 20
+#: Exit statuses of a process that the limit on CPU time ended: bubblewrap's, and a process's own.
+_OUT_OF_TIME = (128 + signal.SIGXCPU, -signal.SIGXCPU)
 _WAYS_OUT = (
     "install bubblewrap (apt-get install bubblewrap); in Docker start the container with --security-opt "
     "seccomp=unconfined --security-opt apparmor=unconfined, and on Ubuntu 24.04 or newer allow user namespaces; leave "
@@ -153,7 +155,9 @@ def _interpreter() -> tuple[str, tuple[str, ...]]:
     said = []
     # A system's own comes first: another user, as which root runs programs, can read it.
     for python in dict.fromkeys(
-        ("/usr/bin/python3", os.path.realpath(getattr(sys, "_base_executable", sys.executable)))
+        # Where links end, since the folder of a link need not be inside.
+        os.path.realpath(path)
+        for path in ("/usr/bin/python3", getattr(sys, "_base_executable", sys.executable))
     ):
         if not os.access(python, os.X_OK):
             continue
@@ -230,7 +234,7 @@ def _run(program: str, gold: CodeGold, limits: ProgramLimits, walls: Sequence[st
             "modules": modules,
             "output_bytes": limits.output_bytes,
             # Room for a result that is as large as allowed, beside the one expected.
-            "limits": {**shared, "AS": (2 * limits.memory_bytes + 64 * limits.output_bytes,) * 2},
+            "limits": {**shared, "AS": (limits.memory_bytes + 32 * limits.output_bytes,) * 2},
         },
     }
     disk = ["--size", str(limits.disk_bytes), "--tmpfs", "/tmp"]
@@ -268,13 +272,12 @@ def _run(program: str, gold: CodeGold, limits: ProgramLimits, walls: Sequence[st
             raise _NotStarted(_said(running, words))
         verdict = verdicts.next(WALL_PER_CPU * limits.seconds)
         if verdict is not None:
-            status = _status(running["program"]) if not verdict["passed"] else 0
-            # SIGXCPU, as bubblewrap or the kernel reports it; or SIGKILL, where the program held SIGXCPU off.
-            over = not verdict["passed"] and verdict["note"] == "it ended" and status in (152, -24)
+            # Whether by SIGXCPU, as bubblewrap or the kernel reports it.
+            over = verdict["note"] == "it ended" and _status(running["program"]) in _OUT_OF_TIME
             return Outcome(verdict["passed"], over, "time" if over else verdict["note"])
         if verdicts.ended:
             status = _status(running["checker"])
-            if status in (152, -24):
+            if status in _OUT_OF_TIME:
                 return Outcome(False, True, "time to compare its results")
             _end(running, walls is None)
             raise _NotStarted(f"the checker ended with status {status}, {_said(running, words)}")

