@@ -138,13 +138,14 @@ def test_another_setting_is_refused_by_name_before_an_engine_starts(place, capsy
         assert line.startswith("hybrid-lora-eval: ") and says in line and "another output_dir" in line
 
 
-def test_a_finished_run_starts_no_engine_is_judged_again_and_compared(place, capsys):
+def test_a_finished_run_starts_no_engine_is_judged_again_and_compared(place, capsys, monkeypatch):
     from hybrid_lora_plugin.cli.eval import main
+    from hybrid_lora_plugin.verl_backend.generation import Generator
 
     root, _, _ = place
     before = (root / "run" / "results.json").read_text()
-    # In this process vLLM was never imported; a second engine would show.
-    assert main(arguments_of(root)) == 0 and "vllm.v1.engine.llm_engine" not in sys.modules
+    monkeypatch.setattr(Generator, "_start", lambda generator: pytest.fail("an engine starts"))
+    assert main(arguments_of(root)) == 0
     assert (root / "run" / "results.json").read_text() == before
     file = root / "run" / "judgements" / "gsm8k.jsonl"
     file.write_text(file.read_text().replace('"correct": false', '"correct": true'))
