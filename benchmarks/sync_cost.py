@@ -111,7 +111,7 @@ def overrides_of(pair: str, folder: Path, shape: argparse.Namespace) -> list[str
     """``main_ppo``'s overrides for one pair."""
     length = shape.prompt_tokens + shape.new_tokens
     common = [
-        "+recipe/parts=cpu",
+        "+recipe/machine=cpu",
         f"data.max_prompt_length={shape.prompt_tokens}",
         f"data.max_response_length={shape.new_tokens}",
         f"actor_rollout_ref.model.path={folder / 'model'}",

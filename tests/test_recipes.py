@@ -343,3 +343,13 @@ def test_an_adapter_that_verls_merger_leaves_is_added_to_the_model(tiny_qwen2, t
     assert not isinstance(merged, PeftModel) and torch.allclose(merged(tokens).logits, wanted, atol=1e-5)
     assert not torch.allclose(AutoModelForCausalLM.from_pretrained(tiny_qwen2)(tokens).logits, wanted, atol=1e-3)
     assert not merge_lora(tmp_path / "model"), "nor is it added twice"
+
+
+def test_every_part_that_is_named_anywhere_is_there():
+    """Hydra takes a group that does not exist for a value, and says nothing."""
+    named = re.compile(r"\+(recipe(?:/[a-z_]+)+)(?:@[\w.]+)?=([a-z0-9_]+)")
+    places = ("recipes", "tests", "benchmarks", "docs", "hybrid_lora_plugin")
+    ours = [file for place in places for end in ("py", "sh", "md", "yaml") for file in (ROOT / place).rglob(f"*.{end}")]
+    found = {pair for file in ours for pair in named.findall(file.read_text(encoding="utf-8"))}
+    assert len(found) >= 5
+    assert [pair for pair in found if not (ROOT / "recipes" / pair[0] / f"{pair[1]}.yaml").is_file()] == []

@@ -42,7 +42,7 @@ trainer: {{val_before_train: false, test_freq: -1, total_epochs: 5, logger: [con
 """
 #: GRPO with verl's own LoRA, on the command line
 LORA = [
-    "+recipe/parts=cpu", "algorithm.adv_estimator=grpo",
+    "+recipe/machine=cpu", "algorithm.adv_estimator=grpo",
     "data.train_batch_size=8", "data.max_prompt_length=24", "data.max_response_length=8",
     "data.dataloader_num_workers=0",
     "actor_rollout_ref.model.lora_rank=8", "actor_rollout_ref.model.lora_alpha=32",
