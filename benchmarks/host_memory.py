@@ -18,6 +18,7 @@ from pathlib import Path
 
 from benchmarks.pages import write_page
 from benchmarks.sync_sizes import SHAPES
+from hybrid_lora_plugin.plan.rollout import page_locked, segments
 
 BEGIN, END = "<!-- computed by benchmarks/host_memory.py -->", "<!-- end of the computed part -->"
 MIB = 1 << 20
@@ -51,27 +52,6 @@ def engine_bytes(shape: dict, tensor_parallel: int) -> list[int]:
     table = shape["vocab_size"] * hidden // tensor_parallel
     every = layer * shape["num_hidden_layers"] + [table, hidden] + [table] * (not shape["tie_word_embeddings"])
     return [WIDTH * elements for elements in every]
-
-
-def segments(sizes: list[int]) -> list[int]:
-    """Bytes of the pieces of device memory that torch makes for tensors of these bytes, allocated one by one."""
-    pieces, free = [], {2 * MIB: 0, 20 * MIB: 0}
-    for size in sizes:
-        size = -(-size // 512) * 512
-        if size >= 10 * MIB:
-            pieces.append(-(-size // (2 * MIB)) * 2 * MIB)
-            continue
-        kind = 2 * MIB if size <= MIB else 20 * MIB
-        if free[kind] < size:
-            pieces.append(kind)
-            free[kind] = kind
-        free[kind] -= size
-    return pieces
-
-
-def page_locked(size: int) -> int:
-    """Bytes that torch takes for a page-locked tensor of ``size`` bytes."""
-    return 1 << (size - 1).bit_length()
 
 
 def asleep(shape: dict, tensor_parallel: int = 1) -> tuple[int, int]:

@@ -93,7 +93,7 @@ class ScoringConfig:
         30.0,
         "CPU time of a program for all tests of its problem; by the clock it has three times that. One that takes "
         "longer is wrong and counted.",
-        source="own choice: at 15 s some of LeetCodeDataset's own solutions end too late",
+        source="own choice: at 15 s two of LeetCodeDataset's own solutions end too late, at 30 s one",
         unit="s",
         bound=above(0, "above 0, e.g. 30"),
     )
