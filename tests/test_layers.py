@@ -81,6 +81,10 @@ INTERNAL = {
     "preparation": GROUND | {"config_validation", "tasks", "rewards", "probing"},
     "evaluation": GROUND | MODELS | {"config_validation", "tasks", "rewards", "preparation", "report", "training"},
     "plan": GROUND | MODELS | {"config_validation", "allocation", "training", "sync", "report"},
+    "evidence": GROUND
+    | MODELS
+    | CONFIG_CHECKS
+    | {"scoring", "allocation", "report", "probing", "training", "evaluation"},
     "verl_backend": GROUND
     | MODELS
     | CONFIG_CHECKS
@@ -88,7 +92,7 @@ INTERNAL = {
     "cli": GROUND
     | CONFIG_CHECKS
     | {"scoring", "allocation", "report", "probing", "training", "verl_backend"}
-    | {"tasks", "rewards", "preparation", "evaluation", "plan"},
+    | {"tasks", "rewards", "preparation", "evaluation", "plan", "evidence"},
 }
 
 
