@@ -50,10 +50,16 @@ class ForkedRanks:
             text=True,
         )
 
-    def __call__(self, ranks: int, arguments: list[str], timeout: float) -> subprocess.CompletedProcess:
-        """Run ``python ARGUMENTS`` on ``ranks`` ranks; ``stdout`` of the result has all streams of all ranks."""
+    def __call__(
+        self, ranks: int, arguments: list[str], timeout: float, environment: dict[str, str]
+    ) -> subprocess.CompletedProcess:
+        """Run ``python ARGUMENTS`` on ``ranks`` ranks; ``stdout`` of the result has all streams of all ranks.
+
+        ``environment`` is set after the imports.
+        """
         with tempfile.NamedTemporaryFile("r", suffix=".txt") as output:
             request = {"ranks": ranks, "arguments": arguments, "output": output.name, "timeout": timeout}
+            request["environment"] = environment
             self._process.stdin.write(json.dumps(request) + "\n")
             self._process.stdin.flush()
             # What importing printed stands before the answer.
@@ -129,7 +135,7 @@ def _agent(request: dict) -> int:
 
 def _rank(request: dict, rank: int, port: int) -> None:
     size = str(request["ranks"])
-    os.environ |= {
+    os.environ |= request["environment"] | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),
         "WORLD_SIZE": size,

@@ -44,9 +44,9 @@ def torchrun(ranks: int, arguments: list[str], **options) -> subprocess.Complete
     return run([*launcher, *arguments], **options)
 
 
-def ranks(count: int, arguments: list[str], *, timeout: int = 3000) -> subprocess.CompletedProcess:
-    """As ``torchrun``, without its imports (``forked_ranks``) and with the CPU environment alone."""
-    done = forked_ranks(ROOT, tuple(environment_of().items()))(count, arguments, timeout)
+def ranks(count: int, arguments: list[str], *, timeout: int = 3000, **environment: str) -> subprocess.CompletedProcess:
+    """As ``torchrun``, without its imports (``forked_ranks``); nothing of ``environment`` may be read on import."""
+    done = forked_ranks(ROOT, tuple(environment_of().items()))(count, arguments, timeout, environment)
     assert done.returncode == 0, f"exit status {done.returncode}:\n{done.stdout[-6000:]}"
     return done
 
