@@ -13,6 +13,7 @@ generated from or checked against these files, so a field is documented there an
     config_evaluation.py  an evaluation
     config_data.py        what `hybrid-lora-data` takes
     config_plan.py        the plan of a run
+    config_evidence.py    a comparison of selections, and its plan
     config_field.py       how a field is declared
     config_validation.py  what one field cannot check of itself
     config_effect.py      which options the others leave without an effect
