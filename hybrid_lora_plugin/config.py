@@ -28,12 +28,13 @@ from hybrid_lora_plugin.config_checkpoint import SAVES, BestCheckpointConfig, Ch
 from hybrid_lora_plugin.config_data import DATA_FORMATS, DATA_SETS, DataCommandConfig
 from hybrid_lora_plugin.config_evaluation import EvaluateCommandConfig
 from hybrid_lora_plugin.config_field import Bound, above, at_least, documented
-from hybrid_lora_plugin.config_probe import AdaLoraConfig, AutoLoraConfig, ProbeConfig
+from hybrid_lora_plugin.config_probe import AdaLoraConfig, AutoLoraConfig, LookaheadConfig, ProbeConfig
 from hybrid_lora_plugin.config_selection import (
     BUDGET_AMOUNTS,
     CRITERIA,
     NORMALISATIONS,
     WITHOUT_PROBE,
+    WITHOUT_WARMUP,
     BudgetConfig,
     ControlConfig,
     SelectionConfig,
@@ -54,6 +55,7 @@ __all__ = [
     "SAVES",
     "SYNC_MODES",
     "WITHOUT_PROBE",
+    "WITHOUT_WARMUP",
     "AdaLoraConfig",
     "AdapterConfig",
     "AllocateCommandConfig",
@@ -68,6 +70,7 @@ __all__ = [
     "EvaluateCommandConfig",
     "ExportCommandConfig",
     "HybridLoraConfig",
+    "LookaheadConfig",
     "ModelConfig",
     "ProbeCommandConfig",
     "ProbeConfig",
