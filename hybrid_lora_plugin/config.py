@@ -13,6 +13,7 @@ generated from or checked against these files, so a field is documented there an
     config_evaluation.py  an evaluation
     config_data.py        what `hybrid-lora-data` takes
     config_plan.py        the plan of a run
+    config_evidence.py    a comparison of selections, and its plan
     config_field.py       how a field is declared
     config_validation.py  what one field cannot check of itself
     config_effect.py      which options the others leave without an effect
@@ -28,12 +29,13 @@ from hybrid_lora_plugin.config_checkpoint import SAVES, BestCheckpointConfig, Ch
 from hybrid_lora_plugin.config_data import DATA_FORMATS, DATA_SETS, DataCommandConfig
 from hybrid_lora_plugin.config_evaluation import EvaluateCommandConfig
 from hybrid_lora_plugin.config_field import Bound, above, at_least, documented
-from hybrid_lora_plugin.config_probe import AdaLoraConfig, AutoLoraConfig, ProbeConfig
+from hybrid_lora_plugin.config_probe import AdaLoraConfig, AutoLoraConfig, LookaheadConfig, ProbeConfig
 from hybrid_lora_plugin.config_selection import (
     BUDGET_AMOUNTS,
     CRITERIA,
     NORMALISATIONS,
     WITHOUT_PROBE,
+    WITHOUT_WARMUP,
     BudgetConfig,
     ControlConfig,
     SelectionConfig,
@@ -54,6 +56,7 @@ __all__ = [
     "SAVES",
     "SYNC_MODES",
     "WITHOUT_PROBE",
+    "WITHOUT_WARMUP",
     "AdaLoraConfig",
     "AdapterConfig",
     "AllocateCommandConfig",
@@ -68,6 +71,7 @@ __all__ = [
     "EvaluateCommandConfig",
     "ExportCommandConfig",
     "HybridLoraConfig",
+    "LookaheadConfig",
     "ModelConfig",
     "ProbeCommandConfig",
     "ProbeConfig",

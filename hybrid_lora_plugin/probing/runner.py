@@ -42,6 +42,7 @@ from hybrid_lora_plugin.probing.method import ProbeMethod
 from hybrid_lora_plugin.probing.methods.adalora import AdaLoraMethod
 from hybrid_lora_plugin.probing.methods.autolora import AutoLoraMethod
 from hybrid_lora_plugin.probing.methods.full_delta import FullDeltaMethod
+from hybrid_lora_plugin.probing.methods.lookahead import LookaheadMethod
 from hybrid_lora_plugin.probing.methods.svd_lora import SvdLoraMethod
 from hybrid_lora_plugin.probing.prepare import prepare_data
 from hybrid_lora_plugin.probing.progress import Progress
@@ -56,6 +57,7 @@ METHODS: dict[str, type[ProbeMethod]] = {
     "adalora": AdaLoraMethod,
     "autolora": AutoLoraMethod,
     "full_delta": FullDeltaMethod,
+    "lookahead": LookaheadMethod,
 }
 
 
@@ -266,6 +268,7 @@ class _Probe:
         if not self.method.rows:
             return {}
         done, rows = self.ranks.from_first(lambda: self.state.load_scores())
+        self.method.begin_scoring(self.data.validation_batch)
         self.progress.stage("scoring", self.method.rows, done)
         save = self._saver(stop, lambda: self.state.save_scores(done, rows))
         while done < self.method.rows:
@@ -276,7 +279,7 @@ class _Probe:
             done += 1
             self.progress.advance(done, loss)
             save(finished=done == self.method.rows)
-        return {name: torch.stack(values) for name, values in rows.items()}
+        return self.method.measurements({name: torch.stack(values) for name, values in rows.items()})
 
     def _saver(self, stop: StopRequest, save: Callable[[], None]) -> Callable[[bool], None]:
         """A function that saves every half minute, at the end, and when any rank was asked to stop; then it raises."""

@@ -15,6 +15,7 @@ from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE, load_allocati
 from hybrid_lora_plugin.config import (
     BUDGET_AMOUNTS,
     BudgetConfig,
+    ControlConfig,
     HybridLoraConfig,
     ModelConfig,
     ProbeCommandConfig,
@@ -126,8 +127,10 @@ def _settings(
     yield ours + "lora.rank", allocation.budget.lora_rank, hybrid.lora.rank
     if budget_mode(allocation.budget.mode).limits:
         yield from _budget(allocation.budget, hybrid.budget)
-    for name, value in selection.options.items():
-        yield f"{ours}control.{name}", value, getattr(hybrid.control, name)
+    # The first artifacts recorded no options, and one that is newer than the artifact had its default then.
+    for name in criterion.options if selection.options else ():
+        kept = selection.options.get(name, getattr(ControlConfig(), name))
+        yield f"{ours}control.{name}", kept, getattr(hybrid.control, name)
     if criterion.method is None:
         return
     if allocation.probe is None:
