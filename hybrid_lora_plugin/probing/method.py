@@ -27,12 +27,14 @@ class ProbeMethod(abc.ABC):
         rows: rows of per-batch measurements to take; 0 where the warm-up alone decides.
         step: optimizer steps taken.
         lr: learning rate of the warm-up, for the record.
+        measure_controls: whether ``score`` also takes what only the controls need, where the probe measures that.
         replicated: parameters added to the model that every rank holds whole; a sharded model must leave them alone.
     """
 
     warmup_steps: int
     rows: int
     step: int = 0
+    measure_controls: bool = True
     lr: float
     replicated: list[nn.Parameter]
 
@@ -75,6 +77,9 @@ class ProbeMethod(abc.ABC):
         Raises:
             ProbeError: nothing was learned, or something is not finite.
         """
+
+    def prepare_scoring(self) -> None:  # noqa: B027
+        """Get ready to score, between two steps of the warm-up or after it; what it asks no gradient of is restored."""
 
     def score(self, row: int, batch: Batch) -> tuple[dict[str, Tensor], float]:
         """Row ``row`` of each per-batch measurement: name -> ``[M]`` float64 on the CPU, and the loss to show.
