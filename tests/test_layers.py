@@ -39,6 +39,7 @@ CONFIG_PARTS = {
     "config_data",
     "config_evaluation",
     "config_plan",
+    "config_evidence",
 }
 #: What looks at a whole configuration.
 CONFIG_CHECKS = {"config_validation", "config_effect"}
@@ -57,7 +58,7 @@ MODELS = {
 INTERNAL = {
     **{
         f"config_{part}.py": {"config_field", "errors"}
-        for part in ("selection", "probe", "sync", "checkpoint", "data", "evaluation", "plan")
+        for part in ("selection", "probe", "sync", "checkpoint", "data", "evaluation", "plan", "evidence")
     },
     "config.py": CONFIG_PARTS | {"errors"},
     "config_validation.py": {"config", "errors"},

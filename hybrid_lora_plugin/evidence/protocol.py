@@ -1,7 +1,7 @@
 """What the harness asks of a protocol: bases to start from, the modules an arm picks, and runs to their outcomes.
 
 A plan names a protocol, arms, tasks and seeds. The harness decides which runs there are and what they mean; a protocol
-knows how a model is made, probed and trained.
+knows how a model is made, probed and trained. ``protocols`` says how one is found by its name.
 """
 
 from __future__ import annotations
@@ -103,6 +103,10 @@ class Outcome:
 class Protocol(abc.ABC):
     """How models of one kind of experiment are made, probed and trained.
 
+    It is made as ``make(settings, folder, device, bases, tasks)``, also in processes of its own for ``choose``: of the
+    plan's ``settings``, of a folder of its own for what ``prepare`` makes, and of ``auto``, ``cpu`` or ``cuda``. It
+    raises ``ConfigurationError`` on a setting, a base or a task that it does not know, before anything is made.
+
     Attributes:
         measure: name of the held-out value in a curve.
         lower_is_better: whether a smaller one is the better one.
@@ -134,5 +138,6 @@ class Protocol(abc.ABC):
     def train(self, runs: Sequence[Run], keep: Callable[[Run, Outcome], None]) -> None:
         """Train every run and give each outcome to ``keep`` as soon as it is known.
 
-        The outcome of a run does not depend on which others are asked for beside it.
+        The outcome of a run does not depend on which others are asked for beside it, nor on the name of its arm: arms
+        that choose the same modules at one start share a run.
         """

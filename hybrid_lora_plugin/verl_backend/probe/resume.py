@@ -15,6 +15,7 @@ from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE, load_allocati
 from hybrid_lora_plugin.config import (
     BUDGET_AMOUNTS,
     BudgetConfig,
+    ControlConfig,
     HybridLoraConfig,
     ModelConfig,
     ProbeCommandConfig,
@@ -126,8 +127,10 @@ def _settings(
     yield ours + "lora.rank", allocation.budget.lora_rank, hybrid.lora.rank
     if budget_mode(allocation.budget.mode).limits:
         yield from _budget(allocation.budget, hybrid.budget)
-    for name, value in selection.options.items():
-        yield f"{ours}control.{name}", value, getattr(hybrid.control, name)
+    # The first artifacts recorded no options, and one that is newer than the artifact had its default then.
+    for name in criterion.options if selection.options else ():
+        kept = selection.options.get(name, getattr(ControlConfig(), name))
+        yield f"{ours}control.{name}", kept, getattr(hybrid.control, name)
     if criterion.method is None:
         return
     if allocation.probe is None:
@@ -137,8 +140,9 @@ def _settings(
     rate = warmup_rate(hybrid.probe, criterion.method)
     expected = probe_record(command_config(hybrid, "", False), criterion.method, None, {}, rate)
     for name, value in vars(expected).items():
-        # The dtype is known once the model is loaded, the rank was compared above, and version 1 has no method.
-        if name in ("method", "rank", "dtype", "data"):
+        # The dtype is known once the model is loaded, the rank was compared above, and version 1 has no method; a loss
+        # is a result.
+        if name in ("method", "rank", "dtype", "data", "held_out"):
             continue
         # A policy probe has no rows of its own: its batches are those of the run.
         if hybrid.probe.objective == "sft" or name not in ("batch_size", "max_length"):
