@@ -27,7 +27,7 @@ class BaseSettings:
     heads: int = documented(4, "Attention heads.", source="own choice", bound=at_least(1, "at least 1"))
     kv_heads: int = documented(2, "Heads of keys and values.", source="own choice", bound=at_least(1, "at least 1"))
     seed: int = documented(0, "Seed of the weights and of the problems.", source="own choice")
-    steps: int = documented(3000, "Steps of training.", source="measured", bound=at_least(1, "at least 1"))
+    steps: int = documented(1000, "Steps of training.", source="measured", bound=at_least(1, "at least 1"))
     batch_size: int = documented(256, "Problems a step.", source="own choice", bound=at_least(1, "at least 1"))
     lr: float = documented(2.0e-3, "Highest rate.", source="measured", bound=above(0, "a rate above 0, e.g. 2e-3"))
 
