@@ -59,6 +59,44 @@ class SelectionRecord:
 
 
 @dataclass(frozen=True)
+class HeldOutLoss:
+    """Mean negative log-likelihood of the response tokens of validation batches, without masks.
+
+    Attributes:
+        before, after: the first step and the last of the warm-up, in nats a token.
+        batches: how many validation batches, the first ones.
+        tokens: response tokens in them.
+    """
+
+    before: float
+    after: float
+    batches: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class AutoStop:
+    """How a number was found that was left to the probe.
+
+    Attributes:
+        limit: most there could have been.
+        every: steps or partitions between two checks.
+        threshold: what a check had to find.
+        checks: what each found: the share of modules that a bootstrap was sure of, or, of a warm-up, the overlap
+            (Jaccard) of the choice with that of the check before, from the second on.
+        reason: ``settled`` or ``limit``.
+        partitions: scored in each check of a warm-up; 0 where the partitions themselves are meant.
+    """
+
+    limit: int
+    every: int
+    threshold: float
+    checks: list[float]
+    reason: str
+    partitions: int = 0
+
+
+@dataclass(frozen=True)
 class ProbeRecord:
     """How the measurements were made. An allocation has none where nothing was probed.
 
@@ -72,6 +110,9 @@ class ProbeRecord:
         dtype: of the frozen base.
         data: rows and split, or the settings of the run whose rollouts were scored.
         options: settings of this method only.
+        held_out: None of a policy probe, and in artifacts that do not record it; then the file has no such key.
+        warmup_auto: how ``warmup_steps`` was found where it was ``auto``; else None, and no such key.
+        partitions_auto: the same of ``partitions``.
     """
 
     method: str
@@ -88,6 +129,9 @@ class ProbeRecord:
     seed: int
     data: dict
     options: dict = field(default_factory=dict)
+    held_out: HeldOutLoss | None = None
+    warmup_auto: AutoStop | None = None
+    partitions_auto: AutoStop | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from hybrid_lora_plugin.allocation.budget import FULL, LORA
 from hybrid_lora_plugin.allocation.budget_modes import CHOICES, FIXED, budget_mode
 from hybrid_lora_plugin.allocation.schema import PROBE_AGAIN, Allocation
+from hybrid_lora_plugin.allocation.stopping import LIMIT, SETTLED
 from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE
 from hybrid_lora_plugin.errors import AllocationError
 
@@ -60,6 +61,8 @@ def validate_allocation(allocation: Allocation, where: str) -> None:
     )
     _check_budget(allocation, where)
     _check_stability(allocation, where)
+    _check_held_out(allocation, where)
+    _check_auto(allocation, where)
 
 
 def _check_budget(allocation: Allocation, where: str) -> None:
@@ -90,6 +93,34 @@ def _check_budget(allocation: Allocation, where: str) -> None:
     used = expected.used
     _require(budget.used == used, where, "budget.used", f"{budget.used:,} but the full modules add up to {used:,}")
     _require(used <= budget.limit, where, "budget.used", f"{used:,} exceeds the limit of {budget.limit:,}")
+
+
+def _check_held_out(allocation: Allocation, where: str) -> None:
+    held_out = allocation.probe and allocation.probe.held_out
+    if held_out is None:
+        return
+    for name in ("batches", "tokens"):
+        value = getattr(held_out, name)
+        _require(value > 0, where, f"probe.held_out.{name}", f"{value}, more than 0 is wanted")
+    for name in ("before", "after"):
+        value = getattr(held_out, name)
+        _require(value >= 0, where, f"probe.held_out.{name}", f"{value}, a loss of 0 or more is wanted")
+
+
+def _check_auto(allocation: Allocation, where: str) -> None:
+    probe = allocation.probe
+    for name, number in (("warmup_auto", "warmup_steps"), ("partitions_auto", "partitions")):
+        found = probe and getattr(probe, name)
+        if found is None:
+            continue
+        used = getattr(probe, number)
+        _require(used <= found.limit, where, f"probe.{number}", f"{used}, at most {found.limit} is wanted")
+        _require(
+            found.reason in (SETTLED, LIMIT),
+            where,
+            f"probe.{name}.reason",
+            f"{found.reason!r}, settled or limit is wanted",
+        )
 
 
 def _check_stability(allocation: Allocation, where: str) -> None:
