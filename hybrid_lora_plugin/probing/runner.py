@@ -46,6 +46,7 @@ from hybrid_lora_plugin.probing.loading import (
 from hybrid_lora_plugin.probing.method import ProbeMethod
 from hybrid_lora_plugin.probing.methods.adalora import AdaLoraMethod
 from hybrid_lora_plugin.probing.methods.autolora import AutoLoraMethod
+from hybrid_lora_plugin.probing.methods.features import FeatureMethod
 from hybrid_lora_plugin.probing.methods.full_delta import FullDeltaMethod
 from hybrid_lora_plugin.probing.methods.lookahead import LookaheadMethod
 from hybrid_lora_plugin.probing.methods.svd_lora import SvdLoraMethod
@@ -73,6 +74,7 @@ METHODS: dict[str, type[ProbeMethod]] = {
     "full_delta": FullDeltaMethod,
     "lookahead": LookaheadMethod,
     "weight_gradient": WeightGradientMethod,
+    "features": FeatureMethod,
 }
 
 
