@@ -33,7 +33,8 @@ CANDIDATES = make_candidates()
 M = len(CANDIDATES)
 SIGNED_SERIES = ("perturbation", "lookahead", "gradient_signal", "sign_agreement", "residual_signal")
 SERIES = (
-    "sensitivities", "full_sensitivities", "lora_output", "gradient_norm", "snip", "gradient_energy", *SIGNED_SERIES
+    "sensitivities", "full_sensitivities", "lora_output", "gradient_norm", "snip", "gradient_energy", "feature_norm",
+    *SIGNED_SERIES,
 )  # fmt: skip
 VALUES = ("alpha", "delta_norm", "adalora_rank", "adalora_importance", "autolora_alpha")
 MEASURING = [name for name in CRITERIA if get_criterion(name).needs]
@@ -85,6 +86,7 @@ REFERENCE = {
         mean(s) / mean(e) for s, e in zip(columns(t["gradient_signal"]), columns(t["gradient_energy"]), strict=True)
     ],
     "sign_consistency": lambda t: [mean(c) - math.sqrt(2 / (math.pi * len(c))) for c in columns(t["sign_agreement"])],
+    "plop": lambda t: [mean(c) for c in columns(t["feature_norm"])],
     "residual_gradient": lambda t: [
         mean(c) / (m.in_features * m.out_features)
         for c, m in zip(columns(t["residual_signal"]), CANDIDATES, strict=True)

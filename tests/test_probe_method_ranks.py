@@ -13,7 +13,7 @@ from hybrid_lora_plugin.scoring import get_criterion
 from tests.support.tiny_probe import passes_of, ragged_batch, tiny_model
 
 # residual_gradient measures what the others of its method do as well.
-CRITERIA = ["lookahead", "residual_gradient"]
+CRITERIA = ["lookahead", "residual_gradient", "plop"]
 BATCHES = 4
 
 

@@ -108,6 +108,7 @@ def test_each_criterion_names_the_probe_method_it_needs():
         "autolora": 1,
         "lookahead": 1,
         "weight_gradient": 3,
+        "features": 1,
         None: 4,
     }
     assert (runs["full_pruning"], runs["adalora"], runs["autolora"]) == ("full_delta", "adalora", "autolora")

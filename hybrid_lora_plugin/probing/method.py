@@ -138,7 +138,7 @@ def warmup_rate(probe: ProbeConfig, method: str) -> float:
 
 
 def warmup_steps(config: ProbeCommandConfig) -> int:
-    """Optimizer steps before scoring: ``probe.warmup_steps``, or 0 where the criterion reads the model as it is."""
+    """Most optimizer steps before scoring: those of ``probe``, or 0 where the criterion reads the model as it is."""
     return 0 if config.criterion in WITHOUT_WARMUP else config.probe.most_warmup_steps
 
 

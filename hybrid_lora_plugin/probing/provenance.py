@@ -12,10 +12,9 @@ from torch import nn
 from hybrid_lora_plugin import __version__
 from hybrid_lora_plugin.allocation.schema import ModelIdentity, ProbeRecord
 from hybrid_lora_plugin.candidates import Candidate, architecture_of, model_fingerprint
-from hybrid_lora_plugin.config import ProbeCommandConfig
+from hybrid_lora_plugin.config import WITHOUT_WARMUP, ProbeCommandConfig
 from hybrid_lora_plugin.linear_account import frozen_linear
 from hybrid_lora_plugin.probing.data.batches import ProbeData
-from hybrid_lora_plugin.probing.method import warmup_steps
 
 # These change memory and speed, not what is measured.
 _WITHOUT_EFFECT = ("files", "micro_batch_size", "dry_run")
@@ -91,7 +90,7 @@ def probe_record(
         objective=probe.objective,
         rank=config.lora.rank,
         init="adalora" if method == "adalora" else probe.init,
-        warmup_steps=warmup_steps(config),
+        warmup_steps=0 if config.criterion in WITHOUT_WARMUP else probe.warmup_steps,
         lr=float(lr),
         partitions=probe.partitions,
         partitions_per_batch=probe.partitions_per_batch,

@@ -46,6 +46,7 @@ from hybrid_lora_plugin.probing.loading import (
 from hybrid_lora_plugin.probing.method import ProbeMethod
 from hybrid_lora_plugin.probing.methods.adalora import AdaLoraMethod
 from hybrid_lora_plugin.probing.methods.autolora import AutoLoraMethod
+from hybrid_lora_plugin.probing.methods.features import FeatureMethod
 from hybrid_lora_plugin.probing.methods.full_delta import FullDeltaMethod
 from hybrid_lora_plugin.probing.methods.lookahead import LookaheadMethod
 from hybrid_lora_plugin.probing.methods.svd_lora import SvdLoraMethod
@@ -73,6 +74,7 @@ METHODS: dict[str, type[ProbeMethod]] = {
     "full_delta": FullDeltaMethod,
     "lookahead": LookaheadMethod,
     "weight_gradient": WeightGradientMethod,
+    "features": FeatureMethod,
 }
 
 
@@ -235,11 +237,13 @@ class _Probe:
             passes = Passes(self.model, self.ranks, self.config.probe.micro_batch_size)
             self.method.start(passes)
             losses = self._held_out_losses(passes)
-            losses.measure("before")
+            if self.method.warmup_steps:
+                losses.measure("before")
             checks = self._warm_up(stop)
             self.method.finish_warmup()
-            losses.measure("after")
-            self.found["held_out"] = losses.record(rate_option(self.method_name, self.config.probe.init))
+            if self.method.warmup_steps:
+                losses.measure("after")
+                self.found["held_out"] = losses.record(rate_option(self.method_name, self.config.probe.init))
             self.found["warmup_steps"] = self.method.step
             if checks is not None:
                 self.found["warmup_auto"] = checks.record()

@@ -15,7 +15,6 @@ from torch import Tensor, nn
 from hybrid_lora_plugin.candidates import Candidate
 from hybrid_lora_plugin.config import ProbeCommandConfig
 from hybrid_lora_plugin.probing.forward import Batch
-from hybrid_lora_plugin.probing.measure import prepare_scoring
 from hybrid_lora_plugin.probing.method import warmup_steps
 from hybrid_lora_plugin.probing.methods.svd_lora import SvdLoraMethod
 from hybrid_lora_plugin.probing.sketch import WIDTH, GradientSketch
@@ -43,7 +42,7 @@ class WeightGradientMethod(SvdLoraMethod):
             super().finish_warmup()
         else:
             self._optimizer.release()
-            prepare_scoring(self._model, self.layers)
+            self.prepare_scoring()
 
     def begin_scoring(self, validation_batch: Callable[[int], Batch]) -> None:
         layers = list(self.layers.values())
