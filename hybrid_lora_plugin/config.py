@@ -13,6 +13,7 @@ generated from or checked against these files, so a field is documented there an
     config_evaluation.py  an evaluation
     config_data.py        what `hybrid-lora-data` takes
     config_plan.py        the plan of a run
+    config_evidence.py    a comparison of selections, and its plan
     config_field.py       how a field is declared
     config_validation.py  what one field cannot check of itself
     config_effect.py      which options the others leave without an effect
@@ -20,6 +21,7 @@ generated from or checked against these files, so a field is documented there an
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -27,12 +29,13 @@ from hybrid_lora_plugin.config_checkpoint import SAVES, BestCheckpointConfig, Ch
 from hybrid_lora_plugin.config_data import DATA_FORMATS, DATA_SETS, DataCommandConfig
 from hybrid_lora_plugin.config_evaluation import EvaluateCommandConfig
 from hybrid_lora_plugin.config_field import Bound, above, at_least, documented
-from hybrid_lora_plugin.config_probe import AdaLoraConfig, AutoLoraConfig, ProbeConfig
+from hybrid_lora_plugin.config_probe import AUTO, AdaLoraConfig, AutoLoraConfig, LookaheadConfig, ProbeConfig
 from hybrid_lora_plugin.config_selection import (
     BUDGET_AMOUNTS,
     CRITERIA,
     NORMALISATIONS,
     WITHOUT_PROBE,
+    WITHOUT_WARMUP,
     BudgetConfig,
     ControlConfig,
     SelectionConfig,
@@ -40,6 +43,7 @@ from hybrid_lora_plugin.config_selection import (
 from hybrid_lora_plugin.config_sync import ROUNDINGS, SYNC_MODES, SyncConfig
 
 __all__ = [
+    "AUTO",
     "BUDGET_AMOUNTS",
     "CRITERIA",
     "DATA_FORMATS",
@@ -53,6 +57,7 @@ __all__ = [
     "SAVES",
     "SYNC_MODES",
     "WITHOUT_PROBE",
+    "WITHOUT_WARMUP",
     "AdaLoraConfig",
     "AdapterConfig",
     "AllocateCommandConfig",
@@ -67,6 +72,7 @@ __all__ = [
     "EvaluateCommandConfig",
     "ExportCommandConfig",
     "HybridLoraConfig",
+    "LookaheadConfig",
     "ModelConfig",
     "ProbeCommandConfig",
     "ProbeConfig",
@@ -95,6 +101,16 @@ class AdapterConfig:
         source="2r, the paper does not say",
         bound=above(0, "a LoRA alpha above 0, e.g. 32"),
     )
+
+
+def _are_factors(entries: list[str]) -> bool:
+    """Whether each entry is ``type:factor``, no type twice."""
+    parts = [re.fullmatch(r"([A-Za-z]\w*):([0-9.]+(?:[eE][+-]?\d+)?)", entry) for entry in entries]
+    try:
+        usable = all(part and 0 < float(part[2]) < math.inf for part in parts)
+    except ValueError:
+        return False
+    return usable and len({part[1] for part in parts}) == len(parts)
 
 
 @dataclass
@@ -161,6 +177,21 @@ class TrainingConfig(SelectionConfig):
         source="paper §4.3",
         unit="per step",
         bound=above(0, "a learning rate above 0, e.g. 1e-6"),
+    )
+    full_lr_factors: list[str] = documented(
+        [],
+        "Factors on the rate of fully tuned modules by type, the last part of a module's name, e.g. "
+        "`[q_proj:0.1,k_proj:0.1]`; 1 for every other.",
+        source="own choice: the paper has one rate",
+        bound=Bound(_are_factors, "each type of module once, with a factor above 0, e.g. [q_proj:0.1,k_proj:0.1]"),
+    )
+    full_warmup_steps: int = documented(
+        0,
+        "Steps over which the rate of the fully tuned modules rises linearly, on top of verl's own warm-up and "
+        "schedule, which act on both rates.",
+        source="own choice: the paper has none",
+        unit="training steps",
+        bound=at_least(0, "0 steps or more"),
     )
     lora: TrainedAdapterConfig = documented(TrainedAdapterConfig, "LoRA adapters.", source="paper §4.3")
     frozen_dtype: str = documented(

@@ -41,6 +41,7 @@ def _probed_by_svd_lora(config: Any) -> bool:
 SELECTION = (
     Effect("control.seed", _criterion("random"), "with criterion=random"),
     Effect("control.type", _criterion("spread"), "with criterion=spread"),
+    Effect("control.depth", _criterion("spread"), "with criterion=spread"),
     Effect("control.modules", _criterion("explicit"), "with criterion=explicit"),
     Effect("direction", lambda config: config.criterion not in NAMING, "with a criterion that orders the modules"),
     Effect("budget.", lambda config: config.criterion not in NAMING, "with a criterion that orders the modules"),
@@ -67,6 +68,7 @@ PROBE = (
         if spec.name != "lr"
     ),
     Effect("probe.autolora.", _criterion("autolora"), "with criterion=autolora"),
+    Effect("probe.lookahead.", _criterion("lookahead"), "with criterion=lookahead"),
     Effect("probe.full_lr", _criterion("full_pruning"), "with criterion=full_pruning"),
     Effect(
         "probe.lr",

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import dataclasses
+import typing
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -55,3 +57,13 @@ def documented(
     if isinstance(default, type):
         return field(default_factory=default, metadata=metadata)
     return field(default=default, metadata=metadata)
+
+
+def leaf_fields(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
+    """Every leaf option of a configuration dataclass: dotted name, type, field."""
+    types = typing.get_type_hints(kind)
+    for spec in dataclasses.fields(kind):
+        if dataclasses.is_dataclass(types[spec.name]):
+            yield from leaf_fields(types[spec.name], f"{prefix}{spec.name}.")
+        else:
+            yield f"{prefix}{spec.name}", types[spec.name], spec

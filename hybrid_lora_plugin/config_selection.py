@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 from hybrid_lora_plugin.config_field import Bound, above, documented
@@ -49,6 +50,11 @@ class BudgetConfig:
         return getattr(self, BUDGET_AMOUNTS.get(self.mode, "ratio"))
 
 
+def _is_depth(value: str) -> bool:
+    found = re.fullmatch(r"(\d+)-(\d+)", value)
+    return value in ("all", "middle") or (found is not None and int(found[1]) <= int(found[2]))
+
+
 @dataclass
 class ControlConfig:
     """Options of the criteria that choose modules without a probe: the controls of any claim about a score."""
@@ -56,8 +62,16 @@ class ControlConfig:
     seed: int = documented(0, "Seed of criterion `random`; draw several, each with its own.", source="own choice")
     type: str = documented(
         "o_proj",
-        "Module type that criterion `spread` tunes fully over the whole depth.",
+        "Module types that criterion `spread` tunes fully, joined by `+`, e.g. `up_proj+down_proj`.",
         source="own choice: o_proj of every layer beat random on one toy, and not on another",
+        bound=Bound(lambda value: all(value.split("+")), "a module type or several, e.g. up_proj+down_proj"),
+    )
+    depth: str = documented(
+        "all",
+        "Layers that criterion `spread` chooses from: `all`, `middle` (the middle third), or the first and the last "
+        "one, from 0, e.g. `8-15`.",
+        source="own choice",
+        bound=Bound(_is_depth, "all, middle, or two layers such as 8-15"),
     )
     modules: list[str] = documented(
         [], "Names of the modules that criterion `explicit` tunes fully.", source="none: must be given for `explicit`"
@@ -82,10 +96,13 @@ CRITERIA = (
     "lora_ffn",
     "explicit",
     "spread",
+    "lookahead",
 )
 #: of these, those that read nothing of a probe, and those that name the modules, so that no budget applies
 WITHOUT_PROBE = ("random", "lora_ffn", "explicit", "spread")
 NAMING = ("lora_ffn", "explicit")
+#: those that read the model as it is given, so that a probe has no warm-up
+WITHOUT_WARMUP: tuple[str, ...] = ()
 NORMALISATIONS = ("none", "sqrt_dims", "delta_norm", "type_zscore")
 
 

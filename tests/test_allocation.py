@@ -173,7 +173,7 @@ def test_the_options_a_criterion_read_are_recorded_and_those_of_another_are_not(
         options[name] = make_allocation(criterion=name, control=control)[0].selection.options
     assert options == {
         "random": {"seed": 7},
-        "spread": {"type": "k_proj"},
+        "spread": {"type": "k_proj", "depth": "all"},
         "explicit": {"modules": ["model.layers.1.mlp.up_proj"]},
         "hybrid": {},
     }
@@ -188,7 +188,7 @@ def test_the_record_of_the_probe_stays_when_another_criterion_is_read_off():
     again = select_modules(
         settings, allocation.model, allocation.modules, measurements, lora_rank=4, probe=recorded, environment={}
     )
-    assert again.probe == recorded and again.selection.options == {"type": "o_proj"}
+    assert again.probe == recorded and again.selection.options == {"type": "o_proj", "depth": "all"}
 
 
 def test_what_was_not_probed_has_no_record_of_a_probe_in_memory_and_on_disk(tmp_path):

@@ -26,6 +26,7 @@ from hybrid_lora_plugin.config import (
     ProbeCommandConfig,
 )
 from hybrid_lora_plugin.config_effect import COMMAND, PROBE, SELECTION, without_effect
+from hybrid_lora_plugin.config_evidence import EvidenceCommandConfig
 from hybrid_lora_plugin.config_plan import PlanCommandConfig
 from hybrid_lora_plugin.config_selection import NAMING
 from tests.support.verl_processes import ROOT
@@ -39,6 +40,7 @@ CONFIGS = {
     "doctor": DoctorCommandConfig,
     "eval": EvaluateCommandConfig,
     "plan": PlanCommandConfig,
+    "evidence": EvidenceCommandConfig,
 }
 
 

@@ -13,7 +13,7 @@ from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE, Candidate
 from hybrid_lora_plugin.config import CRITERIA, BudgetConfig, ControlConfig
 from hybrid_lora_plugin.scoring import Measured, ScoringError, get_criterion, register_criterion, score_modules
 from hybrid_lora_plugin.scoring import registry as registry_module
-from hybrid_lora_plugin.scoring.controls import even_order
+from hybrid_lora_plugin.scoring.controls import even_order, layers_of
 from tests.support.drawn_allocations import TYPES
 
 LAYERS, BATCHES = 3, 5
@@ -31,7 +31,8 @@ def make_candidates(layers=LAYERS):
 
 CANDIDATES = make_candidates()
 M = len(CANDIDATES)
-SERIES = ("sensitivities", "full_sensitivities", "lora_output", "gradient_norm", "snip", "perturbation")
+SIGNED_SERIES = ("perturbation", "lookahead")
+SERIES = ("sensitivities", "full_sensitivities", "lora_output", "gradient_norm", "snip", *SIGNED_SERIES)
 VALUES = ("alpha", "delta_norm", "adalora_rank", "adalora_importance", "autolora_alpha")
 MEASURING = [name for name in CRITERIA if get_criterion(name).needs]
 
@@ -41,7 +42,7 @@ def draw(seed=0):
     generator = torch.Generator().manual_seed(seed)
     tensors = {name: torch.rand(BATCHES, M, generator=generator, dtype=torch.float64) + 0.1 for name in SERIES}
     tensors |= {name: torch.rand(M, generator=generator, dtype=torch.float64) + 0.1 for name in VALUES}
-    for name in ("perturbation", "alpha", "autolora_alpha"):
+    for name in (*SIGNED_SERIES, "alpha", "autolora_alpha"):
         tensors[name] = tensors[name] - 0.6
     tensors["adalora_rank"] = torch.randint(0, 5, (M,), generator=generator).double()
     return tensors
@@ -77,6 +78,7 @@ REFERENCE = {
     "perturbation": lambda t: [mean(c) for c in columns(t["perturbation"])],
     "gradient_norm": lambda t: [mean(c) for c in columns(t["gradient_norm"])],
     "snip": lambda t: [mean(c) for c in columns(t["snip"])],
+    "lookahead": lambda t: [mean(c) for c in columns(t["lookahead"])],
 }
 
 
@@ -220,6 +222,35 @@ def test_spread_ranks_one_type_from_the_middle_outwards_and_silences_the_others(
     assert [c.type == "o_proj" for c in shuffled] == result.signal.tolist()
     with pytest.raises(ScoringError, match="of type 'x_proj'; choose one of q_proj, k_proj"):
         score_modules("spread", Measured(candidates, {}, ControlConfig(type="x_proj")))
+
+
+def spread_over(layers, type_, depth="all"):
+    """Names of the modules in the order of their places."""
+    candidates = make_candidates(layers)
+    shuffled = [candidates[i] for i in torch.randperm(7 * layers, generator=torch.Generator().manual_seed(1)).tolist()]
+    scores = score_modules("spread", Measured(shuffled, {}, ControlConfig(type=type_, depth=depth))).scores.tolist()
+    ranked = sorted((score, c.layer, c.type) for c, score in zip(shuffled, scores, strict=True) if score)
+    assert [score for score, _, _ in ranked] == list(range(1, len(ranked) + 1))
+    return [(layer, type_.removesuffix("_proj")) for _, layer, type_ in ranked]
+
+
+def test_spread_takes_several_types_layer_by_layer_in_a_window_of_the_depth():
+    middle = spread_over(3, "up_proj+down_proj", "middle")
+    assert middle == [(1, "up"), (1, "down")]
+    assert spread_over(7, "down_proj+up_proj", "4-5") == [(5, "down"), (5, "up"), (4, "down"), (4, "up")]
+    assert spread_over(7, "o_proj", "4-90") == [(5, "o"), (4, "o"), (6, "o")]
+    assert spread_over(7, "v_proj+o_proj")[:4] == [(3, "v"), (3, "o"), (1, "v"), (1, "o")]
+    assert spread_over(4, "q_proj+q_proj") == spread_over(4, "q_proj")
+    with pytest.raises(ScoringError, match="control.type: no candidate is of type 'x_proj'; choose one of "):
+        spread_over(3, "o_proj+x_proj")
+    with pytest.raises(ScoringError, match="control.depth: '3-4' has no o_proj or q_proj; .* layers 0-2"):
+        spread_over(3, "o_proj+q_proj", "3-4")
+
+
+@pytest.mark.parametrize("layers", range(1, 31))
+def test_the_middle_is_a_third_and_as_far_from_either_end(layers):
+    window = layers_of("middle", layers)
+    assert layers / 3 <= len(window) < layers / 3 + 2 and window.start == layers - window.stop
 
 
 @pytest.mark.parametrize("name", ["hybrid", "hybrid_additive", "lora_drop", "alpha", "snip"])

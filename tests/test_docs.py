@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from hybrid_lora_plugin.cli import allocate, compare, data, doctor, eval, export, plan, probe
+from hybrid_lora_plugin.cli import allocate, compare, data, doctor, eval, evidence, export, plan, probe
 from hybrid_lora_plugin.cli.arguments import parse
 from hybrid_lora_plugin.config import (
     AllocateCommandConfig,
@@ -18,6 +18,7 @@ from hybrid_lora_plugin.config import (
     ExportCommandConfig,
     ProbeCommandConfig,
 )
+from hybrid_lora_plugin.config_evidence import EvidenceCommandConfig
 from hybrid_lora_plugin.config_plan import PlanCommandConfig
 from tests.support.verl_processes import ROOT
 
@@ -34,10 +35,11 @@ COMMANDS = {
     "hybrid-lora-doctor": DoctorCommandConfig,
     "hybrid-lora-eval": EvaluateCommandConfig,
     "hybrid-lora-plan": PlanCommandConfig,
+    "hybrid-lora-evidence": EvidenceCommandConfig,
 }
 # Under torchrun a command is the module that its entry point names.
 MODULES = {"hybrid_lora_plugin.cli.probe": ProbeCommandConfig}
-EXAMPLES = [module.EXAMPLE for module in (probe, allocate, compare, data, export, doctor, eval, plan)]
+EXAMPLES = [module.EXAMPLE for module in (probe, allocate, compare, data, export, doctor, eval, plan, evidence)]
 SHELL_BLOCKS = ("bash", "sh", "zsh", "shell", "console")
 #: what a shell reads as part of a pattern or of its own grammar
 GLOB = "*?[]{}()^"

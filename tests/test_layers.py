@@ -39,6 +39,7 @@ CONFIG_PARTS = {
     "config_data",
     "config_evaluation",
     "config_plan",
+    "config_evidence",
 }
 #: What looks at a whole configuration.
 CONFIG_CHECKS = {"config_validation", "config_effect"}
@@ -57,7 +58,7 @@ MODELS = {
 INTERNAL = {
     **{
         f"config_{part}.py": {"config_field", "errors"}
-        for part in ("selection", "probe", "sync", "checkpoint", "data", "evaluation", "plan")
+        for part in ("selection", "probe", "sync", "checkpoint", "data", "evaluation", "plan", "evidence")
     },
     "config.py": CONFIG_PARTS | {"errors"},
     "config_validation.py": {"config", "errors"},
@@ -81,6 +82,10 @@ INTERNAL = {
     "preparation": GROUND | {"config_validation", "tasks", "rewards", "probing"},
     "evaluation": GROUND | MODELS | {"config_validation", "tasks", "rewards", "preparation", "report", "training"},
     "plan": GROUND | MODELS | {"config_validation", "allocation", "training", "sync", "report"},
+    "evidence": GROUND
+    | MODELS
+    | CONFIG_CHECKS
+    | {"scoring", "allocation", "report", "probing", "training", "evaluation"},
     "verl_backend": GROUND
     | MODELS
     | CONFIG_CHECKS
@@ -88,7 +93,7 @@ INTERNAL = {
     "cli": GROUND
     | CONFIG_CHECKS
     | {"scoring", "allocation", "report", "probing", "training", "verl_backend"}
-    | {"tasks", "rewards", "preparation", "evaluation", "plan"},
+    | {"tasks", "rewards", "preparation", "evaluation", "plan", "evidence"},
 }
 
 

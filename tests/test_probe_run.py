@@ -222,11 +222,13 @@ def test_several_partitions_share_a_validation_batch(tiny_qwen2, tmp_path):
         ("adalora", {"adalora_rank", "adalora_importance"}),
         ("autolora", {"autolora_alpha"}),
         ("full_pruning", {"full_sensitivities"}),
+        ("lookahead", {"lookahead", "sensitivities", "gradient_norm"}),
     ],
 )
 def test_every_run_is_resumable_to_the_byte_and_fills_its_measurements(tiny_qwen2, tmp_path, criterion, names):
     def config(name):
         made = probe_config(tiny_qwen2, tmp_path, name, warmup_steps=10, full_lr=1e-3)
+        made.probe.lookahead.lr = 1e-4
         made.probe.adalora = AdaLoraConfig(lr=5e-3, initial_rank=4, target_rank=2, interval=1)
         return replace(made, criterion=criterion)
 

@@ -83,6 +83,14 @@ def test_the_rate_of_a_dense_command_stays_that_of_full_modules(hydra):
     assert (hybrid.full_lr, hybrid.lora.lr) == (5e-8, 1.25e-6), "what workers get"
 
 
+def test_what_acts_on_full_modules_alone_is_said_with_the_rates():
+    given = ("hybrid_lora.full_lr_factors=[q_proj:0.1,k_proj:0.5]", "hybrid_lora.full_warmup_steps=20")
+    (line,) = settle(config := composed(DENSE, ON, *given))
+    assert line.endswith("; of full modules q_proj:0.1, k_proj:0.5; full modules warmed up over 20 steps")
+    hybrid = config.actor_rollout_ref.model.lora.hybrid
+    assert list(hybrid.full_lr_factors) == ["q_proj:0.1", "k_proj:0.5"] and hybrid.full_warmup_steps == 20
+
+
 @pytest.mark.parametrize("hydra", [True, False], ids=["by main_ppo", "by compose"])
 def test_the_rate_of_a_lora_command_stays_that_of_lora_and_so_do_rank_and_alpha(hydra):
     config = composed(LORA_RANK, f"{ACTOR}.optim.lr=2e-5", ON, hydra=hydra)
@@ -258,3 +266,30 @@ def test_other_optimizers_and_settings_are_refused_by_name(arguments, named):
 
 def test_settings_of_an_optimizer_pass():
     check_optimizer("optim.", "torch.optim", "AdamW", {"eps": 1e-6, "betas": [0.9, 0.95], "foreach": False})
+
+
+# -- looking ahead --------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("overrides", "wanted", "said"),
+    [
+        (["trainer.total_training_steps=301"], (150, 3e-6), "steps=150 (half of trainer.total_training_steps)"),
+        ([], (100, 3e-6), "steps=100 (no trainer.total_training_steps to halve)"),
+        (["hybrid_lora.probe.lookahead.steps=7", "hybrid_lora.probe.lookahead.lr=2e-5"], (7, 2e-5), None),
+    ],
+)
+def test_lookahead_goes_to_the_middle_of_the_run_at_its_rate(overrides, wanted, said):
+    config = composed(ON, "hybrid_lora.criterion=lookahead", "hybrid_lora.full_lr=3e-6", *overrides)
+    lines = settle(config)
+    settled = config.hybrid_lora.probe.lookahead
+    assert (settled.steps, settled.lr) == wanted
+    assert [line for line in lines if "probe.lookahead" in line] == (
+        [f"hybrid_lora.probe.lookahead.{said}"] if said else []
+    )
+
+
+def test_what_another_criterion_does_not_read_stays_null():
+    config = composed(ON, "trainer.total_training_steps=301")
+    settle(config)
+    assert (config.hybrid_lora.probe.lookahead.steps, config.hybrid_lora.probe.lookahead.lr) == (None, None)

@@ -92,9 +92,9 @@ def test_every_criterion_of_the_configuration_is_registered_with_direction_run_a
     assert (criterion.method is None) == (criterion.needs == ())
 
 
-def test_only_pruning_from_full_and_the_gradient_controls_keep_the_highest_scores():
+def test_scores_of_what_full_tuning_would_gain_keep_the_highest():
     highest = {name for name in CRITERIA if get_criterion(name).direction == "highest"}
-    assert highest == {"full_pruning", "gradient_norm", "snip"}
+    assert highest == {"full_pruning", "gradient_norm", "snip", "lookahead"}
 
 
 def test_each_criterion_names_the_probe_method_it_needs():
@@ -104,6 +104,7 @@ def test_each_criterion_names_the_probe_method_it_needs():
         "full_delta": 1,
         "adalora": 1,
         "autolora": 1,
+        "lookahead": 1,
         None: 4,
     }
     assert (runs["full_pruning"], runs["adalora"], runs["autolora"]) == ("full_delta", "adalora", "autolora")

@@ -15,7 +15,8 @@ def rate_option(method: str, init: str) -> str:
     """
     if method == "full_delta":
         return "probe.full_lr"
-    return "probe.adalora.lr" if method == "adalora" or (method == "svd_lora" and init == "adalora") else "probe.lr"
+    initialised = method in ("svd_lora", "lookahead", "weight_gradient") and init == "adalora"
+    return "probe.adalora.lr" if method == "adalora" or initialised else "probe.lr"
 
 
 def learned_in_words(probe: ProbeRecord | None) -> str:

@@ -15,23 +15,14 @@ import os
 import sys
 import textwrap
 import typing
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 from hybrid_lora_plugin.config import HybridLoraConfig
+from hybrid_lora_plugin.config_field import leaf_fields as options
 from hybrid_lora_plugin.errors import UsageError
 
 Config = TypeVar("Config")
-
-
-def options(kind: type, prefix: str = "") -> Iterator[tuple[str, Any, dataclasses.Field]]:
-    """Every leaf option of a configuration dataclass: dotted name, type, field."""
-    types = typing.get_type_hints(kind)
-    for spec in dataclasses.fields(kind):
-        if dataclasses.is_dataclass(types[spec.name]):
-            yield from options(types[spec.name], f"{prefix}{spec.name}.")
-        else:
-            yield f"{prefix}{spec.name}", types[spec.name], spec
 
 
 def parse(argv: Sequence[str], kind: type[Config], aliases: Mapping[str, str] | None = None) -> Config:

@@ -21,6 +21,7 @@ from hybrid_lora_plugin.config import (
     HybridLoraConfig,
     ProbeCommandConfig,
 )
+from hybrid_lora_plugin.config_evidence import EvidenceCommandConfig, EvidencePlanConfig
 from hybrid_lora_plugin.config_plan import PlanCommandConfig
 from hybrid_lora_plugin.scoring import get_criterion
 from hybrid_lora_plugin.verl_backend.contracts import (
@@ -65,6 +66,13 @@ SECTIONS = (
         "Given as `key=value` in front of `--`; [its own page](plan.md).",
         "",
         PlanCommandConfig,
+    ),
+    ("`hybrid-lora-evidence`", "Given as `key=value`; [its own page](evidence.md).", "", EvidenceCommandConfig),
+    (
+        "The plan of `hybrid-lora-evidence`",
+        "Fields of the YAML file; a dot stands for a block in a block. [Its own page](evidence.md) has an example.",
+        "",
+        EvidencePlanConfig,
     ),
 )
 

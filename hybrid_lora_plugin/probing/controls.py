@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hybrid_lora_plugin.probing.forward import Batch, Passes, negative_log_likelihood
 from hybrid_lora_plugin.probing.layers import SvdLoraLinear
+from hybrid_lora_plugin.probing.weight_gradients import wide
 
 _MEASUREMENTS = ("lora_output", "gradient_norm", "snip")
 
@@ -74,13 +75,13 @@ class ControlPass:
         x = inputs[0].detach()  # [B', S', d_in]
         with torch.no_grad():
             branch = layer.branch(x)[self._counted]  # [tokens, d_out]
-            self._values[0, index] += _wide(branch).square().sum(dtype=torch.float64)
+            self._values[0, index] += wide(branch).square().sum(dtype=torch.float64)
         # The gradient of the whole output equals that of the base's, which in the first layer requires none.
         output.register_hook(partial(self._on_gradient, index, layer, x))
 
     @torch.no_grad()
     def _on_gradient(self, index: int, layer: SvdLoraLinear, x: Tensor, delta: Tensor) -> None:
-        gradient = _wide(delta).flatten(0, -2).T @ _wide(x).flatten(0, -2)  # [d_out, d_in]
+        gradient = wide(delta).flatten(0, -2).T @ wide(x).flatten(0, -2)  # [d_out, d_in]
         ranks = self._passes.ranks
         owner = index % ranks.size
         ranks.sum_to(gradient, owner)
@@ -95,8 +96,3 @@ class ControlPass:
         # Read here and not after the pass: a sharded model holds the whole weight only during the backward.
         gradient *= layer.base.weight
         self._values[2, index] = gradient.abs_().sum(dtype=torch.float64)
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    # bfloat16 sums keep two digits.
-    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))

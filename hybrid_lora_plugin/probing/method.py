@@ -7,13 +7,13 @@ from __future__ import annotations
 
 import abc
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
 from hybrid_lora_plugin.allocation.learning import rate_option
 from hybrid_lora_plugin.candidates import Candidate
-from hybrid_lora_plugin.config import ProbeCommandConfig, ProbeConfig
+from hybrid_lora_plugin.config import WITHOUT_WARMUP, ProbeCommandConfig, ProbeConfig
 from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.probing.forward import Batch, Passes
 from hybrid_lora_plugin.probing.optimizer import NamedAdamW
@@ -81,12 +81,20 @@ class ProbeMethod(abc.ABC):
     def prepare_scoring(self) -> None:  # noqa: B027
         """Get ready to score, between two steps of the warm-up or after it; what it asks no gradient of is restored."""
 
+    def begin_scoring(self, validation_batch: Callable[[int], Batch]) -> None:  # noqa: B027
+        """Called once before the first ``score`` of a process; ``validation_batch`` gives each batch by its number."""
+
     def score(self, row: int, batch: Batch) -> tuple[dict[str, Tensor], float]:
         """Row ``row`` of each per-batch measurement: name -> ``[M]`` float64 on the CPU, and the loss to show.
 
-        A measurement may be missing in some rows, e.g. one that is taken once a batch and not once a partition.
+        A measurement may be missing in some rows, e.g. one that is taken once a batch and not once a partition. A
+        method that overrides ``measurements`` may give ``[M, ...]`` in any dtype.
         """
         raise NotImplementedError(f"{type(self).__name__} has no per-batch measurements")
+
+    def measurements(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
+        """All rows of ``score``, ``[T, M, ...]`` by name, as measurements ``[T, M]`` float64."""
+        return rows
 
     @abc.abstractmethod
     def results(self) -> dict[str, Tensor]:
@@ -127,6 +135,11 @@ def warmup_rate(probe: ProbeConfig, method: str) -> float:
     # AdaLoRA's initialisation barely moves at the rate that suits the default one.
     rates = {"probe.full_lr": probe.full_lr, "probe.adalora.lr": probe.adalora.lr, "probe.lr": probe.lr}
     return rates[rate_option(method, probe.init)]
+
+
+def warmup_steps(config: ProbeCommandConfig) -> int:
+    """Most optimizer steps before scoring: those of ``probe``, or 0 where the criterion reads the model as it is."""
+    return 0 if config.criterion in WITHOUT_WARMUP else config.probe.most_warmup_steps
 
 
 def require_finite(loss: float, step: int, rate: str = "probe.lr") -> float:

@@ -82,7 +82,7 @@ def probe_record(
         lr: learning rate of the warm-up.
     """
     probe = config.probe
-    own = {"adalora": probe.adalora, "autolora": probe.autolora}
+    own = {"adalora": probe.adalora, "autolora": probe.autolora, "lookahead": probe.lookahead.settled}
     return ProbeRecord(
         method=method,
         objective=probe.objective,

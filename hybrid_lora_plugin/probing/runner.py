@@ -24,8 +24,7 @@ from hybrid_lora_plugin.allocation.select import select_modules
 from hybrid_lora_plugin.allocation.storage import refuse_existing
 from hybrid_lora_plugin.base_identity import weights_identity
 from hybrid_lora_plugin.candidates import Candidate, architecture_of, find_candidates, meta_model
-from hybrid_lora_plugin.config import BudgetConfig, ProbeCommandConfig
-from hybrid_lora_plugin.config_probe import AUTO
+from hybrid_lora_plugin.config import AUTO, BudgetConfig, ProbeCommandConfig
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.linear_account import account_text
@@ -47,6 +46,7 @@ from hybrid_lora_plugin.probing.method import ProbeMethod
 from hybrid_lora_plugin.probing.methods.adalora import AdaLoraMethod
 from hybrid_lora_plugin.probing.methods.autolora import AutoLoraMethod
 from hybrid_lora_plugin.probing.methods.full_delta import FullDeltaMethod
+from hybrid_lora_plugin.probing.methods.lookahead import LookaheadMethod
 from hybrid_lora_plugin.probing.methods.svd_lora import SvdLoraMethod
 from hybrid_lora_plugin.probing.prepare import prepare_data
 from hybrid_lora_plugin.probing.progress import Progress
@@ -69,6 +69,7 @@ METHODS: dict[str, type[ProbeMethod]] = {
     "adalora": AdaLoraMethod,
     "autolora": AutoLoraMethod,
     "full_delta": FullDeltaMethod,
+    "lookahead": LookaheadMethod,
 }
 
 
@@ -313,7 +314,8 @@ class _Probe:
                     batch = self.data.validation_batch(row // probe.partitions_per_batch)
                     for name, values in self.method.score(row, batch)[0].items():
                         rows.setdefault(name, []).append(values)
-                measured = {name: torch.stack(values) for name, values in rows.items()} | self.method.results()
+                stacked = {name: torch.stack(values) for name, values in rows.items()}
+                measured = self.method.measurements(stacked) | self.method.results()
             # One decides for all: a last bit must not send the ranks different ways.
             return self.ranks.from_first(lambda: chosen_modules(self.config, self.candidates, measured))
 
@@ -335,15 +337,17 @@ class _Probe:
         done, rows = self.ranks.from_first(lambda: self.state.load_scores())
         settled = None
         if self.config.probe.partitions == AUTO:
-            settled = SettledScores(self.config, self.candidates, rows, once)
+            settled = SettledScores(
+                self.config, self.candidates, rows, lambda stacked: self.method.measurements(stacked) | once
+            )
+        self.method.begin_scoring(self.data.validation_batch)
         self.progress.stage("scoring", self.method.rows, done)
         save = self._saver(stop, lambda: self.state.save_scores(done, rows))
 
         def over() -> bool:
             # One decides for all, as in the warm-up.
-            return done >= self.method.rows or (
-                settled is not None and self.ranks.from_first(lambda: settled.settled(done))
-            )
+            enough = settled is not None and settled.settled(done)
+            return done >= self.method.rows or self.ranks.from_first(lambda: enough)
 
         finished = over()
         while not finished:
@@ -362,8 +366,8 @@ class _Probe:
             save(finished=finished)
         self.found["partitions"] = done
         if settled is not None:
-            self.found["partitions_auto"] = self.ranks.from_first(lambda: settled.record(done))
-        return {name: torch.stack(values) for name, values in rows.items()} | once
+            self.found["partitions_auto"] = settled.record(done)
+        return self.method.measurements({name: torch.stack(values) for name, values in rows.items()}) | once
 
     def _saver(self, stop: StopRequest, save: Callable[[], None]) -> Callable[[bool], None]:
         """A function that saves every half minute, at the end, and when any rank was asked to stop; then it raises."""

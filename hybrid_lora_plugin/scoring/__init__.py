@@ -7,9 +7,10 @@
     hybrid          the Hybrid-Score and the variants of Table 2
     baselines       published scores beside it
     controls        what any claim about a score needs beside it
+    lookahead       what moving one module's weight saves
 
 To add one, write a function ``score_NAME(measured)`` with ``@register_criterion("NAME", direction=..., source=...)``
-into one of the last three, and add the name to ``CRITERIA`` in ``config_selection``.
+into one of these files or a new one, and add the name to ``CRITERIA`` in ``config_selection``.
 
 Dimension letters: T validation batches, M modules, r rank.
 """
@@ -27,5 +28,5 @@ from hybrid_lora_plugin.scoring.registry import (  # noqa: F401
 )
 
 # isort: split
-from hybrid_lora_plugin.scoring import baselines, controls, hybrid  # noqa: F401
+from hybrid_lora_plugin.scoring import baselines, controls, hybrid, lookahead  # noqa: F401
 from hybrid_lora_plugin.scoring.hybrid import hybrid_score  # noqa: F401

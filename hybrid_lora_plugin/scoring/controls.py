@@ -78,27 +78,51 @@ def even_order(count: int) -> list[int]:
     needs=(),
     method=None,
     normalisable=False,
-    options=("type",),
-    source="a control; o_proj of every layer beat random in 6 of 6 seeds on a toy, in 5 of 12 on another",
+    options=("type", "depth"),
+    source="a control; on a toy up+down of the middle beat random in 10 of 12, o_proj of every layer in 5 of 12",
 )
 def score_spread(measured: Measured) -> ModuleScores:
-    """Place, from 1, of each module of ``control.type`` in an order whose every prefix is even over the depth.
+    """Place, from 1, of each module of ``control.type`` in the layers of ``control.depth``.
 
-    Modules of other types have score 0 and no signal.
+    The order takes layer by layer, so that every prefix is even over the depth, and in a layer the types as they are
+    named. Other modules have score 0 and no signal.
 
     Raises:
-        ScoringError: no candidate is of that type.
+        ScoringError: no candidate is of a type, or none in these layers.
     """
-    wanted = measured.control.type
-    found = [index for index, candidate in enumerate(measured.candidates) if candidate.type == wanted]
+    wanted = list(dict.fromkeys(measured.control.type.split("+")))
+    there = list(dict.fromkeys(candidate.type for candidate in measured.candidates))
+    for type_ in wanted:
+        if type_ not in there:
+            raise ScoringError(f"control.type: no candidate is of type {type_!r}; choose one of {', '.join(there)}")
+    layers = 1 + max(candidate.layer for candidate in measured.candidates)
+    window = layers_of(measured.control.depth, layers)
+    found: dict[int, list[int]] = {}
+    for type_ in wanted:
+        for index, candidate in enumerate(measured.candidates):
+            if candidate.type == type_ and candidate.layer in window:
+                found.setdefault(candidate.layer, []).append(index)
     if not found:
-        there = ", ".join(dict.fromkeys(candidate.type for candidate in measured.candidates))
-        raise ScoringError(f"control.type: no candidate is of type {wanted!r}; choose one of {there}")
-    found.sort(key=lambda index: measured.candidates[index].layer)
-    places = torch.zeros(len(measured.candidates), dtype=torch.float64)
-    for place, index in enumerate(even_order(len(found)), start=1):
-        places[found[index]] = place
+        raise ScoringError(
+            f"control.depth: {measured.control.depth!r} has no {' or '.join(wanted)}; the model has the layers 0-"
+            f"{layers - 1}"
+        )
+    places, place = torch.zeros(len(measured.candidates), dtype=torch.float64), 0
+    for layer in even_order(len(found)):
+        for index in found[sorted(found)[layer]]:
+            place += 1
+            places[index] = place
     return ModuleScores.of_values(places)
+
+
+def layers_of(depth: str, layers: int) -> range:
+    """Numbers of the layers that ``control.depth`` names: the middle third is rounded outwards."""
+    if depth == "all":
+        return range(layers)
+    if depth == "middle":
+        return range(layers // 3, -(-2 * layers // 3))
+    first, last = map(int, depth.split("-"))
+    return range(first, min(last + 1, layers))
 
 
 @register_criterion(

@@ -20,6 +20,7 @@ LORA_OUTPUT = "lora_output"  # Σ over tokens of ||ΔW x||² (LoRA-Drop)
 GRADIENT_NORM = "gradient_norm"  # ||∂L/∂W||_F of the frozen weight
 SNIP = "snip"  # Σ |W ⊙ ∂L/∂W| of the frozen weight
 PERTURBATION = "perturbation"  # L(without m) − L (Eq. 9); may be negative
+LOOKAHEAD = "lookahead"  # L − L(weight of m moved along minus the sign of its gradient); may be negative
 # One value a module, [M] float64.
 ALPHA = "alpha"  # learned α of the SVD-LoRA probe, signed (Eq. 8)
 DELTA_NORM = "delta_norm"  # ||α A diag(e) B||_F after the warm-up, or ||D||_F of a full delta

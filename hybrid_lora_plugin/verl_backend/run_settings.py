@@ -17,6 +17,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from hybrid_lora_plugin.config import HybridLoraConfig, SelectionConfig, SyncConfig
 from hybrid_lora_plugin.config_effect import PROBE, SELECTION, without_effect
+from hybrid_lora_plugin.config_probe import LOOKAHEAD_STEPS
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.sync.base_weights import stored_dtypes
 from hybrid_lora_plugin.training.learning_rates import Rate, learning_rates
@@ -72,6 +73,7 @@ def settle(config: DictConfig) -> list[str]:
     if strategy not in given and _selected(config, strategy) == "fsdp":
         _put(config, strategy, "fsdp2")
     lines.append(_settle_rates(config, given, trained, rate))
+    lines.append(_settle_lookahead(config))
     if not kind.samples:
         lines.append(_without_effect(given))
     lines.append(_unread(config, given))
@@ -246,7 +248,28 @@ def _settle_rates(config: DictConfig, given: dict[str, Given], trained: str, own
     rates = learning_rates(rate("hybrid_lora.full_lr"), rate("hybrid_lora.lora.lr"), rate(own), trained)
     _put(config, "hybrid_lora.full_lr", rates.full.value)
     _put(config, "hybrid_lora.lora.lr", rates.lora.value)
-    return str(rates)
+    factors, steps = (
+        OmegaConf.select(config, f"hybrid_lora.{name}") for name in ("full_lr_factors", "full_warmup_steps")
+    )
+    said = [f"of full modules {', '.join(map(str, factors))}"] if factors else []
+    said += [f"full modules warmed up over {steps} steps"] if steps else []
+    return "; ".join([str(rates), *said])
+
+
+def _settle_lookahead(config: DictConfig) -> str:
+    """How far ``lookahead`` looks: by this run's rate of full modules, and to the middle of it where it has an end."""
+    if config.hybrid_lora.criterion != "lookahead" or config.hybrid_lora.allocation:
+        return ""
+    probe = "hybrid_lora.probe.lookahead."
+    if OmegaConf.select(config, probe + "lr") is None:
+        _put(config, probe + "lr", float(config.hybrid_lora.full_lr))
+    steps, total = OmegaConf.select(config, probe + "steps"), OmegaConf.select(config, "trainer.total_training_steps")
+    if steps is None:
+        steps = max(1, int(total) // 2) if total else LOOKAHEAD_STEPS
+        _put(config, probe + "steps", steps)
+        source = "half of trainer.total_training_steps" if total else "no trainer.total_training_steps to halve"
+        return f"{probe}steps={steps} ({source})"
+    return ""
 
 
 def _positive(given: Given | None) -> bool:

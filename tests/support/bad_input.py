@@ -341,6 +341,12 @@ COMMANDS = {
     "a full rate without full deltas": given(
         "probe.full_lr: 0.1 has no effect", "criterion=full_pruning", probe__full_lr=0.1
     ),
+    "steps ahead without lookahead": given(
+        "probe.lookahead.steps: 9 has no effect", "criterion=lookahead", probe__lookahead__steps=9
+    ),
+    "no steps ahead": given(
+        "probe.lookahead.steps: 0 is not usable", "at least 1", criterion="lookahead", probe__lookahead__steps=0
+    ),
     "rows for a draw": given(
         "probe.files: ", "has no effect", "a criterion that needs a probe", start="choose", probe__files="a.jsonl"
     ),
@@ -372,6 +378,12 @@ COMMANDS = {
     ),
     "an unknown module type": given(
         "control.type: no candidate is of type 'qkv'", "choose one of q_proj", start="choose", control__type="qkv"
+    ),
+    "a window of depth in words": given(
+        "control.depth: 'upper' is not usable", "all, middle, or two layers", start="choose", control__depth="upper"
+    ),
+    "a window beyond the model": given(
+        "control.depth: '7-9' has no o_proj", "the layers 0-1", start="choose", control__depth="7-9"
     ),
     "no artifact": given("artifact: not given; write artifact=FOLDER", start="allocate", artifact=None),
     "no checkpoint": given("checkpoint: not given; write checkpoint=FOLDER", start="export", checkpoint=None),

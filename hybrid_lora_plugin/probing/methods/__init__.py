@@ -4,4 +4,5 @@ svd_lora     the paper's, for most criteria (Eq. 7, Algorithm 1)
 adalora      adapters whose ranks are pruned
 autolora     bi-level selection scalars
 full_delta   full deltas (Hybrid-LoRA-4)
+lookahead    svd_lora, and the loss saved by moving one weight
 """

@@ -13,15 +13,16 @@ from hybrid_lora_plugin.allocation.budget_modes import BudgetRecord, budget_mode
 from hybrid_lora_plugin.allocation.schema import Allocation, AutoStop
 from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE, load_allocation
 from hybrid_lora_plugin.config import (
+    AUTO,
     BUDGET_AMOUNTS,
     BudgetConfig,
+    ControlConfig,
     HybridLoraConfig,
     ModelConfig,
     ProbeCommandConfig,
     ProbeConfig,
     SelectionConfig,
 )
-from hybrid_lora_plugin.config_probe import AUTO
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.probing.data.files import hub_split, is_there
 from hybrid_lora_plugin.probing.data.rows import file_digests
@@ -131,8 +132,10 @@ def _settings(
     yield ours + "lora.rank", allocation.budget.lora_rank, hybrid.lora.rank
     if budget_mode(allocation.budget.mode).limits:
         yield from _budget(allocation.budget, hybrid.budget)
-    for name, value in selection.options.items():
-        yield f"{ours}control.{name}", value, getattr(hybrid.control, name)
+    # The first artifacts recorded no options, and one that is newer than the artifact had its default then.
+    for name in criterion.options if selection.options else ():
+        kept = selection.options.get(name, getattr(ControlConfig(), name))
+        yield f"{ours}control.{name}", kept, getattr(hybrid.control, name)
     if criterion.method is None:
         return
     if allocation.probe is None:

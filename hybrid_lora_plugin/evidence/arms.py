@@ -1,0 +1,245 @@
+"""The arms of a plan: what each name stands for, with its draws and budgets."""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from hybrid_lora_plugin.candidates import TYPE_ORDER, Candidate
+from hybrid_lora_plugin.config_evidence import EvidencePlanConfig
+from hybrid_lora_plugin.config_selection import CRITERIA, NAMING
+from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.evidence.draws import stratified_draw
+from hybrid_lora_plugin.evidence.protocol import Arm, Start
+from hybrid_lora_plugin.scoring import get_criterion
+
+RANDOM, STRATIFIED = "random", "random_stratified"
+LORA, LORA_MATCHED, LORA_FLOPS, DORA, FULL = "lora", "lora_matched", "lora_flops", "dora", "full"
+REVERSED, ONLY = ":reversed", "only:"
+#: Criteria with no arm of their own: ``explicit`` needs names, ``spread`` is ``only:TYPE`` here, and ``trial`` trains.
+_NO_ARM = ("explicit", "spread", "trial")
+
+
+@dataclass(frozen=True)
+class PlannedArm:
+    """One row of the tables.
+
+    Attributes:
+        name: with ``@RATIO`` behind it where the plan has several budgets.
+        kind: one of ``protocol.KINDS``.
+        selection: options of a ``hybrid`` arm, ``budget.ratio`` with them; empty otherwise.
+        rank: LoRA rank; of ``lora_matched`` it follows from the arm it is matched to.
+        draws: how many; 1 but for random arms.
+        budget: ratio of a ``hybrid`` arm, and of the one that ``lora_matched`` and ``lora_flops`` are matched to; None
+            where there is none.
+        role: ``random``, ``random_stratified``, ``lora_matched`` or ``lora_flops``, or "" where nothing is special.
+    """
+
+    name: str
+    kind: str
+    selection: tuple[tuple[str, Any], ...] = ()
+    rank: int = 0
+    draws: int = 1
+    budget: float | None = None
+    role: str = ""
+
+    @property
+    def selects(self) -> bool:
+        """Whether the protocol chooses its modules."""
+        return self.kind == "hybrid"
+
+    def draw_name(self, draw: int) -> str:
+        """Name of one draw; the arm's own where it has one draw."""
+        return self.name if self.draws == 1 else f"{self.name}/{draw}"
+
+    def at(self, start: Start, draw: int, candidates: Sequence[Candidate]) -> Arm:
+        """The arm as a protocol chooses for it at one start.
+
+        Args:
+            start: where; it decides a random arm's seed.
+            draw: from 0.
+            candidates: of the start's base.
+        """
+        selection = dict(self.selection)
+        if self.role == RANDOM:
+            selection["control.seed"] = _seed(start, draw, RANDOM)
+        elif self.role == STRATIFIED:
+            drawn = stratified_draw(candidates, selection.pop("budget.ratio"), _seed(start, draw, STRATIFIED))
+            # Named, so that neither the budget nor its overflow applies.
+            selection = {"criterion": "explicit", "control.modules": drawn}
+        return Arm(self.draw_name(draw), self.kind, selection, self.rank, draw)
+
+
+def _seed(start: Start, draw: int, purpose: str) -> int:
+    text = f"{purpose}/{start.base}/{start.task}/{start.seed}/{draw}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:4], "big") >> 1
+
+
+def planned_arms(plan: EvidencePlanConfig, candidates: Iterable[Sequence[Candidate]]) -> list[PlannedArm]:
+    """The arms of a plan, in the order of its tables.
+
+    Args:
+        plan: that was checked.
+        candidates: of each base.
+
+    Raises:
+        ConfigurationError: an arm is unknown, there twice, or needs another one that is not there.
+    """
+    types = _common_types(candidates)
+    named: dict[str, PlannedArm] = {}
+    for entry in plan.arms:
+        for arm in _entry(entry, plan, types):
+            if arm.name in named and entry != "all":
+                raise ConfigurationError(f"arms: {arm.name} is there twice; name each arm once")
+            named.setdefault(arm.name, arm)
+    for name in plan.without:
+        if named.pop(name, None) is None:
+            raise ConfigurationError(f"without: {name!r} is none of the arms{_closest(name, named)}")
+    arms = [
+        _with_budget(arm, budget, len(plan.budgets) > 1)
+        for arm in named.values()
+        for budget in (plan.budgets if _takes_budget(arm) else [None])
+    ]
+    _check(plan, arms)
+    return arms
+
+
+def base_name(name: str) -> str:
+    """A name without its budget."""
+    return name.partition("@")[0]
+
+
+def find_arms(arms: Sequence[PlannedArm], name: str, field: str) -> list[PlannedArm]:
+    """The arms of a name, one for each budget.
+
+    Raises:
+        ConfigurationError: there is none; ``field`` of the plan is what says so.
+    """
+    found = [arm for arm in arms if name in (arm.name, base_name(arm.name))]
+    if not found:
+        raise ConfigurationError(f"{field}: {name!r} is none of the arms{_closest(name, [arm.name for arm in arms])}")
+    return found
+
+
+def match_name(plan: EvidencePlanConfig) -> str:
+    """The arm that ``lora_matched`` and ``lora_flops`` are matched to."""
+    return plan.match or plan.primary[0]["arm"]
+
+
+def matched_to(plan: EvidencePlanConfig, arms: Sequence[PlannedArm], arm: PlannedArm) -> PlannedArm:
+    """The arm that a matched one is matched to, at the same budget."""
+    found = find_arms(arms, match_name(plan), "match")
+    return next((one for one in found if one.budget == arm.budget), found[0])
+
+
+def baseline_of(arms: Sequence[PlannedArm], arm: PlannedArm) -> PlannedArm | None:
+    """The ``random`` arm of the same budget, of the first one for an arm without a budget; None if there is none."""
+    randoms = [one for one in arms if one.role == RANDOM]
+    return next((one for one in randoms if one.budget == arm.budget), randoms[0] if randoms else None)
+
+
+def _common_types(candidates: Iterable[Sequence[Candidate]]) -> list[str]:
+    """Types that every base has."""
+    kinds = [{candidate.type for candidate in of_base} for of_base in candidates]
+    return [type_ for type_ in TYPE_ORDER if all(type_ in of_base for of_base in kinds)]
+
+
+def _entry(entry: Any, plan: EvidencePlanConfig, types: Sequence[str]) -> list[PlannedArm]:
+    if isinstance(entry, dict):
+        kind = entry.get("kind", "hybrid")
+        rank = 0 if kind == FULL else entry.get("rank", plan.rank)
+        if kind == "hybrid":
+            return [_hybrid(entry["name"], entry["selection"], plan, rank)]
+        return [PlannedArm(entry["name"], kind, rank=rank)]
+    names = all_names(types) if entry == "all" else [entry]
+    return [_by_name(name, plan, types) for name in names]
+
+
+def all_names(types: Sequence[str]) -> list[str]:
+    """Every arm out of the box.
+
+    Args:
+        types: of modules that every base has.
+    """
+    return list(_all_names(types))
+
+
+def _all_names(types: Sequence[str]) -> Iterator[str]:
+    for criterion in CRITERIA:
+        if criterion in _NO_ARM or criterion in (RANDOM, STRATIFIED):
+            continue
+        yield criterion
+        if criterion not in NAMING:
+            yield criterion + REVERSED
+    yield from (ONLY + type_.removesuffix("_proj") for type_ in types)
+    yield from (RANDOM, STRATIFIED, LORA, LORA_MATCHED, LORA_FLOPS, DORA, FULL)
+
+
+def _by_name(name: str, plan: EvidencePlanConfig, types: Sequence[str]) -> PlannedArm:
+    if name in (LORA, DORA):
+        return PlannedArm(name, name, rank=plan.rank)
+    if name == FULL:
+        return PlannedArm(name, FULL)
+    if name in (LORA_MATCHED, LORA_FLOPS):
+        return PlannedArm(name, LORA, rank=plan.rank, role=name)
+    if name in (RANDOM, STRATIFIED):
+        arm = _hybrid(name, {"criterion": RANDOM}, plan, plan.rank)
+        return replace(arm, draws=plan.draws, role=name)
+    if name.startswith(ONLY):
+        type_ = name.removeprefix(ONLY).removesuffix("_proj") + "_proj"
+        if type_ in types:
+            return _hybrid(name, {"criterion": "spread", "control.type": type_}, plan, plan.rank)
+    criterion = name.removesuffix(REVERSED)
+    if criterion in CRITERIA and criterion not in _NO_ARM and not (name.endswith(REVERSED) and criterion in NAMING):
+        selection = {"criterion": criterion}
+        if name.endswith(REVERSED):
+            selection["direction"] = "highest" if get_criterion(criterion).direction == "lowest" else "lowest"
+        return _hybrid(name, selection, plan, plan.rank)
+    names = ["all", *all_names(types)]
+    raise ConfigurationError(f"arms: {name!r} is unknown{_closest(name, names)}; give some of {', '.join(names)}")
+
+
+def _hybrid(name: str, selection: dict[str, Any], plan: EvidencePlanConfig, rank: int) -> PlannedArm:
+    options = {"budget.overflow": "skip"} | plan.selection | selection
+    if options["criterion"] in NAMING:
+        options = {key: value for key, value in options.items() if not key.startswith("budget.")}
+    return PlannedArm(name, "hybrid", tuple(sorted(options.items(), key=lambda item: item[0])), rank)
+
+
+def _takes_budget(arm: PlannedArm) -> bool:
+    if arm.role in (LORA_MATCHED, LORA_FLOPS):
+        return True
+    return arm.selects and dict(arm.selection)["criterion"] not in NAMING
+
+
+def _with_budget(arm: PlannedArm, budget: float | None, several: bool) -> PlannedArm:
+    if budget is None:
+        return arm
+    selection = arm.selection
+    if arm.selects:
+        selection = tuple(sorted((dict(selection) | {"budget.ratio": budget}).items(), key=lambda item: item[0]))
+    return replace(arm, name=f"{arm.name}@{budget:g}" if several else arm.name, selection=selection, budget=budget)
+
+
+def _check(plan: EvidencePlanConfig, arms: Sequence[PlannedArm]) -> None:
+    for at, one in enumerate(plan.primary):
+        find_arms(arms, one["arm"], f"primary[{at}].arm")
+        for other in one["against"]:
+            find_arms(arms, other, f"primary[{at}].against")
+    if any(arm.role in (LORA_MATCHED, LORA_FLOPS) for arm in arms):
+        for arm in find_arms(arms, match_name(plan), "match"):
+            if not arm.selects:
+                raise ConfigurationError(f"match: {arm.name} selects no modules; name an arm that does, e.g. {RANDOM}")
+    if any(arm.role == LORA_FLOPS for arm in arms) and not any(arm.name == LORA for arm in arms):
+        raise ConfigurationError(f"arms: {LORA_FLOPS} needs {LORA}, whose FLOPs a step it starts from; name it too")
+    for which, needed in (("full", ("hybrid", FULL)), ("lora", ("hybrid", LORA, DORA))):
+        if not getattr(plan.rates, which) and any(arm.kind in needed for arm in arms):
+            raise ConfigurationError(f"rates.{which}: not given; give learning rates, e.g. [1e-3, 3e-3, 1e-2]")
+
+
+def _closest(name: str, known: Iterable[str]) -> str:
+    match = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
+    return f"; did you mean {match[0]!r}?" if match else ""

@@ -1,0 +1,66 @@
+"""Floating point operations of a training run, by one formula for all arms.
+
+For T tokens that go into the model, with a product of n weights counted as 2·n operations a token:
+
+- forward: 2·T over all candidate weights, 4·T·S·(heads·head_dim) a layer for attention over S positions, 2·H·V for each
+  token of an answer;
+- gradients of activations: the same again, for the layers from the lowest one with anything trained upwards;
+- gradients of weights: 2·T over the weights of fully tuned modules;
+- adapters: 6·T·r·(d_in + d_out) each, forward and both gradients; with DoRA 6·r·d_in·d_out more a step, for the norm of
+  W + s·B·A and its gradient.
+
+With N candidate weights and little else this is 6·N·T for full fine-tuning and 4·N·T for LoRA plus its adapters. It
+counts what an implementation that trains one model must do. The replicas do more: they form W + s·B·A and the gradient
+of every weight, as that needs fewer passes over memory. Norms, biases, softmax, embedding and optimizer are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from hybrid_lora_plugin.candidates import Candidate
+from hybrid_lora_plugin.evidence.protocol import Choice
+
+
+def step_flops(
+    config: Any, candidates: Sequence[Candidate], choice: Choice, *, rows: int, positions: int, answer_tokens: int
+) -> float:
+    """Operations of one optimizer step of one run.
+
+    Args:
+        config: a ``Qwen2Config``.
+        candidates: of the model.
+        choice: what trains.
+        rows, positions, answer_tokens: problems a step, S, and positions whose logits are needed.
+    """
+    tokens, full = rows * positions, set(choice.full)
+    trained_layers = [c.layer for c in candidates if c.name in full or choice.rank]
+    lowest = min(trained_layers, default=config.num_hidden_layers)
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    attention = 4 * tokens * positions * config.num_attention_heads * head_dim
+    head = 2 * rows * answer_tokens * config.hidden_size * config.vocab_size
+    total = (1 + bool(trained_layers)) * head
+    total += attention * (config.num_hidden_layers + 2 * (config.num_hidden_layers - lowest))
+    for candidate in candidates:
+        product = 2 * tokens * candidate.in_features * candidate.out_features
+        total += product * (1 + (candidate.layer >= lowest))
+        if candidate.name in full:
+            total += product
+        elif choice.rank:
+            total += 6 * tokens * candidate.lora_parameters(choice.rank)
+            if choice.dora:
+                total += 6 * choice.rank * candidate.in_features * candidate.out_features
+    return float(total)
+
+
+def trainable_parameters(candidates: Sequence[Candidate], choice: Choice) -> int:
+    """Weights and biases of full modules, and adapters on the others, with DoRA's magnitudes."""
+    full = set(choice.full)
+    total = 0
+    for candidate in candidates:
+        if candidate.name in full:
+            total += candidate.parameters
+        elif choice.rank:
+            total += candidate.lora_parameters(choice.rank) + (candidate.out_features if choice.dora else 0)
+    return total

@@ -1,0 +1,143 @@
+"""What each arm tunes fully at one start: the project's probe methods, criteria and budget, on a model in memory."""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import typing
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from hybrid_lora_plugin.allocation.budget import FULL as FULL_ASSIGNMENT
+from hybrid_lora_plugin.allocation.budget import assign
+from hybrid_lora_plugin.candidates import Candidate, find_candidates
+from hybrid_lora_plugin.config import ProbeCommandConfig, ProbeConfig
+from hybrid_lora_plugin.config_validation import validate
+from hybrid_lora_plugin.errors import AllocationError, ConfigurationError
+from hybrid_lora_plugin.evidence.protocol import Arm
+from hybrid_lora_plugin.probing.distributed import Ranks
+from hybrid_lora_plugin.probing.forward import IGNORED, Batch, Passes
+from hybrid_lora_plugin.probing.runner import METHODS
+from hybrid_lora_plugin.scoring import Measured, get_criterion, score_modules
+
+
+def batch_of(problems: Tensor, answer_tokens: int) -> Batch:
+    """A batch of the probe from problems ``[B, tokens]``: the answers are the response."""
+    ids = problems.long()
+    labels = torch.full_like(ids, IGNORED)
+    labels[:, -answer_tokens:] = ids[:, -answer_tokens:]
+    return Batch(ids, torch.ones_like(ids), labels)
+
+
+def selection_config(arm: Arm, probe: ProbeConfig, rank: int, seed: int) -> ProbeCommandConfig:
+    """The settings of an arm's probe and selection.
+
+    An arm that draws, and says no ``control.seed``, gets one from its draw and the start: other modules at each.
+
+    Raises:
+        ConfigurationError: an option of ``arm.selection`` that there is not, or a value that cannot work.
+    """
+    config = ProbeCommandConfig(probe=dataclasses.replace(probe, seed=seed))
+    config.lora.rank = rank
+    for name, value in arm.selection.items():
+        _set(config, arm.name, name, value)
+    if "seed" in get_criterion(config.criterion).options and "control.seed" not in arm.selection:
+        config.control.seed = 1000 * seed + arm.draw
+    try:
+        validate(config)
+    except ConfigurationError as error:
+        raise ConfigurationError(f"arm {arm.name}: {error}") from error
+    return config
+
+
+def _set(config: ProbeCommandConfig, arm: str, name: str, value: Any) -> None:
+    place, _, leaf = name.rpartition(".")
+    part: Any = config
+    for step in place.split(".") if place else ():
+        part = getattr(part, step, None)
+    known = {spec.name for spec in dataclasses.fields(part)} if dataclasses.is_dataclass(part) else set()
+    if leaf not in known or name == "probe.seed" or name.split(".")[0] in ("model", "output_dir", "lora"):
+        raise ConfigurationError(
+            f"arm {arm}: selection.{name} is no option that selects modules; see docs/configuration.md"
+        )
+    type_ = typing.get_type_hints(type(part))[leaf]
+    if typing.get_origin(type_) is list and not isinstance(value, list | tuple):
+        value = [value]
+    setattr(part, leaf, list(value) if isinstance(value, tuple) else value)
+
+
+class Probes:
+    """Probes of one model at one start, made as criteria ask for them and shared by those that can."""
+
+    def __init__(
+        self,
+        model: nn.Module,
+        device: torch.device,
+        warmup: Callable[[int, int], Batch],
+        validation: Callable[[int, int], Batch],
+    ) -> None:
+        """For a plain model, which stays as it is.
+
+        Args:
+            model: the base, on any device.
+            device: where to probe.
+            warmup: number of a warm-up step, rows -> its batch.
+            validation: number of a scoring batch, rows -> that batch; other draws.
+        """
+        self._model, self._device = model, device
+        self._warmup, self._validation = warmup, validation
+        self.candidates: list[Candidate] = find_candidates(model)
+        # By method and the probe's settings, which an arm may say otherwise than the rest.
+        self._measured: dict[tuple[str, str], dict[str, Tensor]] = {}
+        #: methods in the order in which they probed
+        self.runs: list[str] = []
+
+    def measurements(self, config: ProbeCommandConfig) -> dict[str, Tensor]:
+        """What the criterion of ``config`` reads; probes only if no earlier criterion of its method measured it."""
+        criterion = get_criterion(config.criterion)
+        if criterion.method is None:
+            return {}
+        held = self._measured.setdefault((criterion.method, repr(config.probe)), {})
+        if any(need not in held for need in criterion.needs):
+            # A method may measure something for one criterion alone; what it measures besides is the same again.
+            held |= self._probe(config, criterion.method)
+        return held
+
+    def _probe(self, config: ProbeCommandConfig, name: str) -> dict[str, Tensor]:
+        self.runs.append(name)
+        model = copy.deepcopy(self._model).requires_grad_(False)
+        method = METHODS[name](model, self.candidates, config)
+        model.to(self._device)
+        method.start(Passes(model, Ranks(self._device), config.probe.micro_batch_size))
+        size, per_batch = config.probe.batch_size, config.probe.partitions_per_batch
+        batches = -(-config.probe.partitions // per_batch)
+        while method.step < method.warmup_steps:
+            method.warm_up(self._warmup(method.step, size), self._validation(method.step % batches, size))
+        method.finish_warmup()
+        rows: dict[str, list[Tensor]] = {}
+        for row in range(method.rows):
+            measured, _ = method.score(row, self._validation(row // per_batch, size))
+            for key, values in measured.items():
+                rows.setdefault(key, []).append(values)
+        return {key: torch.stack(values) for key, values in rows.items()} | method.results()
+
+    def choose(self, arm: Arm, probe: ProbeConfig, rank: int, seed: int) -> tuple[str, ...]:
+        """The modules that an arm tunes fully, in the model's order.
+
+        Raises:
+            ConfigurationError: its selection cannot be used, or admits no module.
+        """
+        config = selection_config(arm, probe, rank, seed)
+        criterion = get_criterion(config.criterion)
+        measured: Mapping[str, Tensor] = self.measurements(config)
+        direction = criterion.direction if config.direction == "auto" else config.direction
+        scored = score_modules(config.criterion, Measured(self.candidates, measured, config.control, config.normalise))
+        if scored.fixed is not None and direction != criterion.direction:
+            raise AllocationError(
+                f"arm {arm.name}: direction has no effect on criterion {criterion.name}; leave it out"
+            )
+        assigned = assign(self.candidates, scored, config.budget, direction, rank).modules
+        return tuple(c.name for c in self.candidates if assigned[c.name] == FULL_ASSIGNMENT)

@@ -1,0 +1,145 @@
+"""The settings block of the replica protocols: read strictly from the mapping that a plan holds."""
+
+from __future__ import annotations
+
+import dataclasses
+import typing
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
+
+from hybrid_lora_plugin.config import ProbeConfig
+from hybrid_lora_plugin.config_field import above, at_least, documented
+from hybrid_lora_plugin.config_validation import validate
+from hybrid_lora_plugin.errors import ConfigurationError
+
+Settings = TypeVar("Settings")
+
+
+@dataclass
+class BaseSettings:
+    """One base: a Qwen2 of that shape, trained from random weights to add."""
+
+    name: str = documented("", "Name in the plan.", source="none: must be given")
+    hidden_size: int = documented(64, "Width.", source="own choice", bound=at_least(8, "at least 8"))
+    layers: int = documented(6, "Decoder layers.", source="own choice", bound=at_least(1, "at least 1"))
+    intermediate_size: int = documented(256, "MLP width.", source="own choice", bound=at_least(8, "at least 8"))
+    heads: int = documented(4, "Attention heads.", source="own choice", bound=at_least(1, "at least 1"))
+    kv_heads: int = documented(2, "Heads of keys and values.", source="own choice", bound=at_least(1, "at least 1"))
+    seed: int = documented(0, "Seed of the weights and of the problems.", source="own choice")
+    steps: int = documented(3000, "Steps of training.", source="measured", bound=at_least(1, "at least 1"))
+    batch_size: int = documented(256, "Problems a step.", source="own choice", bound=at_least(1, "at least 1"))
+    lr: float = documented(2.0e-3, "Highest rate.", source="measured", bound=above(0, "a rate above 0, e.g. 2e-3"))
+
+
+@dataclass
+class ReplicaSettings:
+    """What the runs of the protocol ``sft`` have in common."""
+
+    bases: list[BaseSettings] = field(default_factory=list, metadata={"help": "The bases.", "item": BaseSettings})
+    digits: int = documented(3, "Digits of both numbers.", source="own choice", bound=at_least(1, "1 to 4"))
+    least_first: bool = documented(False, "Write answers from the last digit on.", source="own choice")
+    batch_size: int = documented(32, "Problems a step.", source="first toy study", bound=at_least(1, "at least 1"))
+    eval_every: int = documented(25, "Steps between evaluations.", source="own choice", bound=at_least(1, "at least 1"))
+    held_out: int = documented(256, "Held-out problems of a task.", source="own choice", bound=at_least(1, "1 or more"))
+    lora_scale: float = documented(
+        2.0, "LoRA's alpha / r, at every rank.", source="alpha 32, rank 16", bound=above(0, "above 0, e.g. 2")
+    )
+    weight_decay: float = documented(0.01, "Of AdamW.", source="verl's default", bound=at_least(0, "0 or more"))
+    clip_grad: float = documented(
+        1.0, "Norm that a run's gradient is cut to.", source="verl's default", bound=above(0, "above 0, e.g. 1")
+    )
+    dtype: str = documented("float32", "Of weights and states.", source="own choice", choices=("float32", "float64"))
+    tf32: bool = documented(False, "Let products on CUDA round to TF32.", source="own choice: 10 bits are too few")
+    group_size: int | None = documented(
+        None,
+        "Runs trained at once; null: 512 on CUDA, 16 on the CPU. Results are equal bit for bit only at one size.",
+        source="own measurement",
+        bound=at_least(1, "at least 1, or null"),
+    )
+    probe: ProbeConfig = field(
+        default_factory=lambda: ProbeConfig(warmup_steps=30, batch_size=32, lr=4.0e-3, full_lr=4.0e-3),
+        metadata={"help": "The probe of each start; its seed is the start's."},
+    )
+
+
+def read_settings(kind: type[Settings], block: Mapping[str, Any], where: str = "settings") -> Settings:
+    """A settings dataclass from a mapping; what is not given keeps its default.
+
+    Args:
+        kind: ``ReplicaSettings`` or one that extends it.
+        block: names as the fields', nested mappings for dataclasses, lists of mappings for lists of them.
+        where: name of the block in messages.
+
+    Raises:
+        ConfigurationError: an unknown name, a value of another type, or one that cannot work.
+    """
+    settings = kind()
+    _fill(settings, block, where)
+    _validate(settings, where)
+    return settings
+
+
+def _fill(settings: Any, block: Any, where: str) -> None:
+    if not isinstance(block, Mapping):
+        raise ConfigurationError(f"{where}: {block!r} is no mapping; give names with their values")
+    known = {spec.name: spec for spec in dataclasses.fields(settings)}
+    types = typing.get_type_hints(type(settings))
+    for name, value in block.items():
+        place = f"{where}.{name}"
+        if name not in known:
+            raise ConfigurationError(f"{place}: unknown; give some of {', '.join(known)}")
+        item = known[name].metadata.get("item")
+        if item is not None:
+            if not isinstance(value, list | tuple):
+                raise ConfigurationError(f"{place}: {value!r} is no list; give a list of mappings")
+            items = [item() for _ in value]
+            for index, (one, given) in enumerate(zip(items, value, strict=True)):
+                _fill(one, given, f"{place}[{index}]")
+            setattr(settings, name, items)
+        elif dataclasses.is_dataclass(getattr(settings, name)):
+            _fill(getattr(settings, name), value, place)
+        else:
+            setattr(settings, name, _checked(value, types[name], place))
+
+
+def _checked(value: Any, type_: Any, place: str) -> Any:
+    if typing.get_origin(type_) is list:
+        if not isinstance(value, list | tuple):
+            raise ConfigurationError(f"{place}: {value!r} is no list; give a list")
+        return list(value)
+    kinds = typing.get_args(type_) or (type_,)
+    # A bool is an int to Python, and a whole number is a fine float.
+    if isinstance(value, bool) and bool not in kinds:
+        kinds = ()
+    elif isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
+        value = float(value)
+    if not any(isinstance(value, kind) for kind in kinds):
+        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in typing.get_args(type_)) or (
+            type_.__name__
+        )
+        raise ConfigurationError(f"{place}: {value!r} is not usable; give {wanted}")
+    return value
+
+
+def _validate(settings: ReplicaSettings, where: str) -> None:
+    plain = dataclasses.replace(settings, bases=[])
+    validate(plain, f"{where}.")
+    if settings.digits > 4:
+        raise ConfigurationError(f"{where}.digits: {settings.digits} makes too many pairs to split; give 1 to 4")
+    if not settings.bases:
+        raise ConfigurationError(f"{where}.bases: nothing given; give a list such as [{{name: w64, hidden_size: 64}}]")
+    names = set()
+    for index, base in enumerate(settings.bases):
+        place = f"{where}.bases[{index}]"
+        validate(base, f"{place}.")
+        if not base.name or "/" in base.name or base.name in names:
+            raise ConfigurationError(
+                f"{place}.name: {base.name!r} is empty, a path or taken; give each a name of its own"
+            )
+        names.add(base.name)
+        if base.hidden_size % (2 * base.heads) or base.heads % base.kv_heads:
+            raise ConfigurationError(
+                f"{place}.heads: {base.heads} heads, {base.kv_heads} of keys and values, width {base.hidden_size}; "
+                f"give a width that is an even multiple of heads, and heads a multiple of kv_heads"
+            )

@@ -1,0 +1,269 @@
+"""Protocol ``sft``: supervised fine-tuning of many replicas of toy bases at once, to tasks that shift from addition."""
+
+from __future__ import annotations
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cache, partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from torch import Tensor
+
+from hybrid_lora_plugin.candidates import Candidate, find_candidates
+from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.evidence.protocol import Arm, Choice, Outcome, Protocol, Run, Start
+from hybrid_lora_plugin.evidence.replicas.base import digest_of, load_base, train_base
+from hybrid_lora_plugin.evidence.replicas.flops import step_flops, trainable_parameters
+from hybrid_lora_plugin.evidence.replicas.forward import SharedParts, answer_losses
+from hybrid_lora_plugin.evidence.replicas.selection import Probes, batch_of
+from hybrid_lora_plugin.evidence.replicas.settings import BaseSettings, ReplicaSettings, read_settings
+from hybrid_lora_plugin.evidence.replicas.tasks import Layout, Problems, task_of
+from hybrid_lora_plugin.evidence.replicas.updates import Replicas
+from hybrid_lora_plugin.files import complete_folder
+from hybrid_lora_plugin.probing.forward import Batch
+
+#: Raised whenever the same settings would give other results.
+VERSION = 1
+GROUP_SIZES = {"cuda": 512, "cpu": 16}
+#: of the adapters of a probe where no arm says one
+PROBE_RANK = 2
+
+
+class SftProtocol(Protocol):
+    """Small Qwen2 models, R at once.
+
+    A run takes ``run.steps`` steps of AdamW (verl's betas, weight decay and clipping) at constant rates on the mean
+    loss of the answer tokens, and is evaluated on the held-out problems of its task every ``eval_every`` steps and at
+    the end. Its outcome depends on the number of replicas of a group, which is why groups that are not full are filled
+    up, and not on what the others are.
+    """
+
+    name = "sft"
+    settings_kind: type[ReplicaSettings] = ReplicaSettings
+    measure = "held_out_loss"
+    lower_is_better = True
+
+    def __init__(
+        self,
+        settings: Mapping[str, Any],
+        folder: str | Path,
+        device: str = "auto",
+        bases: Sequence[str] = (),
+        tasks: Sequence[str] = (),
+    ) -> None:
+        """From the settings block of a plan.
+
+        Args:
+            settings: see ``ReplicaSettings``.
+            folder: where bases are kept, ``bases/<name>``.
+            device: ``auto``, ``cpu`` or ``cuda``.
+            bases: names of those that are used; by default all of the settings.
+            tasks: names of those that are used.
+
+        Raises:
+            ConfigurationError: a setting, base or task cannot be used, or there is no such device.
+        """
+        self.settings = read_settings(self.settings_kind, settings, f"settings of protocol {self.name}")
+        self.folder = Path(folder)
+        for task in tasks:
+            task_of(task)
+        self.bases = [self._settings_of(name) for name in bases] or self.settings.bases
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        if kind not in GROUP_SIZES or (kind == "cuda" and not torch.cuda.is_available()):
+            raise ConfigurationError(f"device: {device!r} is not there; give cpu, or auto")
+        self.device, self.dtype = torch.device(kind), getattr(torch, self.settings.dtype)
+        self.group_size = self.settings.group_size or GROUP_SIZES[kind]
+        self.layout = Layout(self.settings.digits, self.settings.least_first)
+        self.problems = Problems(self.layout, self.settings.held_out)
+        # For a life of the protocol: a base is a few megabytes.
+        self.model, self._shared = cache(self._load), cache(self._share)
+
+    def identity(self) -> dict[str, Any]:
+        """Versions, device, dtype, group size, and a digest of each base."""
+        device = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
+        return {
+            "protocol": f"{self.name}/{VERSION}",
+            "torch": torch.__version__,
+            "transformers": transformers.__version__,
+            "device": device,
+            "threads": torch.get_num_threads() if self.device.type == "cpu" else None,
+            "dtype": self.settings.dtype,
+            "tf32": self.settings.tf32,
+            "group_size": self.group_size,
+            "bases": {base.name: digest_of(self.model(base.name)) for base in self.bases},
+        }
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Train the bases that are not there yet."""
+        for base in self.bases:
+            folder = self._folder(base.name)
+            if (folder / "config.json").is_file():
+                self.model(base.name)  # refused here if its shape is another one
+                say(f"base {base.name}: kept from {folder}")
+                continue
+            model = train_base(base, self.problems, self.device, say)
+            folder.parent.mkdir(parents=True, exist_ok=True)
+            with complete_folder(folder) as unfinished:
+                model.save_pretrained(unfinished)
+            self.model.cache_clear()
+
+    def _folder(self, base: str) -> Path:
+        return self.folder / "bases" / base
+
+    def _settings_of(self, base: str) -> BaseSettings:
+        for settings in self.settings.bases:
+            if settings.name == base:
+                return settings
+        names = ", ".join(settings.name for settings in self.settings.bases)
+        raise ConfigurationError(f"bases: {base!r} is unknown; choose among {names}")
+
+    def _load(self, base: str) -> torch.nn.Module:
+        return load_base(self._settings_of(base), self._folder(base))
+
+    def _share(self, base: str) -> SharedParts:
+        return SharedParts(self.model(base), self.layout.tokens - 1, self.device, self.dtype)
+
+    def candidates(self, base: str) -> list[Candidate]:
+        """All linear modules of the base's layers."""
+        return find_candidates(self.model(base))
+
+    def step_flops(self, base: str, choice: Choice) -> float:
+        """Operations of one optimizer step, see ``flops``: what steps are matched by."""
+        return step_flops(
+            self.model(base).config,
+            self.candidates(base),
+            choice,
+            rows=self.settings.batch_size,
+            positions=self.layout.tokens - 1,
+            answer_tokens=self.layout.answer_tokens,
+        )
+
+    def choose(self, start: Start, arms: Sequence[Arm]) -> dict[str, tuple[str, ...]]:
+        """Probe the base on training problems of the start's task, on the CPU; no held-out problem is looked at."""
+
+        def batch(purpose: str, index: int, rows: int) -> Batch:
+            # Each has draws of its own, as arms may ask for more of them than others.
+            problems = self.problems.drawn(start.task, start.seed, f"{purpose}/{index}", 1, rows)[0]
+            return batch_of(problems, self.layout.answer_tokens)
+
+        probes = Probes(
+            self.model(start.base), torch.device("cpu"), partial(batch, "probe-warm-up"), partial(batch, "probe-score")
+        )
+        rank = max((arm.rank for arm in arms), default=0) or PROBE_RANK
+        return {arm.name: probes.choose(arm, self.settings.probe, rank, start.seed) for arm in arms}
+
+    def train(self, runs: Sequence[Run], keep: Callable[[Run, Outcome], None]) -> None:
+        """Train in groups of one base, rank and length; the outcomes of a group are known together."""
+        for run in runs:
+            task_of(run.start.task)
+            self._settings_of(run.start.base)
+        with self._precision():
+            for group in groups_of(runs, self.group_size):
+                filled = [*group, *[group[0]] * (self.group_size - len(group))]
+                for run, outcome in zip(group, self._train_group(filled)[: len(group)], strict=True):
+                    keep(run, outcome)
+
+    @contextlib.contextmanager
+    def _precision(self) -> Iterator[None]:
+        before = torch.backends.cuda.matmul.allow_tf32
+        torch.backends.cuda.matmul.allow_tf32 = self.settings.tf32
+        try:
+            yield
+        finally:
+            torch.backends.cuda.matmul.allow_tf32 = before
+
+    def _train_group(self, runs: Sequence[Run]) -> list[Outcome]:
+        shared, settings, steps = self._shared(runs[0].start.base), self.settings, runs[0].steps
+        replicas = Replicas(shared, runs, settings.lora_scale, settings.weight_decay, settings.clip_grad)
+        problems, of_start = self._training_problems(runs, steps)
+        held_out, of_task = self._held_out_problems(runs)
+        losses, curve = [], {}
+        for step in range(steps + 1):
+            if step % settings.eval_every == 0 or step == steps:
+                curve[step] = self._evaluate(replicas, held_out, of_task)
+            if step < steps:
+                losses.append(self._train_step(replicas, problems[of_start, step].long()))
+        return self._outcomes(runs, losses, curve)
+
+    def _training_problems(self, runs: Sequence[Run], steps: int) -> tuple[Tensor, Tensor]:
+        """Problems ``[starts, steps, B, tokens]`` uint8, and the row of each run, ``[R]``."""
+        keys = [(run.start.task, run.start.seed) for run in runs]
+        order = list(dict.fromkeys(keys))
+        drawn = [self.problems.drawn(task, seed, "train", steps, self.settings.batch_size) for task, seed in order]
+        return torch.stack(drawn).to(self.device), torch.tensor([order.index(key) for key in keys], device=self.device)
+
+    def _held_out_problems(self, runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
+        """Problems ``[tasks, held_out, tokens]`` uint8, and the row of each run, ``[R]``."""
+        tasks = list(dict.fromkeys(run.start.task for run in runs))
+        problems = torch.stack([self.problems.held_out(task) for task in tasks]).to(self.device)
+        return problems, torch.tensor([tasks.index(run.start.task) for run in runs], device=self.device)
+
+    def _train_step(self, replicas: Replicas, problems: Tensor) -> Tensor:
+        """One step on ``[R, B, tokens]``; returns the loss of each run before it, ``[R]``."""
+        kept = self.layout.answer_tokens
+        logits = replicas.base.logits(replicas.weights(), problems[..., :-1], kept)
+        losses = answer_losses(logits, problems[..., -kept:])
+        replicas.step(losses)
+        return losses.detach()
+
+    @torch.no_grad()
+    def _evaluate(self, replicas: Replicas, held_out: Tensor, of_task: Tensor) -> Tensor:
+        """Held-out loss of the answer tokens and share of answers right in every token, ``[2, R]`` float64.
+
+        Every token is predicted after the right ones before it. An answer is right by that just when greedy decoding
+        writes it.
+        """
+        kept, weights = self.layout.answer_tokens, replicas.weights()
+        rows, losses, right = held_out.shape[1], 0.0, 0.0
+        # As many rows at once as a training step has.
+        for first in range(0, rows, self.settings.batch_size):
+            problems = held_out[:, first : first + self.settings.batch_size][of_task].long()
+            logits, answers = replicas.base.logits(weights, problems[..., :-1], kept), problems[..., -kept:]
+            losses = losses + answer_losses(logits, answers).double() * problems.shape[1]
+            right = right + (logits.argmax(-1) == answers).all(-1).double().sum(-1)
+        return torch.stack([losses, right]) / rows
+
+    def _outcomes(self, runs: Sequence[Run], losses: Sequence[Tensor], curve: Mapping[int, Tensor]) -> list[Outcome]:
+        """What the harness is told; ``losses`` ``[R]`` of each step, ``curve`` by step as ``_evaluate`` gives it."""
+        points = {step: values.tolist() for step, values in curve.items()}
+        finite = torch.stack(list(losses)).isfinite().T.tolist() if losses else [[]] * len(runs)
+        outcomes = []
+        for index, run in enumerate(runs):
+            bad = finite[index].index(False) if False in finite[index] else run.steps + 1
+            kept = []
+            for step, (loss, accuracy) in ((step, (v[0][index], v[1][index])) for step, v in points.items()):
+                if step > bad or not math.isfinite(loss):
+                    break
+                kept.append((step, loss, accuracy))
+            candidates = self.candidates(run.start.base)
+            outcomes.append(
+                Outcome(
+                    curve=tuple((step, loss) for step, loss, _ in kept),
+                    measures={"exact_match": kept[-1][2] if kept else 0.0},
+                    trainable_parameters=trainable_parameters(candidates, run.choice),
+                    flops=run.steps * self.step_flops(run.start.base, run.choice),
+                    diverged=len(kept) < len(points),
+                )
+            )
+        return outcomes
+
+
+def groups_of(runs: Sequence[Run], size: int) -> Iterator[list[Run]]:
+    """Runs that can train at once, at most ``size`` each: one base, rank, kind of adapter and number of steps.
+
+    Those that tune no module fully are kept apart, as they need no copies of the weights.
+    """
+    alike: dict[tuple, list[Run]] = {}
+    for run in runs:
+        choice = run.choice
+        if not choice.full and not choice.rank:
+            raise ConfigurationError(f"arm {run.arm}: nothing would train; give it a rank, or modules to tune fully")
+        key = run.start.base, choice.rank, choice.dora, bool(choice.full), run.steps
+        alike.setdefault(key, []).append(run)
+    for members in alike.values():
+        for first in range(0, len(members), size):
+            yield members[first : first + size]

@@ -1,0 +1,253 @@
+"""One comparison in its folder: which runs it has, which of them are there, and what they need to begin."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from hybrid_lora_plugin.candidates import Candidate
+from hybrid_lora_plugin.config_evidence import EvidencePlanConfig
+from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.evidence.arms import LORA, LORA_FLOPS, LORA_MATCHED, PlannedArm, matched_to, planned_arms
+from hybrid_lora_plugin.evidence.matching import MatchedRank, matched_rank, matched_steps
+from hybrid_lora_plugin.evidence.protocol import Arm, Run, Start
+from hybrid_lora_plugin.evidence.results import Choices, RunResults, choice_of, run_key
+from hybrid_lora_plugin.evidence.tuning import Rates, Tuned, cell, choose_rates, grid, tuning_draws
+from hybrid_lora_plugin.files import complete_file
+
+PREPARED = "prepared.json"
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What is known of a protocol once its bases are there; ``prepared.json``.
+
+    Attributes:
+        measure: name of the held-out value. lower_is_better: whether a smaller one is better.
+        candidates: of each base.
+        identity: what results depend on besides the plan, of ``choose`` and of ``train``, which may be other machines.
+        protocol: name, settings, bases, tasks: what runs depend on and no run says of itself.
+    """
+
+    measure: str
+    lower_is_better: bool
+    candidates: dict[str, list[Candidate]]
+    identity: dict[str, Any]
+    protocol: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: Path) -> Prepared | None:
+        """Of a folder; None where nothing was prepared."""
+        file = folder / PREPARED
+        if not file.exists():
+            return None
+        content = json.loads(file.read_text())
+        content["candidates"] = {
+            base: [Candidate(**one) for one in found] for base, found in content["candidates"].items()
+        }
+        return cls(**content)
+
+    def write(self, folder: Path) -> None:
+        """Into a folder."""
+        with complete_file(folder / PREPARED) as file:
+            file.write_text(json.dumps(dataclasses.asdict(self), indent=1) + "\n")
+
+
+class Study:
+    """The runs of a plan and their results.
+
+    Attributes:
+        plan: see ``EvidencePlanConfig``. folder: of its results. prepared: see ``Prepared``.
+        arms: in the order of the tables.
+        choices, results: what is there.
+    """
+
+    def __init__(self, plan: EvidencePlanConfig, folder: Path, prepared: Prepared) -> None:
+        self.plan, self.folder, self.prepared = plan, folder, prepared
+        self.arms = planned_arms(plan, prepared.candidates.values())
+        self.choices, self.results = Choices(folder), RunResults(folder)
+        self._tuned: dict[tuple, Tuned] = {}
+        self._ranks: dict[tuple, MatchedRank] = {}
+        self._steps: dict[tuple, int] = {}
+        self._names: dict[tuple, tuple[str, ...]] = {}
+
+    def close(self) -> None:
+        """No more results are coming."""
+        self.choices.close()
+        self.results.close()
+
+    @property
+    def cells(self) -> list[tuple[str, str]]:
+        """(base, task) of each kind of start."""
+        return list(itertools.product(self.plan.bases, self.plan.tasks))
+
+    def starts(self, seeds: Sequence[int]) -> list[Start]:
+        """Starts of these seeds, seed by seed."""
+        return [Start(base, task, seed) for seed in seeds for base, task in self.cells]
+
+    # -- choices
+
+    def asked(self, start: Start, draws: str = "all") -> list[Arm]:
+        """The selecting arms at a start, with their draws; with ``draws="tuning"`` those that rates are chosen by."""
+        candidates = self.prepared.candidates[start.base]
+        return [
+            arm.at(start, draw, candidates)
+            for arm in self.arms
+            if arm.selects
+            for draw in (tuning_draws(self.plan, arm.draws) if draws == "tuning" else range(arm.draws))
+        ]
+
+    def unchosen(self) -> list[tuple[Start, list[Arm]]]:
+        """Starts with the arms that have not chosen there."""
+        found = []
+        for seeds, draws in ((self.plan.seeds.tune, "tuning"), (self.plan.seeds.compare, "all")):
+            for start in self.starts(seeds):
+                missing = [arm for arm in self.asked(start, draws) if self.choices.get(start, arm.selection) is None]
+                if missing:
+                    found.append((start, missing))
+        return found
+
+    def full_names(self, arm: PlannedArm, start: Start, draw: int) -> tuple[str, ...]:
+        """What an arm tunes fully at a start.
+
+        Raises:
+            ConfigurationError: it has not chosen there yet.
+        """
+        place = (arm.name, start, draw)
+        if place not in self._names:
+            candidates = self.prepared.candidates[start.base]
+            order = {candidate.name: at for at, candidate in enumerate(candidates)}
+            if arm.kind == "full":
+                names = order
+            elif not arm.selects:
+                names = ()
+            else:
+                asked = arm.at(start, draw, candidates)
+                names = self.choices.get(start, asked.selection)
+                if names is None:
+                    where = f"{start.base}, {start.task}, seed {start.seed}"
+                    raise ConfigurationError(
+                        f"stage: {asked.name} has not chosen its modules on {where} yet; run stage=choose first"
+                    )
+            self._names[place] = tuple(sorted(names, key=order.__getitem__))
+        return self._names[place]
+
+    # -- what is matched
+
+    def rank(self, arm: PlannedArm, base: str) -> int:
+        """LoRA rank of an arm on a base."""
+        return self.matched_rank(arm, base).rank if arm.role == LORA_MATCHED else arm.rank
+
+    def matched_rank(self, arm: PlannedArm, base: str) -> MatchedRank:
+        """The rank of ``lora_matched``, by the choices of the arm it is matched to at the starts that are compared."""
+        if (arm.name, base) not in self._ranks:
+            other = matched_to(self.plan, self.arms, arm)
+            starts = [start for start in self.starts(self.plan.seeds.compare) if start.base == base]
+            choices = [self.full_names(other, start, draw) for start in starts for draw in range(other.draws)]
+            self._ranks[arm.name, base] = matched_rank(self.prepared.candidates[base], choices, other.rank)
+        return self._ranks[arm.name, base]
+
+    def steps(self, arm: PlannedArm, base: str, task: str) -> int:
+        """Optimizer steps of an arm.
+
+        Those of ``lora_flops`` follow from the FLOPs of its two models in tuning.
+        """
+        if arm.role != LORA_FLOPS:
+            return self.plan.steps
+        if (arm.name, base, task) not in self._steps:
+            (lora,) = (one for one in self.arms if one.name == LORA)
+            own, wanted = (self._flops(one, base, task) for one in (lora, matched_to(self.plan, self.arms, arm)))
+            self._steps[arm.name, base, task] = matched_steps(self.plan.steps, own, wanted)
+        return self._steps[arm.name, base, task]
+
+    def _flops(self, arm: PlannedArm, base: str, task: str) -> float:
+        """Of a whole run, mean over the tuning starts."""
+        found = []
+        for seed in self.plan.seeds.tune:
+            for draw in tuning_draws(self.plan, arm.draws):
+                for rates in grid(arm.kind, self.plan.rates):
+                    outcome = self.results.get(self.run(arm, Start(base, task, seed), draw, rates))
+                    if outcome is not None and not outcome.diverged:
+                        found.append(outcome.flops)
+                        break
+        if not found:
+            raise ConfigurationError(
+                f"arms: {LORA_FLOPS} takes the FLOPs of {arm.name} from its runs on {base}, {task}, and all diverged; "
+                "give lower rates"
+            )
+        return sum(found) / len(found)
+
+    # -- runs
+
+    def run(self, arm: PlannedArm, start: Start, draw: int, rates: Rates) -> Run:
+        """One training run of an arm."""
+        choice = choice_of(arm.kind, self.full_names(arm, start, draw), self.rank(arm, start.base))
+        steps = self.steps(arm, start.base, start.task)
+        return Run(arm.draw_name(draw), start, choice, rates.full, rates.lora, steps)
+
+    def tuning_runs(self, arm: PlannedArm) -> Iterator[tuple[tuple[str, ...], Rates, Run]]:
+        """(cell, rates, run) of every run that an arm's rates are chosen by."""
+        for start in self.starts(self.plan.seeds.tune):
+            place = cell(self.plan.tuning.per, start.base, start.task)
+            for draw in tuning_draws(self.plan, arm.draws):
+                for rates in grid(arm.kind, self.plan.rates):
+                    yield place, rates, self.run(arm, start, draw, rates)
+
+    def untuned(self, roles: str) -> list[Run]:
+        """Tuning runs that are not there.
+
+        Args:
+            roles: ``first`` for all arms but those whose steps follow from the runs of others, which are ``second``.
+        """
+        arms = [arm for arm in self.arms if (arm.role == LORA_FLOPS) == (roles == "second")]
+        return self._missing(run for arm in arms for _, _, run in self.tuning_runs(arm))
+
+    def tuned(self, arm: PlannedArm, base: str, task: str) -> Tuned:
+        """The rates of an arm, from the tuning runs.
+
+        Raises:
+            ConfigurationError: some are missing.
+        """
+        place = cell(self.plan.tuning.per, base, task)
+        if (arm.name, place) not in self._tuned:
+            tried: dict[tuple, dict[Rates, list]] = {}
+            for where, rates, run in self.tuning_runs(arm):
+                outcome = self.results.get(run)
+                if outcome is None:
+                    raise ConfigurationError(
+                        f"stage: the rates of {arm.name} need a run that is not there yet; run stage=tune first"
+                    )
+                tried.setdefault(where, {}).setdefault(rates, []).append(outcome)
+            for where, found in tried.items():
+                self._tuned[arm.name, where] = choose_rates(
+                    list(found.items()), self.prepared.lower_is_better, self.plan.rates
+                )
+        return self._tuned[arm.name, place]
+
+    def compared(self, arm: PlannedArm, start: Start) -> list[Run]:
+        """The runs of an arm at a start that is compared, one for each draw."""
+        rates = self.tuned(arm, start.base, start.task).rates
+        return [self.run(arm, start, draw, rates) for draw in range(arm.draws)]
+
+    def uncompared(self) -> list[Run]:
+        """Compared runs that are not there, seed by seed, so that what was ended early has whole seeds."""
+        starts = self.starts(self.plan.seeds.compare)
+        return self._missing(run for start in starts for arm in self.arms for run in self.compared(arm, start))
+
+    def complete_seeds(self) -> list[int]:
+        """Seeds of which every compared run is there."""
+        missing = {run.start.seed for run in self.uncompared()}
+        return [seed for seed in self.plan.seeds.compare if seed not in missing]
+
+    def _missing(self, runs: Iterator[Run]) -> list[Run]:
+        # Arms that choose the same modules share a run.
+        found = {}
+        for run in runs:
+            if self.results.get(run) is None:
+                found.setdefault(run_key(run), run)
+        return list(found.values())

@@ -1,0 +1,89 @@
+"""Learning rates: which pairs an arm tries, and which one it takes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from hybrid_lora_plugin.config_evidence import EvidencePlanConfig, EvidenceRatesConfig
+from hybrid_lora_plugin.evidence.protocol import Outcome
+
+
+@dataclass(frozen=True, order=True)
+class Rates:
+    """A pair of learning rates; 0 where an arm has no such modules."""
+
+    full: float
+    lora: float
+
+
+@dataclass(frozen=True)
+class Tuned:
+    """The rates that an arm takes.
+
+    Attributes:
+        rates: these.
+        value: mean held-out value over the tuning starts.
+        diverged: runs at these rates that diverged.
+        runs: at these rates.
+        edges: ``full`` and ``lora`` where the rate is the first or the last that was tried, so that a better one may
+            lie beyond.
+    """
+
+    rates: Rates
+    value: float
+    diverged: int
+    runs: int
+    edges: tuple[str, ...]
+
+
+def grid(kind: str, rates: EvidenceRatesConfig) -> list[Rates]:
+    """The pairs that an arm of that kind tries, from the lowest."""
+    full = rates.full if kind in ("hybrid", "full") else [0.0]
+    lora = rates.lora if kind != "full" else [0.0]
+    return [Rates(one, other) for one in full for other in lora]
+
+
+def cell(per: str, base: str, task: str) -> tuple[str, ...]:
+    """Starts with one cell have one choice of rates."""
+    return {"task": (base, task), "base": (base,), "arm": ()}[per]
+
+
+def held_out(outcome: Outcome) -> float:
+    """The value that a run counts with: the last one of its curve; of a run that diverged the first, its base's.
+
+    Whoever sees a run diverge goes back to the base. How far it had got by then would decide every mean instead.
+    """
+    return outcome.curve[0 if outcome.diverged else -1][1]
+
+
+def choose_rates(
+    tried: Sequence[tuple[Rates, Sequence[Outcome]]], lower_is_better: bool, rates: EvidenceRatesConfig
+) -> Tuned:
+    """The pair with the best mean held-out value at the end of its runs.
+
+    A pair of which a run diverged comes behind every pair of which fewer did; between equals the lower rates win.
+
+    Args:
+        tried: pairs with what came of their runs, the same starts for each.
+        lower_is_better: of the value.
+        rates: of the plan, whose ends are the edges.
+    """
+    sign = 1 if lower_is_better else -1
+    ranked = []
+    for pair, outcomes in tried:
+        diverged = sum(outcome.diverged for outcome in outcomes)
+        mean = sum(held_out(outcome) for outcome in outcomes) / len(outcomes)
+        ranked.append(((diverged, sign * mean, pair), mean, len(outcomes)))
+    (diverged, _, pair), mean, runs = min(ranked)
+    edges = tuple(
+        name
+        for name, value, given in (("full", pair.full, rates.full), ("lora", pair.lora, rates.lora))
+        if value and len(given) > 1 and value in (given[0], given[-1])
+    )
+    return Tuned(pair, mean, diverged, runs, edges)
+
+
+def tuning_draws(plan: EvidencePlanConfig, draws: int) -> range:
+    """The draws of an arm that its rates are chosen by."""
+    return range(min(plan.tuning.draws, draws))

@@ -1,0 +1,445 @@
+"""``hybrid-lora-evidence``: what a plan may hold, which runs follow, that results are kept, and what a report says."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import time
+
+import numpy as np
+import pytest
+import yaml
+
+from hybrid_lora_plugin.cli.evidence import main
+from hybrid_lora_plugin.config_evidence import EvidenceCommandConfig
+from hybrid_lora_plugin.evidence.draws import stratified_draw
+from hybrid_lora_plugin.evidence.intervals import difference, student_quantile
+from hybrid_lora_plugin.evidence.matching import matched_rank, matched_steps, trainable_parameters
+from hybrid_lora_plugin.evidence.protocol import Outcome, Start
+from hybrid_lora_plugin.evidence.stages import run_stages
+from tests.support.analytic_protocol import STOP_AFTER, AnalyticProtocol
+
+PLAN = {
+    "name": "analytic",
+    "protocol": "tests.support.analytic_protocol:AnalyticProtocol",
+    "settings": {"lora_reaches": 0.3},
+    "bases": ["narrow", "wide"],
+    "tasks": ["digits", "sum"],
+    "steps": 20,
+    "rank": 2,
+    "budgets": [0.2],
+    "arms": ["gradient_norm", "gradient_norm:reversed", "hybrid", "only:o", "lora_ffn", "random", "random_stratified",
+             "lora", "lora_matched", "lora_flops", "dora", "full"],
+    "draws": 5,
+    "seeds": {"tune": [100, 101], "compare": [0, 1, 2, 3]},
+    "rates": {"full": [1e-4, 1e-3, 3e-2], "lora": [1e-4, 1e-3, 1e-2]},
+    "primary": [{"arm": "gradient_norm", "against": ["random", "lora_matched"]}],
+    "resamples": 1000,
+}  # fmt: skip
+
+
+def write_plan(file, **changes):
+    file.write_text(yaml.safe_dump(PLAN | changes, sort_keys=False))
+    return file
+
+
+def run(folder, capsys, *options):
+    """Status and texts of the command."""
+    status = main([f"output_dir={folder}", *options])
+    said = capsys.readouterr()
+    return status, said.out, said.err
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """Folder of a finished comparison; tests must not change it."""
+    root = tmp_path_factory.mktemp("evidence")
+    assert main([f"plan={write_plan(root / 'plan.yaml')}", f"output_dir={root / 'out'}"]) == 0
+    return root / "out"
+
+
+@pytest.fixture(scope="module")
+def protocol(tmp_path_factory):
+    return AnalyticProtocol({}, tmp_path_factory.mktemp("protocol"), "cpu", ["narrow"], ["sum"])
+
+
+# -- the plan ---------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"stpes": 3}, "stpes: is no field of a plan; did you mean steps?"),
+        ({"seeds": {"tune": [1], "comapre": [2]}}, "seeds.comapre: is no field of a plan; did you mean"),
+        ({"seeds": [1, 2]}, "seeds: [1, 2] is not usable; give a block with tune:, compare:"),
+        ({"steps": "20"}, "steps: '20' is not usable; give a whole number"),
+        ({"steps": 0}, "steps: 0 is not usable; give a number of optimizer steps, e.g. 200"),
+        ({"steps": True}, "steps: True is not usable; give a whole number"),
+        ({"name": None}, "name: None is not usable; give a text"),
+        ({"name": ""}, "name: not given; write name: TEXT"),
+        ({"bases": "narrow"}, "bases: 'narrow' is not usable; give a list"),
+        ({"bases": ["a", "a"]}, "bases: ['a', 'a'] is not usable; give different names, e.g. [small]"),
+        ({"budgets": [0.1, 1.5]}, "budgets: [0.1, 1.5] is not usable; give different fractions in (0, 1], e.g. [0.1]"),
+        ({"seeds": {"tune": [1, 2], "compare": [2, 3]}}, "seeds.compare: [2] are in seeds.tune too"),
+        ({"rates": {"full": [1e-2, 1e-3], "lora": [1e-3]}}, "rates.full: [0.01, 0.001] are in no order; give"),
+        ({"rates": {"full": [1e-3]}}, "rates.lora: [] is not usable; give different numbers above 0"),
+        ({"arms": ["hybird"]}, "arms: 'hybird' is unknown; did you mean 'hybrid'?"),
+        ({"arms": ["lora_ffn:reversed"]}, "arms: 'lora_ffn:reversed' is unknown"),
+        ({"arms": ["only:k"]}, "arms: 'only:k' is unknown"),
+        ({"arms": ["random", "random"]}, "arms: random is there twice; name each arm once"),
+        ({"arms": [{"name": "x/1", "selection": {"criterion": "hybrid"}}]}, "arms[0].name: 'x/1' is not usable"),
+        ({"arms": [{"name": "x", "selection": {"critreion": "hybrid"}}]}, "arms[0].selection: {'critreion': 'hybrid'}"),
+        ({"arms": [{"name": "x", "kind": "lroa"}]}, "arms[0].kind: 'lroa' is not supported; choose one"),
+        ({"arms": [{"name": "x", "kind": "full", "rank": 2}]}, "arms[0].rank: 2 has no effect with kind: full"),
+        ({"arms": [{"name": "x", "selection": {"criterion": "hybrid", "budget.ratio": 1}}]}, "is not an arm's to say"),
+        ({"selection": {"criterion": "hybrid"}}, "selection.criterion: is each arm's to say; leave it out"),
+        ({"selection": {"probe.warmup_step": 3}}, "did you mean probe.warmup_steps?"),
+        ({"primary": []}, "primary: [] is not usable; give at least one, e.g. [{arm: lookahead"),
+        ({"primary": [{"arm": "hybrid"}]}, "primary[0]: {'arm': 'hybrid'} is not usable; give {arm: lookahead"),
+        ({"primary": [{"arm": "hybrd", "against": ["random"]}]}, "primary[0].arm: 'hybrd' is none of the arms"),
+        ({"match": "lora"}, "match: lora selects no modules; name an arm that does"),
+        ({"without": ["lora"]}, "arms: lora_flops needs lora, whose FLOPs a step it starts from; name it too"),
+        ({"tuning": {"per": "seed"}}, "tuning.per: 'seed' is not supported; choose one of task, base, arm"),
+        ({"protocol": "sftt"}, "protocol: 'sftt' is unknown; did you mean 'sft'?"),
+        ({"protocol": "nowhere:Here"}, "protocol: 'nowhere:Here' cannot be imported (No module named 'nowhere')"),
+        ({"settings": {"reaches": 1}}, "settings.reaches: unknown; give some of lora_reaches, version"),
+        ({"level": 1}, "level: 1.0 is not usable; give a level in [0.5, 1), e.g. 0.95"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_planned_is_one_line(tmp_path, capsys, changes, said):
+    status, _, error = run(tmp_path / "out", capsys, f"plan={write_plan(tmp_path / 'plan.yaml', **changes)}")
+    assert status == 2 and error.startswith("hybrid-lora-evidence: ") and said in error, error
+    assert error.count("\n") == 1 and ("; " in error)
+
+
+def test_a_key_given_twice_and_a_file_that_is_no_yaml_are_refused(tmp_path, capsys):
+    for text, said in (("name: a\nname: b\n", "is no YAML"), ("[1, 2]", "holds [1, 2]"), ("a: [", "is no YAML")):
+        (tmp_path / "plan.yaml").write_text(text)
+        status, _, error = run(tmp_path / "out", capsys, f"plan={tmp_path / 'plan.yaml'}")
+        assert status == 2 and said in error
+    assert run(tmp_path / "out", capsys, "plan=nowhere.yaml")[0] == 2
+    assert "write plan=FILE.yaml" in run(tmp_path / "out", capsys)[2]
+
+
+def test_all_arms_are_every_criterion_in_both_directions_with_the_controls(tmp_path, capsys):
+    from hybrid_lora_plugin.config_selection import CRITERIA, NAMING
+
+    plan = write_plan(tmp_path / "plan.yaml", arms=["all"], without=["snip", "only:q"])
+    for stage in ("prepare", "cost"):
+        status, said, _ = run(tmp_path / "out", capsys, f"plan={plan}", f"stage={stage}")
+        assert status == 0
+    arms = said.splitlines()[0].partition(": ")[2].split(", ")
+    scored = set(CRITERIA) - {*NAMING, "spread", "random", "random_stratified", "trial", "snip"}
+    assert {"hybrid", "gradient_norm"} <= scored <= set(arms)
+    assert {f"{name}:reversed" for name in scored | {"snip"}} <= set(arms) and "snip" not in arms
+    assert {"only:o", "only:up", "only:down", "lora_ffn", "random", "random_stratified"} <= set(arms)
+    assert {"lora", "lora_matched", "lora_flops", "dora", "full"} <= set(arms) and "only:q" not in arms
+
+
+# -- draws and matching -----------------------------------------------------------------------------------------------
+
+
+def test_a_stratified_draw_takes_types_and_depths_in_turn(protocol):
+    candidates = protocol.candidates("narrow")
+    budget = sum(one.parameters for one in candidates)
+    drawn = [stratified_draw(candidates, 0.25, seed) for seed in range(40)]
+    assert len({tuple(names) for names in drawn}) > 30 and drawn[3] == stratified_draw(candidates, 0.25, 3)
+    by_name = {one.name: one for one in candidates}
+    for names in drawn:
+        chosen = [by_name[name] for name in names]
+        assert 0.2 * budget < sum(one.parameters for one in chosen) <= 0.25 * budget
+        # Six or seven modules of four types: each type once or twice, unless what is left fits the small ones only.
+        assert {one.type for one in chosen} == {"q_proj", "o_proj", "up_proj", "down_proj"}
+        for type_ in ("up_proj", "down_proj"):
+            thirds = [one.layer // 2 for one in chosen if one.type == type_]
+            assert len(set(thirds)) == len(thirds)
+
+
+def test_matched_lora_is_the_largest_that_does_not_pass(protocol):
+    candidates = protocol.candidates("narrow")
+    full = [one.name for one in candidates][:5]
+    wanted = trainable_parameters(candidates, full, 2)
+    found = matched_rank(candidates, [full], 2)
+    assert found.wanted == wanted
+    assert trainable_parameters(candidates, [], found.rank) == found.parameters <= wanted
+    assert trainable_parameters(candidates, [], found.rank + 1) > wanted
+    assert matched_rank(candidates, [[]], 1).rank == 1
+    assert matched_steps(200, 4.0, 4.2) == 210 and matched_steps(3, 4.0, 0.1) == 1
+
+
+# -- intervals --------------------------------------------------------------------------------------------------------
+
+
+def test_student_quantiles_are_those_of_the_tables():
+    for freedom, quantile in ((1, 12.7062047), (2, 4.3026527), (3, 3.1824463), (7, 2.3646243), (30, 2.0422725)):
+        assert student_quantile(0.975, freedom) == pytest.approx(quantile, abs=1e-6)
+    assert student_quantile(0.995, 4) == pytest.approx(4.6040949, abs=1e-6)
+
+
+def test_an_interval_covers_as_often_as_it_says():
+    stream, hits = np.random.default_rng(7), 0
+    for _ in range(2000):
+        found = difference(stream.normal(1.0, 2.0, size=(8, 1)).tolist(), True, 0.95, 2000)
+        hits += found.low <= 1.0 <= found.high
+    assert 0.93 < hits / 2000 < 0.97
+
+
+def test_verdicts_name_the_side_and_need_the_whole_interval():
+    better = [[-1.0, -1.2], [-0.9, -1.1], [-1.1, -1.0], [-1.0, -0.8]]
+    found = difference(better, True, 0.95, 1000)
+    assert (found.verdict, found.better, found.starts, found.seeds) == ("supported", 8, 8, 4)
+    assert difference(better, False, 0.95, 1000).verdict == "contradicted"
+    assert difference([[-1.0], [1.2]], True, 0.95, 1000).verdict == "not distinguished"
+    alone = difference([[-1.0, -1.0]], True, 0.95, 1000)
+    assert (alone.low, alone.verdict) == (None, "not distinguished")
+    # Of three seeds it is the range.
+    three = difference([[-1.0], [-2.0], [-3.0]], True, 0.95, 10_000)
+    assert (three.low, three.high) == (-3.0, -1.0)
+
+
+# -- stages -----------------------------------------------------------------------------------------------------------
+
+
+def lines_of(folder, name="runs.jsonl"):
+    return [json.loads(line) for line in (folder / name).read_text().splitlines()]
+
+
+def test_stages_are_in_order_and_say_what_is_missing(tmp_path, capsys):
+    plan, folder = write_plan(tmp_path / "plan.yaml"), tmp_path / "out"
+    assert run(folder, capsys, f"plan={plan}", "stage=tune")[2].endswith("run stage=prepare first\n")
+    assert run(folder, capsys, "stage=choose")[0] == 0
+    for stage, said in (
+        ("tune", "run stage=choose first"),
+        ("freeze", "run stage=choose first"),
+        ("compare", "run stage=choose first"),
+    ):
+        fresh = tmp_path / f"fresh-{stage}"
+        assert run(fresh, capsys, f"plan={plan}", "stage=prepare")[0] == 0
+        status, _, error = run(fresh, capsys, f"stage={stage}")
+        assert status == 2 and said in error
+    assert run(folder, capsys, "stage=freeze")[2].endswith("run stage=tune first\n")
+    assert run(folder, capsys, "stage=tune")[0] == 0
+    assert run(folder, capsys, "stage=compare")[2].endswith("run stage=freeze first\n")
+    assert run(folder, capsys, "stage=report")[2].endswith("run stage=freeze first\n")
+    assert run(folder, capsys, "stage=freeze")[0] == 0
+    assert run(folder, capsys, "stage=report")[2].endswith("run stage=compare\n")
+
+
+def test_the_report_is_made_again_bit_for_bit_and_so_is_the_study(finished, tmp_path, capsys):
+    names = ["report.md", "report.json", "forest.png", "curves.png", "picks-narrow.png", "picks-wide.png"]
+    again = tmp_path / "again"
+    shutil.copytree(finished, again)
+    for name in names:
+        (again / name).unlink()
+    # Raw results in another order are the same results.
+    lines = (again / "runs.jsonl").read_text().splitlines(keepends=True)
+    (again / "runs.jsonl").write_text("".join(reversed(lines)))
+    assert run(again, capsys, "stage=report")[0] == 0
+    anew = tmp_path / "anew"
+    assert run(anew, capsys, f"plan={finished / 'plan.yaml'}", "workers=2")[0] == 0
+    for folder in (again, anew):
+        assert [name for name in names if (folder / name).read_bytes() != (finished / name).read_bytes()] == []
+
+
+def test_what_was_interrupted_goes_on_and_what_was_half_written_is_done_again(finished, tmp_path, capsys, monkeypatch):
+    folder = tmp_path / "out"
+    monkeypatch.setenv(STOP_AFTER, "100")
+    status, _, error = run(folder, capsys, f"plan={finished / 'plan.yaml'}")
+    assert status == 130 and "what is done is kept in" in error and "to continue, run: hybrid-lora-evidence" in error
+    assert len(lines_of(folder)) == 100
+    with (folder / "runs.jsonl").open("a") as stream:
+        stream.write('{"base":"narrow","ta')
+    monkeypatch.setenv(STOP_AFTER, "-1")
+    assert run(folder, capsys)[0] == 0
+    assert (folder / "report.md").read_bytes() == (finished / "report.md").read_bytes()
+    assert len(lines_of(folder)) == len(lines_of(finished))
+
+
+def test_nothing_is_run_twice_and_arms_that_choose_alike_share_a_run(finished):
+    lines = lines_of(finished)
+    keys = [json.dumps({k: v for k, v in line.items() if k not in ("arm", "outcome")}) for line in lines]
+    assert len(set(keys)) == len(keys)
+    # Steps and weights of the run, not the arm's name, are what it is known by: full fine-tuning at three rates.
+    full = [line for line in lines if line["arm"] == "full" and line["seed"] == 100]
+    assert len(full) == 2 * 2 * 3 and {line["lora_lr"] for line in full} == {0.0}
+
+
+def test_a_changed_plan_is_refused_by_what_changed(finished, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    for changes, said in (
+        ({"seeds": {"tune": [100, 101], "compare": [0, 1, 2, 3, 4]}}, "seeds.compare: is [0, 1, 2, 3, 4] and was"),
+        ({"rank": 3}, "rank: is 3 and was 2 when the comparison was frozen; put it back, or give another output_dir"),
+        ({"settings": {}}, "settings.lora_reaches: is null and was 0.3 when"),
+        ({"primary": [{"arm": "hybrid", "against": ["random"]}]}, "primary: is [{"),
+    ):  # fmt: skip
+        status, _, error = run(folder, capsys, f"plan={write_plan(tmp_path / 'plan.yaml', **changes)}")
+        assert status == 2 and said in error, error
+    assert (folder / "plan.yaml").read_bytes() == (finished / "plan.yaml").read_bytes()
+
+
+def test_another_machine_edited_results_and_a_late_plan_are_refused(finished, tmp_path, capsys):
+    folder = tmp_path / "device"
+    shutil.copytree(finished, folder)
+    lines = (folder / "runs.jsonl").read_text().splitlines(keepends=True)
+    (folder / "runs.jsonl").write_text("".join(lines[:-3]))
+    status, _, error = run(folder, capsys, "stage=compare", "device=cuda")
+    assert status == 2 and "identity: device: is 'cuda' and was 'cpu' when results were made" in error
+    frozen = folder / "frozen.json"
+    frozen.write_text(frozen.read_text().replace('"resamples": 1000', '"resamples": 2000'))
+    assert "is not what its digest" in run(folder, capsys, "stage=report")[2]
+    frozen.unlink()
+    assert "has runs of seeds [0, 1, 2, 3] already" in run(folder, capsys, "stage=freeze")[2]
+    # A value that was changed by hand moves the rates, which are frozen.
+    edited = tmp_path / "edited"
+    shutil.copytree(finished, edited)
+    changed = [json.loads(line) for line in lines]
+    for line in changed:
+        if line["arm"] == "full" and line["full_lr"] == 1e-4:
+            line["outcome"]["curve"][-1][1] = 0.0
+    (edited / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in changed))
+    status, _, error = run(edited, capsys, "stage=report")
+    assert status == 2 and "rates.full." in error and "when the comparison was frozen" in error
+
+
+def test_two_processes_do_not_write_to_one_folder(finished, tmp_path, capsys):
+    import fcntl
+
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    with (folder / ".lock").open("w") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        assert "another process is at work" in run(folder, capsys, "stage=report")[2]
+
+
+def test_seeds_that_are_complete_are_reported_and_the_others_named(finished, tmp_path, capsys):
+    folder = tmp_path / "out"
+    shutil.copytree(finished, folder)
+    lines = [line for line in lines_of(folder) if not (line["seed"] == 3 and line["arm"] == "dora")]
+    (folder / "runs.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    assert run(folder, capsys, "stage=report")[0] == 0
+    assert (
+        "**INCOMPLETE**: of seeds [3] runs are missing; this is what seeds [0, 1, 2] say."
+        in (folder / "report.md").read_text()
+    )
+
+
+# -- what the report says ---------------------------------------------------------------------------------------------
+
+
+def test_the_table_is_what_the_runs_say(finished):
+    report, runs = json.loads((finished / "report.json").read_text()), lines_of(finished)
+    frozen = json.loads((finished / "frozen.json").read_text())
+    # Full fine-tuning by hand: at its own rate, the last value of each curve.
+    rows = {row["arm"]: row for row in report["pooled"]}
+    values = {}
+    for line in runs:
+        chosen = frozen["rates"]["full"][f"{line['base']}/{line['task']}"]["full"]
+        if line["arm"] == "full" and line["seed"] < 100 and line["full_lr"] == chosen:
+            values[line["base"], line["task"], line["seed"]] = line["outcome"]["curve"][-1][1]
+    assert len(values) == 2 * 2 * 4
+    assert rows["full"]["mean"] == pytest.approx(np.mean(list(values.values())))
+    assert rows["full"]["median"] == pytest.approx(np.median(list(values.values())))
+    within = [np.var([values[b, t, s] for s in range(4)], ddof=1) for b in PLAN["bases"] for t in PLAN["tasks"]]
+    assert rows["full"]["sd"] == pytest.approx(np.mean(within) ** 0.5)
+    # A random arm is the mean over its draws, and its difference to itself is not in the table.
+    draws = [
+        line["outcome"]["curve"][-1][1]
+        for line in runs
+        if line["arm"].startswith("random/") and line["seed"] == 0 and (line["base"], line["task"]) == ("wide", "sum")
+    ]
+    assert len(draws) == 5
+    assert report["values"]["random"]["wide / sum / 0"] == pytest.approx(np.mean(draws))
+    assert rows["random"]["against_random"] is None and rows["random"]["runs"] == 5 * 16
+    by_hand = [report["values"]["full"][start] - value for start, value in report["values"]["random"].items()]
+    assert rows["full"]["against_random"]["mean"] == pytest.approx(np.mean(by_hand))
+    assert rows["full"]["against_random"]["better"] == sum(value < 0 for value in by_hand)
+
+
+def test_the_best_selection_is_supported_and_the_reversed_one_contradicted(finished):
+    report = json.loads((finished / "report.json").read_text())
+    assert [one["pooled"]["verdict"] for one in report["primary"]] == ["supported", "supported"]
+    assert report["primary"][0]["pooled"]["level"] == pytest.approx(0.975)
+    rows = {row["arm"]: row["against_random"] for row in report["pooled"]}
+    assert rows["gradient_norm:reversed"]["verdict"] == "contradicted"
+    text = (finished / "report.md").read_text()
+    assert text.startswith("# analytic\n\n**There is a gap**")
+    assert "- **supported**: `gradient_norm` is better than `random`: −" in text
+    digest = json.loads((finished / "frozen.json").read_text())["sha256"]
+    assert text.count(digest) == 2 and (finished / "plan.yaml").read_text().strip() in text
+    # The highest rate of full weights is past 2 / c, so it diverges and is not chosen.
+    assert "| full | 0.001 / – |" in text and "0.03 /" not in text
+
+
+def test_without_a_gap_the_report_opens_with_it_and_marks_the_verdicts(tmp_path, capsys):
+    plan = write_plan(tmp_path / "plan.yaml", settings={"lora_reaches": 1.0}, tasks=["sum"], bases=["narrow"])
+    assert run(tmp_path / "out", capsys, f"plan={plan}")[0] == 0
+    text = (tmp_path / "out/report.md").read_text()
+    opening, verdict = text.splitlines()[2], next(line for line in text.splitlines() if line.startswith("- **"))
+    assert opening.startswith("**There is no gap**") and "no selection of modules can be expected to help" in opening
+    assert "°" in verdict and "### narrow / sum °" not in text
+
+
+def test_runs_that_diverge_count_with_their_base_and_are_told(tmp_path, capsys):
+    plan = write_plan(
+        tmp_path / "plan.yaml", rates={"full": [3e-2], "lora": [1e-3]}, tasks=["sum"], bases=["narrow"],
+        arms=["gradient_norm", "random", "lora", "full"], primary=[{"arm": "gradient_norm", "against": ["random"]}],
+    )  # fmt: skip
+    assert run(tmp_path / "out", capsys, f"plan={plan}")[0] == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    (full,) = (row for row in report["pooled"] if row["arm"] == "full")
+    assert full["diverged"] == full["runs"] == 4
+    (start,) = (line for line in lines_of(tmp_path / "out") if line["arm"] == "full" and line["seed"] == 0)
+    assert report["values"]["full"]["narrow / sum / 0"] == start["outcome"]["curve"][0][1]
+    text = (tmp_path / "out/report.md").read_text()
+    assert "Diverged: " in text and "full 4" in text and "(2 of 2 diverged)" in text
+
+
+def test_several_budgets_are_compared_each_with_its_own_random(tmp_path, capsys):
+    plan = write_plan(
+        tmp_path / "plan.yaml", budgets=[0.1, 0.4], tasks=["sum"], bases=["narrow"],
+        arms=["gradient_norm", "random", "lora", "lora_matched", "full"],
+    )  # fmt: skip
+    assert run(tmp_path / "out", capsys, f"plan={plan}")[0] == 0
+    report = json.loads((tmp_path / "out/report.json").read_text())
+    assert [(one["arm"], one["against"]) for one in report["primary"]] == [
+        (f"gradient_norm@{budget}", f"{other}@{budget}")
+        for budget in (0.1, 0.4)
+        for other in ("random", "lora_matched")
+    ]
+    frozen = json.loads((tmp_path / "out/frozen.json").read_text())
+    ranks = {name: by_base["narrow"]["rank"] for name, by_base in frozen["matched_ranks"].items()}
+    assert 1 <= ranks["lora_matched@0.1"] < ranks["lora_matched@0.4"]
+
+
+def test_an_arm_of_your_own_takes_its_options(tmp_path, capsys):
+    own = {"name": "short", "rank": 3, "selection": {"criterion": "hybrid", "probe.warmup_steps": 5}}
+    plan = write_plan(
+        tmp_path / "plan.yaml", arms=[own, {"name": "lora8", "kind": "lora", "rank": 8}, "random"], tasks=["sum"],
+        bases=["narrow"], primary=[{"arm": "short", "against": ["lora8"]}],
+    )  # fmt: skip
+    assert run(tmp_path / "out", capsys, f"plan={plan}")[0] == 0
+    lines = lines_of(tmp_path / "out")
+    assert {line["rank"] for line in lines if line["arm"] == "short"} == {3}
+    assert {line["rank"] for line in lines if line["arm"] == "lora8"} == {8}
+    assert "Nobody looked for a gap" in (tmp_path / "out/report.md").read_text()
+
+
+def test_a_value_that_is_no_number_ends_the_curve(tmp_path):
+    from hybrid_lora_plugin.evidence.protocol import Choice, Run
+    from hybrid_lora_plugin.evidence.results import RunResults
+
+    run_, results = Run("lora", Start("b", "t", 0), Choice((), 2), 0.0, 1e-3, 4), RunResults(tmp_path)
+    results.keep(run_, Outcome(((0, 1.0), (2, float("nan")), (4, 0.5)), {"x": float("inf")}, 10, 1.0))
+    results.close()
+    kept = RunResults(tmp_path).get(run_)
+    assert (kept.curve, kept.diverged, kept.measures) == (((0, 1.0),), True, {"x": None})
+
+
+def test_a_report_on_thousands_of_runs_takes_seconds(tmp_path):
+    plan = write_plan(tmp_path / "plan.yaml", arms=["all"], seeds={"tune": [100, 101], "compare": list(range(8))})
+    run_stages(EvidenceCommandConfig(plan=str(plan), output_dir=str(tmp_path / "out")))
+    assert len(lines_of(tmp_path / "out")) > 3000
+    begun = time.process_time()
+    run_stages(EvidenceCommandConfig(output_dir=str(tmp_path / "out"), stage="report"))
+    assert time.process_time() - begun < 20
