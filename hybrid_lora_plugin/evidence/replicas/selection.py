@@ -20,6 +20,7 @@ from hybrid_lora_plugin.errors import AllocationError, ConfigurationError
 from hybrid_lora_plugin.evidence.protocol import Arm
 from hybrid_lora_plugin.probing.distributed import Ranks
 from hybrid_lora_plugin.probing.forward import IGNORED, Batch, Passes
+from hybrid_lora_plugin.probing.method import warmup_steps
 from hybrid_lora_plugin.probing.runner import METHODS
 from hybrid_lora_plugin.scoring import Measured, get_criterion, score_modules
 
@@ -100,7 +101,8 @@ class Probes:
         criterion = get_criterion(config.criterion)
         if criterion.method is None:
             return {}
-        held = self._measured.setdefault((criterion.method, repr(config.probe)), {})
+        settings = repr((warmup_steps(config), config.probe))
+        held = self._measured.setdefault((criterion.method, settings), {})
         if any(need not in held for need in criterion.needs):
             # A method may measure something for one criterion alone; what it measures besides is the same again.
             held |= self._probe(config, criterion.method)
@@ -117,12 +119,13 @@ class Probes:
         while method.step < method.warmup_steps:
             method.warm_up(self._warmup(method.step, size), self._validation(method.step % batches, size))
         method.finish_warmup()
+        method.begin_scoring(lambda number: self._validation(number, size))
         rows: dict[str, list[Tensor]] = {}
         for row in range(method.rows):
             measured, _ = method.score(row, self._validation(row // per_batch, size))
             for key, values in measured.items():
                 rows.setdefault(key, []).append(values)
-        return {key: torch.stack(values) for key, values in rows.items()} | method.results()
+        return method.measurements({key: torch.stack(values) for key, values in rows.items()}) | method.results()
 
     def choose(self, arm: Arm, probe: ProbeConfig, rank: int, seed: int) -> tuple[str, ...]:
         """The modules that an arm tunes fully, in the model's order.
