@@ -29,7 +29,7 @@ from hybrid_lora_plugin.config_checkpoint import SAVES, BestCheckpointConfig, Ch
 from hybrid_lora_plugin.config_data import DATA_FORMATS, DATA_SETS, DataCommandConfig
 from hybrid_lora_plugin.config_evaluation import EvaluateCommandConfig
 from hybrid_lora_plugin.config_field import Bound, above, at_least, documented
-from hybrid_lora_plugin.config_probe import AdaLoraConfig, AutoLoraConfig, LookaheadConfig, ProbeConfig
+from hybrid_lora_plugin.config_probe import AUTO, AdaLoraConfig, AutoLoraConfig, LookaheadConfig, ProbeConfig
 from hybrid_lora_plugin.config_selection import (
     BUDGET_AMOUNTS,
     CRITERIA,
@@ -43,6 +43,7 @@ from hybrid_lora_plugin.config_selection import (
 from hybrid_lora_plugin.config_sync import ROUNDINGS, SYNC_MODES, SyncConfig
 
 __all__ = [
+    "AUTO",
     "BUDGET_AMOUNTS",
     "CRITERIA",
     "DATA_FORMATS",

@@ -11,8 +11,7 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from hybrid_lora_plugin.config import BUDGET_AMOUNTS, BudgetConfig, ProbeConfig
-from hybrid_lora_plugin.config_probe import AUTO
+from hybrid_lora_plugin.config import AUTO, BUDGET_AMOUNTS, BudgetConfig, ProbeConfig
 from hybrid_lora_plugin.errors import ConfigurationError
 
 Require = Callable[[bool, str, str], None]

@@ -78,11 +78,11 @@ class ProbeMethod(abc.ABC):
             ProbeError: nothing was learned, or something is not finite.
         """
 
-    def begin_scoring(self, validation_batch: Callable[[int], Batch]) -> None:  # noqa: B027
-        """Called once before the first ``score`` of a process; ``validation_batch`` gives each batch by its number."""
-
     def prepare_scoring(self) -> None:  # noqa: B027
         """Get ready to score, between two steps of the warm-up or after it; what it asks no gradient of is restored."""
+
+    def begin_scoring(self, validation_batch: Callable[[int], Batch]) -> None:  # noqa: B027
+        """Called once before the first ``score`` of a process; ``validation_batch`` gives each batch by its number."""
 
     def score(self, row: int, batch: Batch) -> tuple[dict[str, Tensor], float]:
         """Row ``row`` of each per-batch measurement: name -> ``[M]`` float64 on the CPU, and the loss to show.

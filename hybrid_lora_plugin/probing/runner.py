@@ -24,8 +24,7 @@ from hybrid_lora_plugin.allocation.select import select_modules
 from hybrid_lora_plugin.allocation.storage import refuse_existing
 from hybrid_lora_plugin.base_identity import weights_identity
 from hybrid_lora_plugin.candidates import Candidate, architecture_of, find_candidates, meta_model
-from hybrid_lora_plugin.config import BudgetConfig, ProbeCommandConfig
-from hybrid_lora_plugin.config_probe import AUTO
+from hybrid_lora_plugin.config import AUTO, BudgetConfig, ProbeCommandConfig
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.linear_account import account_text
@@ -316,14 +315,13 @@ class _Probe:
 
         def measure() -> list[int]:
             with scoring_within_warmup(self.method, self.config.criterion):
-                self.method.begin_scoring(self.data.validation_batch)
                 rows: dict[str, list[Tensor]] = {}
                 for row in range(probe.warmup_check_partitions if self.method.rows else 0):
                     batch = self.data.validation_batch(row // probe.partitions_per_batch)
                     for name, values in self.method.score(row, batch)[0].items():
                         rows.setdefault(name, []).append(values)
-                measured = self.method.measurements({name: torch.stack(values) for name, values in rows.items()})
-                measured |= self.method.results()
+                stacked = {name: torch.stack(values) for name, values in rows.items()}
+                measured = self.method.measurements(stacked) | self.method.results()
             # One decides for all: a last bit must not send the ranks different ways.
             return self.ranks.from_first(lambda: chosen_modules(self.config, self.candidates, measured))
 
@@ -343,18 +341,19 @@ class _Probe:
             self.found["partitions"] = self.config.probe.most_partitions
             return once
         done, rows = self.ranks.from_first(lambda: self.state.load_scores())
-        self.method.begin_scoring(self.data.validation_batch)
         settled = None
         if self.config.probe.partitions == AUTO:
-            settled = SettledScores(self.config, self.candidates, rows, once, self.method.measurements)
+            settled = SettledScores(
+                self.config, self.candidates, rows, lambda stacked: self.method.measurements(stacked) | once
+            )
+        self.method.begin_scoring(self.data.validation_batch)
         self.progress.stage("scoring", self.method.rows, done)
         save = self._saver(stop, lambda: self.state.save_scores(done, rows))
 
         def over() -> bool:
             # One decides for all, as in the warm-up.
-            return done >= self.method.rows or (
-                settled is not None and self.ranks.from_first(lambda: settled.settled(done))
-            )
+            enough = settled is not None and settled.settled(done)
+            return done >= self.method.rows or self.ranks.from_first(lambda: enough)
 
         finished = over()
         while not finished:
@@ -373,7 +372,7 @@ class _Probe:
             save(finished=finished)
         self.found["partitions"] = done
         if settled is not None:
-            self.found["partitions_auto"] = self.ranks.from_first(lambda: settled.record(done))
+            self.found["partitions_auto"] = settled.record(done)
         return self.method.measurements({name: torch.stack(values) for name, values in rows.items()}) | once
 
     def _saver(self, stop: StopRequest, save: Callable[[], None]) -> Callable[[bool], None]:

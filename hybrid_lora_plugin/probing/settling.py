@@ -19,8 +19,7 @@ from hybrid_lora_plugin.allocation.schema import AutoStop
 from hybrid_lora_plugin.allocation.stability import bootstrap, is_decided
 from hybrid_lora_plugin.allocation.stopping import LIMIT, SETTLED
 from hybrid_lora_plugin.candidates import Candidate
-from hybrid_lora_plugin.config import ProbeCommandConfig
-from hybrid_lora_plugin.config_probe import AUTO
+from hybrid_lora_plugin.config import AUTO, ProbeCommandConfig
 from hybrid_lora_plugin.errors import ConfigurationError, ProbeError
 from hybrid_lora_plugin.probing.method import ProbeMethod
 from hybrid_lora_plugin.scoring import Measured, get_criterion, score_modules
@@ -60,6 +59,11 @@ def check_auto(config: ProbeCommandConfig) -> None:
         raise ProbeError(
             "probe.warmup_steps: 'auto' leaves AdaLoRA's pruning without a schedule, which is a share of the steps; "
             "give a number, e.g. 500"
+        )
+    if config.probe.warmup_steps == AUTO and criterion.method == "lookahead":
+        raise ProbeError(
+            "probe.warmup_steps: 'auto' is not possible with criterion 'lookahead', of which one look costs as much as "
+            "all its scores; give a number, e.g. 500, or settle it with criterion=hybrid first"
         )
 
 
@@ -174,20 +178,17 @@ class SettledScores:
         config: ProbeCommandConfig,
         candidates: Sequence[Candidate],
         rows: Mapping[str, list[Tensor]],
-        once: Mapping[str, Tensor],
-        measurements: Callable[[dict[str, Tensor]], dict[str, Tensor]],
+        measured: Callable[[dict[str, Tensor]], Mapping[str, Tensor]],
     ) -> None:
         """Of a probe whose warm-up is over.
 
         Args:
             config: of the probe.
             candidates: the M candidates.
-            rows: what each partition gave by name, a list of ``[M, ...]``; grows while the probe goes on.
-            once: measurements ``[M]``, which do not change any more.
-            measurements: makes ``[T, M]`` of what rows give, as ``ProbeMethod.measurements``.
+            rows: what was measured so far by name, a list of ``[M, ...]``; grows while the probe goes on.
+            measured: makes all that is measured, ``[T, M]`` or ``[M]`` by name, of some of them, ``[T, M, ...]``.
         """
-        self._config, self._candidates, self._rows, self._once = config, candidates, rows, once
-        self._measurements = measurements
+        self._config, self._candidates, self._rows, self._measured = config, candidates, rows, measured
         self._shares: list[float] = []
 
     def share(self, done: int) -> float | None:
@@ -216,10 +217,10 @@ class SettledScores:
         config = self._config
         batches = math.ceil(partitions / config.probe.partitions_per_batch)
         # What is measured once a batch has fewer rows than there are partitions.
-        measured = {
+        stacked = {
             name: torch.stack(rows[: partitions if len(rows) == done else batches]) for name, rows in self._rows.items()
         }
-        measured = self._measurements(measured) | self._once
+        measured = self._measured(stacked)
         criterion = get_criterion(config.criterion)
         direction = criterion.direction if config.direction == "auto" else config.direction
         record = bootstrap(config, self._candidates, measured, direction, config.lora.rank)

@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 
-from hybrid_lora_plugin.config import ProbeConfig
-from hybrid_lora_plugin.config_probe import AUTO
+from hybrid_lora_plugin.config import AUTO, ProbeConfig
 from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.probing.data.findings import count_of
 from hybrid_lora_plugin.probing.data.layout import Layout

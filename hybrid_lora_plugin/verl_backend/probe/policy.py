@@ -20,8 +20,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE
-from hybrid_lora_plugin.config import HybridLoraConfig
-from hybrid_lora_plugin.config_probe import AUTO
+from hybrid_lora_plugin.config import AUTO, HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.probing.resume import PartialState
 from hybrid_lora_plugin.scoring import get_criterion

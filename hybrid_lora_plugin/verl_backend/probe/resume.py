@@ -13,6 +13,7 @@ from hybrid_lora_plugin.allocation.budget_modes import BudgetRecord, budget_mode
 from hybrid_lora_plugin.allocation.schema import Allocation, AutoStop
 from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE, load_allocation
 from hybrid_lora_plugin.config import (
+    AUTO,
     BUDGET_AMOUNTS,
     BudgetConfig,
     ControlConfig,
@@ -22,7 +23,6 @@ from hybrid_lora_plugin.config import (
     ProbeConfig,
     SelectionConfig,
 )
-from hybrid_lora_plugin.config_probe import AUTO
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.probing.data.files import hub_split, is_there
 from hybrid_lora_plugin.probing.data.rows import file_digests
