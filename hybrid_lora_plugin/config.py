@@ -21,6 +21,7 @@ generated from or checked against these files, so a field is documented there an
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 
@@ -101,6 +102,16 @@ class AdapterConfig:
     )
 
 
+def _are_factors(entries: list[str]) -> bool:
+    """Whether each entry is ``type:factor``, no type twice."""
+    parts = [re.fullmatch(r"([A-Za-z]\w*):([0-9.]+(?:[eE][+-]?\d+)?)", entry) for entry in entries]
+    try:
+        usable = all(part and 0 < float(part[2]) < math.inf for part in parts)
+    except ValueError:
+        return False
+    return usable and len({part[1] for part in parts}) == len(parts)
+
+
 @dataclass
 class TrainedAdapterConfig(AdapterConfig):
     """The LoRA adapters of a verl run."""
@@ -165,6 +176,21 @@ class TrainingConfig(SelectionConfig):
         source="paper §4.3",
         unit="per step",
         bound=above(0, "a learning rate above 0, e.g. 1e-6"),
+    )
+    full_lr_factors: list[str] = documented(
+        [],
+        "Factors on the rate of fully tuned modules by type, the last part of a module's name, e.g. "
+        "`[q_proj:0.1,k_proj:0.1]`; 1 for every other.",
+        source="own choice: the paper has one rate",
+        bound=Bound(_are_factors, "each type of module once, with a factor above 0, e.g. [q_proj:0.1,k_proj:0.1]"),
+    )
+    full_warmup_steps: int = documented(
+        0,
+        "Steps over which the rate of the fully tuned modules rises linearly, on top of verl's own warm-up and "
+        "schedule, which act on both rates.",
+        source="own choice: the paper has none",
+        unit="training steps",
+        bound=at_least(0, "0 steps or more"),
     )
     lora: TrainedAdapterConfig = documented(TrainedAdapterConfig, "LoRA adapters.", source="paper §4.3")
     frozen_dtype: str = documented(

@@ -1,5 +1,6 @@
 """``hybrid-lora-probe`` under torchrun: FSDP2 over gloo ranks gives the allocation of a single process."""
 
+import dataclasses
 import os
 import signal
 import subprocess
@@ -72,6 +73,8 @@ def alone(tiny_qwen2, rows, tmp_path_factory):
 def assert_same(folder, alone):
     got, want = load_allocation(folder), load_allocation(alone)
     assert got.full_names == want.full_names and got.lora_names == want.lora_names
+    learned, alone_learned = (dataclasses.asdict(allocation.probe.held_out) for allocation in (got, want))
+    assert learned == pytest.approx(alone_learned, rel=1e-5) and learned["after"] < learned["before"]
     for module, other in zip(got.modules, want.modules, strict=True):
         assert module.score == pytest.approx(other.score, rel=1e-5), module.name
     measured = load_file(folder / "sensitivities.safetensors")

@@ -20,7 +20,7 @@ from hybrid_lora_plugin.evidence.protocol import Arm, Choice, Run, Start
 from hybrid_lora_plugin.evidence.replicas import SftProtocol
 from hybrid_lora_plugin.evidence.replicas.base import answer_logits, random_base
 from hybrid_lora_plugin.evidence.replicas.flops import trainable_parameters
-from hybrid_lora_plugin.evidence.replicas.forward import SharedParts, answer_losses
+from hybrid_lora_plugin.evidence.replicas.forward import SharedParts, answer_log_probs
 from hybrid_lora_plugin.evidence.replicas.settings import ReplicaSettings, read_settings
 from hybrid_lora_plugin.evidence.replicas.tasks import TASKS, Layout, Problems, renaming
 from hybrid_lora_plugin.evidence.replicas.updates import BETAS, EPSILON, Replicas, adapter_init
@@ -141,7 +141,8 @@ def test_a_replica_is_the_model_that_is_trained_alone(kind, base, problems):
     losses = []
     for step in range(STEPS):
         batch = data[:, step].long()
-        loss = answer_losses(shared.logits(replicas.weights(), batch[..., :-1], 3), batch[..., -3:])
+        logits_of = shared.logits(replicas.weights(), batch[..., :-1], 3)
+        loss = -answer_log_probs(logits_of, batch[..., -3:]).mean(dim=(1, 2))
         replicas.step(loss)
         losses.append(loss[1].item())
     assert losses == pytest.approx(expected, rel=1e-10)

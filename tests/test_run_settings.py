@@ -83,6 +83,14 @@ def test_the_rate_of_a_dense_command_stays_that_of_full_modules(hydra):
     assert (hybrid.full_lr, hybrid.lora.lr) == (5e-8, 1.25e-6), "what workers get"
 
 
+def test_what_acts_on_full_modules_alone_is_said_with_the_rates():
+    given = ("hybrid_lora.full_lr_factors=[q_proj:0.1,k_proj:0.5]", "hybrid_lora.full_warmup_steps=20")
+    (line,) = settle(config := composed(DENSE, ON, *given))
+    assert line.endswith("; of full modules q_proj:0.1, k_proj:0.5; full modules warmed up over 20 steps")
+    hybrid = config.actor_rollout_ref.model.lora.hybrid
+    assert list(hybrid.full_lr_factors) == ["q_proj:0.1", "k_proj:0.5"] and hybrid.full_warmup_steps == 20
+
+
 @pytest.mark.parametrize("hydra", [True, False], ids=["by main_ppo", "by compose"])
 def test_the_rate_of_a_lora_command_stays_that_of_lora_and_so_do_rank_and_alpha(hydra):
     config = composed(LORA_RANK, f"{ACTOR}.optim.lr=2e-5", ON, hydra=hydra)

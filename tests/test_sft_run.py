@@ -17,7 +17,7 @@ from transformers import AutoModelForCausalLM  # noqa: E402
 from hybrid_lora_plugin import load_allocation  # noqa: E402
 from hybrid_lora_plugin.cli.export import main as export_command  # noqa: E402
 from tests.support.tiny_models import make_tiny_qwen2, sums, write_jsonl  # noqa: E402
-from tests.support.verl_processes import torchrun  # noqa: E402
+from tests.support.verl_processes import ranks, torchrun  # noqa: E402
 
 pytestmark = [pytest.mark.verl, pytest.mark.ranks]
 
@@ -35,11 +35,11 @@ class Trainer:
         pandas.DataFrame(sums(STEPS * BATCH)).to_parquet(folder / "rows.parquet")
         self.probe_rows = write_jsonl(folder / "rows.jsonl", sums(STEPS * BATCH))
 
-    def start(self, name, *arguments, ranks=RANKS):
+    def start(self, name, *arguments, count=RANKS, launch=ranks):
         """Train; returns what was printed and the metrics of each step."""
         log = self.folder / f"{name}.jsonl"
-        done = torchrun(
-            ranks,
+        done = launch(
+            count,
             [
                 "-m", "verl.trainer.sft_trainer", f"model.path={self.model}",
                 f"data.train_files={self.folder / 'rows.parquet'}",
@@ -79,6 +79,7 @@ def run(trainer):
         # The loss falls, so turned round it is the older one that must outlive a limit of one.
         "trainer.max_ckpt_to_keep=1",
         "hybrid_lora.best.larger_is_better=true",
+        launch=torchrun,
     )
     losses = [step["val/loss"] for step in steps if "val/loss" in step]
     steps = [step for step in steps if "train/loss" in step]
@@ -130,7 +131,7 @@ def test_both_groups_move_at_their_own_rates(run, trainer):
 
 def test_the_first_loss_is_that_of_a_plain_run(run, trainer):
     _, plain = trainer.start(
-        "plain", "trainer.total_training_steps=1", f"trainer.default_local_dir={trainer.folder / 'plain'}", ranks=1
+        "plain", "trainer.total_training_steps=1", f"trainer.default_local_dir={trainer.folder / 'plain'}", count=1
     )
     # Before any step the model is the base. Its weights are bfloat16 here, there cast to it from float32 in each pass.
     assert run["steps"][0]["train/loss"] == pytest.approx(plain[0]["train/loss"], rel=1e-4)

@@ -13,7 +13,7 @@ pytest.importorskip("verl", reason="verl is not installed")
 
 from tests.support.processes import free_port  # noqa: E402
 from tests.support.sync_ranks_worker import LIMIT, LIMITS  # noqa: E402
-from tests.support.verl_processes import torchrun  # noqa: E402
+from tests.support.verl_processes import ranks  # noqa: E402
 
 pytestmark = pytest.mark.verl
 
@@ -38,7 +38,7 @@ def outcomes():
             (folder / str(number)).mkdir()
             arguments[scenario] = [str(folder / str(number)), f"tcp://127.0.0.1:{free_port()}"]
         (folder / "arguments.json").write_text(json.dumps(arguments))
-        torchrun(2, ["tests/support/sync_ranks_worker.py", str(folder / "arguments.json")])
+        ranks(2, ["tests/support/sync_ranks_worker.py", str(folder / "arguments.json")])
         return {
             scenario: [json.loads((Path(out) / f"rank{rank}.json").read_text()) for rank in range(2)]
             for scenario, (out, _) in arguments.items()

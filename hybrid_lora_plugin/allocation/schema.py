@@ -59,6 +59,22 @@ class SelectionRecord:
 
 
 @dataclass(frozen=True)
+class HeldOutLoss:
+    """Mean negative log-likelihood of the response tokens of validation batches, without masks.
+
+    Attributes:
+        before, after: the first step and the last of the warm-up, in nats a token.
+        batches: how many validation batches, the first ones.
+        tokens: response tokens in them.
+    """
+
+    before: float
+    after: float
+    batches: int
+    tokens: int
+
+
+@dataclass(frozen=True)
 class ProbeRecord:
     """How the measurements were made. An allocation has none where nothing was probed.
 
@@ -72,6 +88,7 @@ class ProbeRecord:
         dtype: of the frozen base.
         data: rows and split, or the settings of the run whose rollouts were scored.
         options: settings of this method only.
+        held_out: None of a policy probe, and in artifacts that do not record it; then the file has no such key.
     """
 
     method: str
@@ -88,6 +105,7 @@ class ProbeRecord:
     seed: int
     data: dict
     options: dict = field(default_factory=dict)
+    held_out: HeldOutLoss | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -34,6 +34,9 @@ def allocation_text(allocation: Allocation) -> str:
     for name in ("probe", "stability"):
         if payload[name] is None:
             del payload[name]
+    if allocation.probe is not None:
+        # What came later than the first files: a probe without it is written as it was then.
+        payload["probe"] = {name: value for name, value in payload["probe"].items() if value is not None}
     return json.dumps(payload, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 

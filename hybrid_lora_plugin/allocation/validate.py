@@ -60,6 +60,7 @@ def validate_allocation(allocation: Allocation, where: str) -> None:
     )
     _check_budget(allocation, where)
     _check_stability(allocation, where)
+    _check_held_out(allocation, where)
 
 
 def _check_budget(allocation: Allocation, where: str) -> None:
@@ -90,6 +91,18 @@ def _check_budget(allocation: Allocation, where: str) -> None:
     used = expected.used
     _require(budget.used == used, where, "budget.used", f"{budget.used:,} but the full modules add up to {used:,}")
     _require(used <= budget.limit, where, "budget.used", f"{used:,} exceeds the limit of {budget.limit:,}")
+
+
+def _check_held_out(allocation: Allocation, where: str) -> None:
+    held_out = allocation.probe and allocation.probe.held_out
+    if held_out is None:
+        return
+    for name in ("batches", "tokens"):
+        value = getattr(held_out, name)
+        _require(value > 0, where, f"probe.held_out.{name}", f"{value}, more than 0 is wanted")
+    for name in ("before", "after"):
+        value = getattr(held_out, name)
+        _require(value >= 0, where, f"probe.held_out.{name}", f"{value}, a loss of 0 or more is wanted")
 
 
 def _check_stability(allocation: Allocation, where: str) -> None:

@@ -18,6 +18,7 @@ def print_result(folder: Path, allocation: Allocation) -> None:
         allocation: that was written there.
     """
     from hybrid_lora_plugin.allocation.budget_modes import budget_mode
+    from hybrid_lora_plugin.allocation.learning import learned_in_words
     from hybrid_lora_plugin.allocation.stability import in_words
 
     full, modules = len(allocation.full_names), len(allocation.modules)
@@ -25,6 +26,8 @@ def print_result(folder: Path, allocation: Allocation) -> None:
     pages = [name for name in ("report.md", "heatmap.png", "scores.png") if (Path(folder) / name).exists()]
     sure = f": {said}" if (said := in_words(allocation)) else ""
     print(f"allocation written to {folder} ({', '.join(pages)}){sure}")
+    if learned := learned_in_words(allocation.probe):
+        print(learned)
     total, chosen_by = allocation.model.candidate_parameters, allocation.selection.criterion
     print(budget_mode(allocation.budget.mode).summary(allocation.budget, total, modules, chosen_by))
     print(f"full fine-tuning: {full} of {modules} modules, LoRA on the other {modules - full}")

@@ -15,6 +15,7 @@ from hybrid_lora_plugin.evidence.protocol import Protocol
 PROTOCOLS = {
     "sft": "hybrid_lora_plugin.evidence.replicas:SftProtocol",
     "policy": "hybrid_lora_plugin.evidence.replicas:PolicyProtocol",
+    "rl": "hybrid_lora_plugin.evidence.verl_runs:VerlProtocol",
 }
 
 

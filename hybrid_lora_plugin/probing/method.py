@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 
 from torch import Tensor, nn
 
+from hybrid_lora_plugin.allocation.learning import rate_option
 from hybrid_lora_plugin.candidates import Candidate
 from hybrid_lora_plugin.config import WITHOUT_WARMUP, ProbeCommandConfig, ProbeConfig
 from hybrid_lora_plugin.errors import ProbeError
@@ -126,11 +127,9 @@ class OneOptimizerMethod(ProbeMethod):
 
 def warmup_rate(probe: ProbeConfig, method: str) -> float:
     """Learning rate of the warm-up of a probe method, by its name (``Criterion.method``)."""
-    if method == "full_delta":
-        return probe.full_lr
     # AdaLoRA's initialisation barely moves at the rate that suits the default one.
-    initialised = method in ("svd_lora", "lookahead", "weight_gradient") and probe.init == "adalora"
-    return probe.adalora.lr if method == "adalora" or initialised else probe.lr
+    rates = {"probe.full_lr": probe.full_lr, "probe.adalora.lr": probe.adalora.lr, "probe.lr": probe.lr}
+    return rates[rate_option(method, probe.init)]
 
 
 def warmup_steps(config: ProbeCommandConfig) -> int:

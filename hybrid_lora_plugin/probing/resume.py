@@ -1,6 +1,7 @@
 """The state of an unfinished probe on disk: ``<output_dir>.partial/``, removed when the artifact is written.
 
     settings.json          what the run depends on; another run must not continue it
+    held_out.json          the held-out loss before and after the warm-up, as far as it was measured
     warmup.safetensors     adapters, AdamW moments and, as metadata, the step
     scores.safetensors     measurements [t, M] of the batches scored so far and, as metadata, how many
 
@@ -94,6 +95,24 @@ class PartialState:
             with safe_open(file, framework="pt") as saved:
                 return int(saved.metadata()["step"]), {name: saved.get_tensor(name) for name in saved.keys()}
         except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
+            raise ProbeError(
+                f"output_dir: {file} is damaged ({error}); {self._way_out}", see="unfinished-probe-cannot-be-used"
+            ) from error
+
+    def save_held_out(self, losses: dict[str, float]) -> None:
+        """Replace the saved held-out losses by these."""
+        # A JSON number is read as the very float that was written.
+        with complete_file(self.folder / "held_out.json") as unfinished:
+            unfinished.write_text(json.dumps(losses) + "\n", encoding="utf-8")
+
+    def load_held_out(self) -> dict[str, float]:
+        """The saved held-out losses; none if there are none yet."""
+        file = self.folder / "held_out.json"
+        if not file.exists():
+            return {}
+        try:
+            return {str(when): float(loss) for when, loss in json.loads(file.read_text(encoding="utf-8")).items()}
+        except (OSError, ValueError, AttributeError, TypeError) as error:
             raise ProbeError(
                 f"output_dir: {file} is damaged ({error}); {self._way_out}", see="unfinished-probe-cannot-be-used"
             ) from error

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lora_plugin.allocation.budget import allocate
+from hybrid_lora_plugin.allocation.learning import rate_option
 from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.select import select_modules
 from hybrid_lora_plugin.allocation.storage import refuse_existing
@@ -27,6 +28,7 @@ from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.linear_account import account_text
 from hybrid_lora_plugin.probing.distributed import Ranks, place
 from hybrid_lora_plugin.probing.forward import Passes
+from hybrid_lora_plugin.probing.held_out import HeldOutLosses
 from hybrid_lora_plugin.probing.interrupt import ProbeInterrupted, StopRequest
 from hybrid_lora_plugin.probing.loading import (
     CheckpointWatch,
@@ -214,8 +216,14 @@ class _Probe:
     def write(self) -> Allocation:
         """Take the steps that are missing, select, and write the artifact."""
         with _deterministic(self.ranks.device), StopRequest() as stop, self._memory_explained():
+            passes = Passes(self.model, self.ranks, self.config.probe.micro_batch_size)
+            self.method.start(passes)
+            losses = self._held_out_losses(passes)
+            losses.measure("before")
             self._warm_up(stop)
             self.method.finish_warmup()
+            losses.measure("after")
+            self.held_out = losses.record(rate_option(self.method_name, self.config.probe.init))
             measurements = self._score(stop) | self.method.results()
         return self.ranks.from_first(lambda: self._select_and_save(measurements))
 
@@ -234,7 +242,7 @@ class _Probe:
     def _select_and_save(self, measurements: dict[str, Tensor]) -> Allocation:
         self.watch.check()
         data = self.data.record | self.checkpoint
-        record = probe_record(self.config, self.method_name, self.dtype, data, self.method.lr)
+        record = probe_record(self.config, self.method_name, self.dtype, data, self.method.lr, self.held_out)
         allocation = select_modules(
             self.config,
             self.identity,
@@ -248,9 +256,16 @@ class _Probe:
         self.state.delete()
         return allocation
 
+    def _held_out_losses(self, passes: Passes) -> HeldOutLosses:
+        def keep(losses: dict[str, float]) -> None:
+            self.ranks.from_first(lambda: self.state.save_held_out(losses))
+            when, loss = list(losses.items())[-1]
+            self.progress.note(f"loss on held-out rows {when} the warm-up: {loss:.4f}")
+
+        return HeldOutLosses(passes, self.data, self.ranks.from_first(lambda: self.state.load_held_out()), keep)
+
     def _warm_up(self, stop: StopRequest) -> None:
         method, data = self.method, self.data
-        method.start(Passes(self.model, self.ranks, self.config.probe.micro_batch_size))
         saved = self.ranks.from_first(lambda: self.state.load_warmup())
         if saved is not None:
             method.load(*saved)

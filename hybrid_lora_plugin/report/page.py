@@ -11,6 +11,7 @@ import numpy as np
 
 from hybrid_lora_plugin.allocation.budget import FULL
 from hybrid_lora_plugin.allocation.budget_modes import budget_mode
+from hybrid_lora_plugin.allocation.learning import learned_in_words
 from hybrid_lora_plugin.allocation.schema import Allocation, ModuleRecord, ProbeRecord
 from hybrid_lora_plugin.allocation.stability import DECIDED, EDGE, by_standing, in_words, shares_of
 from hybrid_lora_plugin.linear_account import account_markdown
@@ -45,6 +46,7 @@ def _lines(allocation: Allocation) -> list[str]:
         f"{len(full)} of {len(modules)} candidate modules are fully fine-tuned, the other "
         f"{len(modules) - len(full)} get LoRA{sure}. {pictures}.",
         "",
+        *_learning(allocation.probe),
         "## What was probed" if allocation.probe else "## How it was chosen",
         "",
         *_settings(allocation),
@@ -85,6 +87,14 @@ def _lines(allocation: Allocation) -> list[str]:
         "",
         "    python -m verl.trainer.main_ppo YOUR_ARGUMENTS +hybrid_lora=enabled hybrid_lora.allocation=PATH",
     ]
+
+
+def _learning(probe: ProbeRecord | None) -> list[str]:
+    """The held-out loss before and after the warm-up; a warning stands out."""
+    if not (said := learned_in_words(probe)):
+        return []
+    _, warning, rest = said.partition("warning: ")
+    return [f"**Warning:** {rest}" if warning else f"{said[0].upper()}{said[1:]}.", ""]
 
 
 def _linear_modules(allocation: Allocation) -> list[str]:

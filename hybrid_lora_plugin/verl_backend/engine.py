@@ -25,6 +25,7 @@ from hybrid_lora_plugin.base_identity import weight_digests
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import explained
 from hybrid_lora_plugin.model_families import refuse_config
+from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.probing.distributed import Ranks
 from hybrid_lora_plugin.sync.base_weights import base_digests, stored_dtypes
 from hybrid_lora_plugin.sync.hybrid_weights import original_weights, plain_state
@@ -34,6 +35,7 @@ from hybrid_lora_plugin.sync.plan import SyncPlan
 from hybrid_lora_plugin.training.apply import apply_allocation, parts_of, trainable_groups
 from hybrid_lora_plugin.training.dtensor import local_tensor, sum_of_squares
 from hybrid_lora_plugin.training.flat_pieces import flat_pieces
+from hybrid_lora_plugin.training.full_rate import FullRate, factors_of
 from hybrid_lora_plugin.training.memory import TrainingBytes, rank_bytes
 from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot, adapters_off
@@ -163,6 +165,8 @@ class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
     def _build_optimizer(self, module):
         groups = trainable_groups(module)
         rates = {"lora": self.hybrid.lora.lr, "full": self.hybrid.full_lr}
+        names = [plain_name(name) for name, _ in groups["full"]]
+        self._full_rate = FullRate(factors_of(self.hybrid.full_lr_factors), self.hybrid.full_warmup_steps, names)
         # LoRA first, as in every checkpoint; verl logs the first group's rate as actor/lr.
         return build_optimizer(
             [
@@ -175,7 +179,7 @@ class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
     # -- training ---------------------------------------------------------------------------------------------
 
     def train_batch(self, data, loss_function):
-        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        rates = self._rates()
         outputs = super().train_batch(data, loss_function)
         if self.is_mp_src_rank_with_outputs():
             # Lists, like the per-micro-batch metrics: verl chains them over ranks and mini-batches.
@@ -183,12 +187,21 @@ class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
                 outputs["metrics"][name] = [value]
         return outputs
 
+    def _rates(self) -> dict[str, float]:
+        """What the next step trains at: ``lora``, ``full``, and ``full_TYPE`` of types with a factor of their own."""
+        rates = {group["name"]: group["lr"] for group in self.optimizer.param_groups}
+        step, full = self.lr_scheduler.last_epoch, rates["full"]
+        rates["full"] = full * self._full_rate.warmed(step)
+        return rates | {f"full_{kind}": full * factor for kind, factor in self._full_rate.of_types(step).items()}
+
     def optimizer_step(self):
         # Before verl clips: one norm over both groups decides the clipping, these two say where it comes from.
         groups = {group["name"]: group["params"] for group in self.optimizer.param_groups}
         squares = {f"grad_norm_{kind}": sum_of_squares(p.grad for p in params) for kind, params in groups.items()}
         before = {kind: [local_tensor(p).detach().clone() for p in params] for kind, params in groups.items()}
         norm = super().optimizer_step()
+        full = [local_tensor(p).detach() for p in groups["full"]]
+        self._full_rate.scale(before["full"], full, self.lr_scheduler.last_epoch)
         for kind, params in groups.items():
             moved = [old.sub_(local_tensor(p).detach()) for p, old in zip(params, before[kind], strict=True)]
             squares[f"update_norm_{kind}"] = sum_of_squares(moved)

@@ -248,7 +248,12 @@ def _settle_rates(config: DictConfig, given: dict[str, Given], trained: str, own
     rates = learning_rates(rate("hybrid_lora.full_lr"), rate("hybrid_lora.lora.lr"), rate(own), trained)
     _put(config, "hybrid_lora.full_lr", rates.full.value)
     _put(config, "hybrid_lora.lora.lr", rates.lora.value)
-    return str(rates)
+    factors, steps = (
+        OmegaConf.select(config, f"hybrid_lora.{name}") for name in ("full_lr_factors", "full_warmup_steps")
+    )
+    said = [f"of full modules {', '.join(map(str, factors))}"] if factors else []
+    said += [f"full modules warmed up over {steps} steps"] if steps else []
+    return "; ".join([str(rates), *said])
 
 
 def _settle_lookahead(config: DictConfig) -> str:

@@ -8,6 +8,7 @@ import sys
 from pathlib import Path
 
 from recipes.demo.environment import cpu_environment
+from tests.support.forked_ranks import forked_ranks
 
 ROOT = Path(__file__).parents[2]
 
@@ -43,15 +44,29 @@ def torchrun(ranks: int, arguments: list[str], **options) -> subprocess.Complete
     return run([*launcher, *arguments], **options)
 
 
+def ranks(count: int, arguments: list[str], *, timeout: int = 3000, **environment: str) -> subprocess.CompletedProcess:
+    """As ``torchrun``, without its imports (``forked_ranks``); nothing of ``environment`` may be read on import."""
+    done = forked_ranks(ROOT, tuple(environment_of().items()))(count, arguments, timeout, environment)
+    assert done.returncode == 0, f"exit status {done.returncode}:\n{done.stdout[-6000:]}"
+    return done
+
+
 def run_engine(
-    out: Path, ranks: int, environment: dict | None = None, worker: str = "tests/support/engine_worker.py", **arguments
+    out: Path, count: int, environment: dict | None = None, worker: str = "tests/support/engine_worker.py", **arguments
 ) -> dict:
-    """Run a worker on gloo ranks; returns its results, its tensors under their file names, and ``folder``."""
+    """Run a worker on gloo ranks; returns its results, its tensors under their file names, and ``folder``.
+
+    With ``environment``, which may be read on import, the ranks are processes of their own.
+    """
     from safetensors.torch import load_file
 
     out.mkdir(parents=True)
     (out / "arguments.json").write_text(json.dumps({"out": str(out)} | arguments, default=str))
-    torchrun(ranks, [worker, str(out / "arguments.json")], **(environment or {}))
+    command = [worker, str(out / "arguments.json")]
+    if environment:
+        torchrun(count, command, **environment)
+    else:
+        ranks(count, command)
     results = json.loads((out / "results.json").read_text())
     results["folder"] = out
     return results | {file.stem: load_file(file) for file in out.glob("*.safetensors")}

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from safetensors.torch import load_model, save_model
 from torch import Tensor
 from torch.nn import functional
 from transformers import Qwen2Config, Qwen2ForCausalLM
@@ -20,6 +21,7 @@ from hybrid_lora_plugin.seeding import generator_for
 #: share of the steps in which the rate rises; afterwards it falls along a cosine to a tenth
 WARMUP = 0.05
 REPORT_EVERY = 250
+_WEIGHTS = "model.safetensors"
 
 
 def base_config(settings: BaseSettings) -> Qwen2Config:
@@ -81,7 +83,7 @@ def train_base(
         optimizer.step()
         schedule.step()
         if (step + 1) % REPORT_EVERY == 0:
-            say(f"base {settings.name}: step {step + 1} of {settings.steps}, loss {float(loss):.4f}")
+            say(f"base {settings.name}: step {step + 1} of {settings.steps}, loss {loss.item():.4f}")
     held_out = problems.held_out(BASE_TASK).to(device).long()
     with torch.no_grad():
         right = answer_logits(model.eval(), held_out, tokens).argmax(-1) == held_out[:, -tokens:]
@@ -89,22 +91,29 @@ def train_base(
     return model.cpu()
 
 
+def save_base(model: Qwen2ForCausalLM, folder: Path) -> None:
+    """Write a base as a checkpoint that transformers reads too, without its progress bars."""
+    model.config.save_pretrained(folder)
+    save_model(model, str(folder / _WEIGHTS), metadata={"format": "pt"})
+
+
 def load_base(settings: BaseSettings, folder: Path) -> Qwen2ForCausalLM:
-    """A base that ``train_base`` made and ``save_pretrained`` wrote: float32 on the CPU.
+    """A base that ``save_base`` wrote: float32 on the CPU.
 
     Raises:
         ConfigurationError: there is none, or it has another shape than the settings say.
     """
     if not (folder / "config.json").is_file():
         raise ConfigurationError(f"bases: {settings.name} is not in {folder.parent} yet; let the protocol prepare it")
-    model = Qwen2ForCausalLM.from_pretrained(folder, dtype=torch.float32, attn_implementation="sdpa").eval()
-    wanted, found = base_config(settings), model.config
+    wanted, found = base_config(settings), Qwen2Config.from_pretrained(folder)
     for name in ("hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"):
         if getattr(wanted, name) != getattr(found, name):
             raise ConfigurationError(
                 f"bases: {name} of {settings.name} is {getattr(found, name)} in {folder} and {getattr(wanted, name)} "
                 f"in the settings; remove the folder, or give the settings it was made with"
             )
+    model = Qwen2ForCausalLM(wanted).eval()
+    load_model(model, folder / _WEIGHTS)
     return model
 
 

@@ -145,15 +145,6 @@ class SharedParts:
         return mixed.transpose(1, 2).reshape(replicas, rows * length, self.heads * self.head_dim)
 
 
-def answer_losses(logits: Tensor, answers: Tensor) -> Tensor:
-    """Mean negative log-likelihood of the answer tokens of each replica.
-
-    Args:
-        logits: ``[R, B, P, V]``.
-        answers: ``[R, B, P]`` int64.
-
-    Returns:
-        ``[R]``.
-    """
-    chosen = logits.log_softmax(-1).gather(-1, answers.unsqueeze(-1)).squeeze(-1)
-    return -chosen.mean(dim=(1, 2))
+def answer_log_probs(logits: Tensor, answers: Tensor) -> Tensor:
+    """Log-probabilities of given tokens, ``[R, B, P]`` in nats, from ``logits`` ``[R, B, P, V]``."""
+    return logits.log_softmax(-1).gather(-1, answers.unsqueeze(-1)).squeeze(-1)

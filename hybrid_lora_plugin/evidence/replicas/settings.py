@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import typing
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
@@ -12,6 +11,7 @@ from hybrid_lora_plugin.config import ProbeConfig
 from hybrid_lora_plugin.config_field import above, at_least, documented
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.evidence.settings_block import fill
 
 Settings = TypeVar("Settings")
 
@@ -27,7 +27,7 @@ class BaseSettings:
     heads: int = documented(4, "Attention heads.", source="own choice", bound=at_least(1, "at least 1"))
     kv_heads: int = documented(2, "Heads of keys and values.", source="own choice", bound=at_least(1, "at least 1"))
     seed: int = documented(0, "Seed of the weights and of the problems.", source="own choice")
-    steps: int = documented(3000, "Steps of training.", source="measured", bound=at_least(1, "at least 1"))
+    steps: int = documented(1000, "Steps of training.", source="measured", bound=at_least(1, "at least 1"))
     batch_size: int = documented(256, "Problems a step.", source="own choice", bound=at_least(1, "at least 1"))
     lr: float = documented(2.0e-3, "Highest rate.", source="measured", bound=above(0, "a rate above 0, e.g. 2e-3"))
 
@@ -75,51 +75,9 @@ def read_settings(kind: type[Settings], block: Mapping[str, Any], where: str = "
         ConfigurationError: an unknown name, a value of another type, or one that cannot work.
     """
     settings = kind()
-    _fill(settings, block, where)
+    fill(settings, block, where)
     _validate(settings, where)
     return settings
-
-
-def _fill(settings: Any, block: Any, where: str) -> None:
-    if not isinstance(block, Mapping):
-        raise ConfigurationError(f"{where}: {block!r} is no mapping; give names with their values")
-    known = {spec.name: spec for spec in dataclasses.fields(settings)}
-    types = typing.get_type_hints(type(settings))
-    for name, value in block.items():
-        place = f"{where}.{name}"
-        if name not in known:
-            raise ConfigurationError(f"{place}: unknown; give some of {', '.join(known)}")
-        item = known[name].metadata.get("item")
-        if item is not None:
-            if not isinstance(value, list | tuple):
-                raise ConfigurationError(f"{place}: {value!r} is no list; give a list of mappings")
-            items = [item() for _ in value]
-            for index, (one, given) in enumerate(zip(items, value, strict=True)):
-                _fill(one, given, f"{place}[{index}]")
-            setattr(settings, name, items)
-        elif dataclasses.is_dataclass(getattr(settings, name)):
-            _fill(getattr(settings, name), value, place)
-        else:
-            setattr(settings, name, _checked(value, types[name], place))
-
-
-def _checked(value: Any, type_: Any, place: str) -> Any:
-    if typing.get_origin(type_) is list:
-        if not isinstance(value, list | tuple):
-            raise ConfigurationError(f"{place}: {value!r} is no list; give a list")
-        return list(value)
-    kinds = typing.get_args(type_) or (type_,)
-    # A bool is an int to Python, and a whole number is a fine float.
-    if isinstance(value, bool) and bool not in kinds:
-        kinds = ()
-    elif isinstance(value, int) and not isinstance(value, bool) and float in kinds and int not in kinds:
-        value = float(value)
-    if not any(isinstance(value, kind) for kind in kinds):
-        wanted = " or ".join("null" if kind is type(None) else kind.__name__ for kind in typing.get_args(type_)) or (
-            type_.__name__
-        )
-        raise ConfigurationError(f"{place}: {value!r} is not usable; give {wanted}")
-    return value
 
 
 def _validate(settings: ReplicaSettings, where: str) -> None:

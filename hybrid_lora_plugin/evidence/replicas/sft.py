@@ -16,9 +16,9 @@ from torch import Tensor
 from hybrid_lora_plugin.candidates import Candidate, find_candidates
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.evidence.protocol import Arm, Choice, Outcome, Protocol, Run, Start
-from hybrid_lora_plugin.evidence.replicas.base import digest_of, load_base, train_base
+from hybrid_lora_plugin.evidence.replicas.base import digest_of, load_base, save_base, train_base
 from hybrid_lora_plugin.evidence.replicas.flops import step_flops, trainable_parameters
-from hybrid_lora_plugin.evidence.replicas.forward import SharedParts, answer_losses
+from hybrid_lora_plugin.evidence.replicas.forward import SharedParts, answer_log_probs
 from hybrid_lora_plugin.evidence.replicas.selection import Probes, batch_of
 from hybrid_lora_plugin.evidence.replicas.settings import BaseSettings, ReplicaSettings, read_settings
 from hybrid_lora_plugin.evidence.replicas.tasks import Layout, Problems, task_of
@@ -80,7 +80,7 @@ class SftProtocol(Protocol):
         self.layout = Layout(self.settings.digits, self.settings.least_first)
         self.problems = Problems(self.layout, self.settings.held_out)
         # For a life of the protocol: a base is a few megabytes.
-        self.model, self._shared = cache(self._load), cache(self._share)
+        self.model, self._shared, self._candidates = cache(self._load), cache(self._share), cache(self._find)
 
     def identity(self) -> dict[str, Any]:
         """Versions, device, dtype, group size, and a digest of each base."""
@@ -108,11 +108,18 @@ class SftProtocol(Protocol):
             model = train_base(base, self.problems, self.device, say)
             folder.parent.mkdir(parents=True, exist_ok=True)
             with complete_folder(folder) as unfinished:
-                model.save_pretrained(unfinished)
-            self.model.cache_clear()
+                save_base(model, unfinished)
 
     def _folder(self, base: str) -> Path:
         return self.folder / "bases" / base
+
+    def _origin(self, start: Start) -> tuple[str, ...]:
+        """What ``_origin_model`` makes the weights of: here the base alone."""
+        return (start.base,)
+
+    def _origin_model(self, base: str) -> torch.nn.Module:
+        """The model that runs begin at."""
+        return self.model(base)
 
     def _settings_of(self, base: str) -> BaseSettings:
         for settings in self.settings.bases:
@@ -124,18 +131,21 @@ class SftProtocol(Protocol):
     def _load(self, base: str) -> torch.nn.Module:
         return load_base(self._settings_of(base), self._folder(base))
 
-    def _share(self, base: str) -> SharedParts:
-        return SharedParts(self.model(base), self.layout.tokens - 1, self.device, self.dtype)
+    def _share(self, *origin: str) -> SharedParts:
+        return SharedParts(self._origin_model(*origin), self.layout.tokens - 1, self.device, self.dtype)
 
     def candidates(self, base: str) -> list[Candidate]:
         """All linear modules of the base's layers."""
-        return find_candidates(self.model(base))
+        return list(self._candidates(base))
+
+    def _find(self, base: str) -> tuple[Candidate, ...]:
+        return tuple(find_candidates(self.model(base)))
 
     def step_flops(self, base: str, choice: Choice) -> float:
         """Operations of one optimizer step, see ``flops``: what steps are matched by."""
         return step_flops(
             self.model(base).config,
-            self.candidates(base),
+            self._candidates(base),
             choice,
             rows=self.settings.batch_size,
             positions=self.layout.tokens - 1,
@@ -151,7 +161,10 @@ class SftProtocol(Protocol):
             return batch_of(problems, self.layout.answer_tokens)
 
         probes = Probes(
-            self.model(start.base), torch.device("cpu"), partial(batch, "probe-warm-up"), partial(batch, "probe-score")
+            self._origin_model(*self._origin(start)),
+            torch.device("cpu"),
+            partial(batch, "probe-warm-up"),
+            partial(batch, "probe-score"),
         )
         rank = max((arm.rank for arm in arms), default=0) or PROBE_RANK
         return {arm.name: probes.choose(arm, self.settings.probe, rank, start.seed) for arm in arms}
@@ -162,7 +175,7 @@ class SftProtocol(Protocol):
             task_of(run.start.task)
             self._settings_of(run.start.base)
         with self._precision():
-            for group in groups_of(runs, self.group_size):
+            for group in groups_of(runs, self.group_size, self._origin):
                 filled = [*group, *[group[0]] * (self.group_size - len(group))]
                 for run, outcome in zip(group, self._train_group(filled)[: len(group)], strict=True):
                     keep(run, outcome)
@@ -177,24 +190,29 @@ class SftProtocol(Protocol):
             torch.backends.cuda.matmul.allow_tf32 = before
 
     def _train_group(self, runs: Sequence[Run]) -> list[Outcome]:
-        shared, settings, steps = self._shared(runs[0].start.base), self.settings, runs[0].steps
+        shared, settings, steps = self._shared(*self._origin(runs[0].start)), self.settings, runs[0].steps
         replicas = Replicas(shared, runs, settings.lora_scale, settings.weight_decay, settings.clip_grad)
-        problems, of_start = self._training_problems(runs, steps)
+        drawn, of_start = self._drawn_by_start(runs, steps)
         held_out, of_task = self._held_out_problems(runs)
         losses, curve = [], {}
         for step in range(steps + 1):
             if step % settings.eval_every == 0 or step == steps:
                 curve[step] = self._evaluate(replicas, held_out, of_task)
             if step < steps:
-                losses.append(self._train_step(replicas, problems[of_start, step].long()))
+                losses.append(self._train_step(replicas, *(values[of_start, step] for values in drawn)))
         return self._outcomes(runs, losses, curve)
 
-    def _training_problems(self, runs: Sequence[Run], steps: int) -> tuple[Tensor, Tensor]:
-        """Problems ``[starts, steps, B, tokens]`` uint8, and the row of each run, ``[R]``."""
+    def _drawn_by_start(self, runs: Sequence[Run], steps: int) -> tuple[list[Tensor], Tensor]:
+        """What ``_drawn`` gives for each start, ``[starts, steps, ...]``, and the row of each run, ``[R]``."""
         keys = [(run.start.task, run.start.seed) for run in runs]
         order = list(dict.fromkeys(keys))
-        drawn = [self.problems.drawn(task, seed, "train", steps, self.settings.batch_size) for task, seed in order]
-        return torch.stack(drawn).to(self.device), torch.tensor([order.index(key) for key in keys], device=self.device)
+        drawn = zip(*(self._drawn(task, seed, steps) for task, seed in order), strict=True)
+        rows = torch.tensor([order.index(key) for key in keys], device=self.device)
+        return [torch.stack(values).to(self.device) for values in drawn], rows
+
+    def _drawn(self, task: str, seed: int, steps: int) -> tuple[Tensor, ...]:
+        """What the steps of a start are made of, ``[steps, ...]`` each: here the problems, uint8."""
+        return (self.problems.drawn(task, seed, "train", steps, self.settings.batch_size),)
 
     def _held_out_problems(self, runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
         """Problems ``[tasks, held_out, tokens]`` uint8, and the row of each run, ``[R]``."""
@@ -203,48 +221,57 @@ class SftProtocol(Protocol):
         return problems, torch.tensor([tasks.index(run.start.task) for run in runs], device=self.device)
 
     def _train_step(self, replicas: Replicas, problems: Tensor) -> Tensor:
-        """One step on ``[R, B, tokens]``; returns the loss of each run before it, ``[R]``."""
-        kept = self.layout.answer_tokens
+        """One step on ``[R, B, tokens]`` uint8; returns the loss of each run before it, ``[R]``."""
+        kept, problems = self.layout.answer_tokens, problems.long()
         logits = replicas.base.logits(replicas.weights(), problems[..., :-1], kept)
-        losses = answer_losses(logits, problems[..., -kept:])
+        losses = -answer_log_probs(logits, problems[..., -kept:]).mean(dim=(1, 2))
         replicas.step(losses)
         return losses.detach()
 
     @torch.no_grad()
     def _evaluate(self, replicas: Replicas, held_out: Tensor, of_task: Tensor) -> Tensor:
-        """Held-out loss of the answer tokens and share of answers right in every token, ``[2, R]`` float64.
+        """The measure on the held-out problems, and the share of answers right in every token: ``[2, R]`` float64.
 
         Every token is predicted after the right ones before it. An answer is right by that just when greedy decoding
         writes it.
         """
         kept, weights = self.layout.answer_tokens, replicas.weights()
-        rows, losses, right = held_out.shape[1], 0.0, 0.0
+        rows, totals = held_out.shape[1], []
         # As many rows at once as a training step has.
-        for first in range(0, rows, self.settings.batch_size):
-            problems = held_out[:, first : first + self.settings.batch_size][of_task].long()
+        for first in range(0, rows, self._rows):
+            problems = held_out[:, first : first + self._rows][of_task].long()
             logits, answers = replicas.base.logits(weights, problems[..., :-1], kept), problems[..., -kept:]
-            losses = losses + answer_losses(logits, answers).double() * problems.shape[1]
-            right = right + (logits.argmax(-1) == answers).all(-1).double().sum(-1)
-        return torch.stack([losses, right]) / rows
+            right = (logits.argmax(-1) == answers).all(-1)
+            values = self._values(answer_log_probs(logits, answers))
+            totals.append(torch.stack([values.double().sum(-1), right.double().sum(-1)]))
+        return torch.stack(totals).sum(dim=0) / rows
+
+    def _values(self, log_probs: Tensor) -> Tensor:
+        """The measure of each problem, ``[R, B]``, from the log-probabilities of its answer, ``[R, B, P]``."""
+        return -log_probs.mean(dim=-1)
+
+    @property
+    def _rows(self) -> int:
+        """Problems in one pass of a replica."""
+        return self.settings.batch_size
 
     def _outcomes(self, runs: Sequence[Run], losses: Sequence[Tensor], curve: Mapping[int, Tensor]) -> list[Outcome]:
         """What the harness is told; ``losses`` ``[R]`` of each step, ``curve`` by step as ``_evaluate`` gives it."""
         points = {step: values.tolist() for step, values in curve.items()}
-        finite = torch.stack(list(losses)).isfinite().T.tolist() if losses else [[]] * len(runs)
+        finite = torch.stack(list(losses)).isfinite().T.tolist()
         outcomes = []
         for index, run in enumerate(runs):
             bad = finite[index].index(False) if False in finite[index] else run.steps + 1
             kept = []
-            for step, (loss, accuracy) in ((step, (v[0][index], v[1][index])) for step, v in points.items()):
-                if step > bad or not math.isfinite(loss):
+            for step, (values, accuracies) in points.items():
+                if step > bad or not math.isfinite(values[index]):
                     break
-                kept.append((step, loss, accuracy))
-            candidates = self.candidates(run.start.base)
+                kept.append((step, values[index], accuracies[index]))
             outcomes.append(
                 Outcome(
-                    curve=tuple((step, loss) for step, loss, _ in kept),
+                    curve=tuple((step, value) for step, value, _ in kept),
                     measures={"exact_match": kept[-1][2] if kept else 0.0},
-                    trainable_parameters=trainable_parameters(candidates, run.choice),
+                    trainable_parameters=trainable_parameters(self._candidates(run.start.base), run.choice),
                     flops=run.steps * self.step_flops(run.start.base, run.choice),
                     diverged=len(kept) < len(points),
                 )
@@ -252,17 +279,24 @@ class SftProtocol(Protocol):
         return outcomes
 
 
-def groups_of(runs: Sequence[Run], size: int) -> Iterator[list[Run]]:
-    """Runs that can train at once, at most ``size`` each: one base, rank, kind of adapter and number of steps.
+def groups_of(
+    runs: Sequence[Run], size: int, origin: Callable[[Start], tuple[str, ...]] = lambda start: (start.base,)
+) -> Iterator[list[Run]]:
+    """Runs that can train at once, at most ``size`` each: one origin, rank, kind of adapter and number of steps.
 
     Those that tune no module fully are kept apart, as they need no copies of the weights.
+
+    Raises:
+        ConfigurationError: a run trains nothing, or takes no step.
     """
     alike: dict[tuple, list[Run]] = {}
     for run in runs:
         choice = run.choice
-        if not choice.full and not choice.rank:
-            raise ConfigurationError(f"arm {run.arm}: nothing would train; give it a rank, or modules to tune fully")
-        key = run.start.base, choice.rank, choice.dora, bool(choice.full), run.steps
+        if run.steps < 1 or (not choice.full and not choice.rank):
+            raise ConfigurationError(
+                f"arm {run.arm}: nothing would train; give it steps, and a rank or modules to tune fully"
+            )
+        key = origin(run.start), choice.rank, choice.dora, bool(choice.full), run.steps
         alike.setdefault(key, []).append(run)
     for members in alike.values():
         for first in range(0, len(members), size):

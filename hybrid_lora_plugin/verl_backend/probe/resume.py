@@ -140,8 +140,9 @@ def _settings(
     rate = warmup_rate(hybrid.probe, criterion.method)
     expected = probe_record(command_config(hybrid, "", False), criterion.method, None, {}, rate)
     for name, value in vars(expected).items():
-        # The dtype is known once the model is loaded, the rank was compared above, and version 1 has no method.
-        if name in ("method", "rank", "dtype", "data"):
+        # The dtype is known once the model is loaded, the rank was compared above, and version 1 has no method; a loss
+        # is a result.
+        if name in ("method", "rank", "dtype", "data", "held_out"):
             continue
         # A policy probe has no rows of its own: its batches are those of the run.
         if hybrid.probe.objective == "sft" or name not in ("batch_size", "max_length"):

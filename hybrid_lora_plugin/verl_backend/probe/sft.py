@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from verl.utils.device import get_device_id, get_torch_device
 
+from hybrid_lora_plugin.allocation.learning import learned_in_words
 from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE, load_allocation
 from hybrid_lora_plugin.config import HybridLoraConfig
@@ -61,4 +62,6 @@ def probed_allocation(hybrid: HybridLoraConfig, model_config: Any) -> tuple[Allo
         # FSDP's modules refer to each other: without a collection the probe would sit beside the actor.
         gc.collect()
         get_torch_device().empty_cache()
+        if ranks.first:
+            print(f"hybrid_lora: {learned_in_words(load_allocation(folder).probe)}", flush=True)
     return ranks.from_first(lambda: (load_allocation(folder), (folder / ALLOCATION_FILE).read_text(encoding="utf-8")))
