@@ -69,8 +69,7 @@ class SftProtocol(Protocol):
         """
         self.settings = read_settings(self.settings_kind, settings, f"settings of protocol {self.name}")
         self.folder = Path(folder)
-        for task in tasks:
-            task_of(task)
+        self.tasks = [task_of(task).name for task in tasks]
         self.bases = [self._settings_of(name) for name in bases] or self.settings.bases
         kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         if kind not in GROUP_SIZES or (kind == "cuda" and not torch.cuda.is_available()):
@@ -81,6 +80,7 @@ class SftProtocol(Protocol):
         self.problems = Problems(self.layout, self.settings.held_out)
         # For a life of the protocol: a base is a few megabytes.
         self.model, self._shared, self._candidates = cache(self._load), cache(self._share), cache(self._find)
+        self._origin_model = cache(self._load_origin)
 
     def identity(self) -> dict[str, Any]:
         """Versions, device, dtype, group size, and a digest of each base."""
@@ -114,11 +114,11 @@ class SftProtocol(Protocol):
         return self.folder / "bases" / base
 
     def _origin(self, start: Start) -> tuple[str, ...]:
-        """What ``_origin_model`` makes the weights of: here the base alone."""
+        """What ``_load_origin`` knows the first weights by: here the base alone."""
         return (start.base,)
 
-    def _origin_model(self, base: str) -> torch.nn.Module:
-        """The model that runs begin at."""
+    def _load_origin(self, base: str) -> torch.nn.Module:
+        """The model that runs begin at; kept as ``_origin_model``."""
         return self.model(base)
 
     def _settings_of(self, base: str) -> BaseSettings:
@@ -143,11 +143,14 @@ class SftProtocol(Protocol):
 
     def step_flops(self, base: str, choice: Choice) -> float:
         """Operations of one optimizer step, see ``flops``: what steps are matched by."""
+        return self._step_flops(base, choice, self.settings.batch_size)
+
+    def _step_flops(self, base: str, choice: Choice, rows: int) -> float:
         return step_flops(
             self.model(base).config,
             self._candidates(base),
             choice,
-            rows=self.settings.batch_size,
+            rows=rows,
             positions=self.layout.tokens - 1,
             answer_tokens=self.layout.answer_tokens,
         )
