@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
-from hybrid_lora_plugin.config_probe import AdaLoraConfig
+from hybrid_lora_plugin.config_probe import AUTO, AdaLoraConfig
 from hybrid_lora_plugin.config_selection import NAMING, WITHOUT_PROBE
 from hybrid_lora_plugin.errors import ConfigurationError
 
@@ -53,6 +53,14 @@ SELECTION = (
 #: of whoever probes
 PROBE = (
     Effect("probe.", lambda config: config.criterion not in WITHOUT_PROBE, "with a criterion that needs a probe"),
+    *(
+        Effect(f"probe.{name}", lambda config: config.probe.warmup_steps == AUTO, "with probe.warmup_steps=auto")
+        for name in ("max_warmup_steps", "warmup_check_steps", "warmup_check_partitions", "warmup_agreement")
+    ),
+    *(
+        Effect(f"probe.{name}", lambda config: config.probe.partitions == AUTO, "with probe.partitions=auto")
+        for name in ("max_partitions", "settled_share")
+    ),
     Effect("probe.adalora.lr", _initialised_by_adalora, "with criterion=adalora or probe.init=adalora"),
     *(
         Effect(f"probe.adalora.{spec.name}", _criterion("adalora"), "with criterion=adalora")

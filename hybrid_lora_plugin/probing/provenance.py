@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from hybrid_lora_plugin import __version__
-from hybrid_lora_plugin.allocation.schema import HeldOutLoss, ModelIdentity, ProbeRecord
+from hybrid_lora_plugin.allocation.schema import ModelIdentity, ProbeRecord
 from hybrid_lora_plugin.candidates import Candidate, architecture_of, model_fingerprint
 from hybrid_lora_plugin.config import ProbeCommandConfig
 from hybrid_lora_plugin.linear_account import frozen_linear
@@ -70,14 +70,9 @@ def model_identity(path: str, model: nn.Module, candidates: Sequence[Candidate],
 
 
 def probe_record(
-    config: ProbeCommandConfig,
-    method: str,
-    dtype: torch.dtype | None,
-    data: dict[str, Any],
-    lr: float,
-    held_out: HeldOutLoss | None = None,
+    config: ProbeCommandConfig, method: str, dtype: torch.dtype | None, data: dict[str, Any], lr: float
 ) -> ProbeRecord:
-    """How the measurements of a probe are made.
+    """How the measurements of a probe are made, as far as the settings say it: numbers that are ``auto`` stay so.
 
     Args:
         config: of the command.
@@ -85,7 +80,6 @@ def probe_record(
         dtype: of the frozen base; None where it is not known yet, for a comparison of settings.
         data: rows and split.
         lr: learning rate of the warm-up.
-        held_out: the loss on held-out rows, where it was measured.
     """
     probe = config.probe
     own = {"adalora": probe.adalora, "autolora": probe.autolora, "lookahead": probe.lookahead.settled}
@@ -104,7 +98,6 @@ def probe_record(
         seed=probe.seed,
         data=data,
         options={method: asdict(own[method])} if method in own else {},
-        held_out=held_out,
     )
 
 
