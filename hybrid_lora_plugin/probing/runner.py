@@ -49,6 +49,7 @@ from hybrid_lora_plugin.probing.methods.autolora import AutoLoraMethod
 from hybrid_lora_plugin.probing.methods.full_delta import FullDeltaMethod
 from hybrid_lora_plugin.probing.methods.lookahead import LookaheadMethod
 from hybrid_lora_plugin.probing.methods.svd_lora import SvdLoraMethod
+from hybrid_lora_plugin.probing.methods.weight_gradient import WeightGradientMethod
 from hybrid_lora_plugin.probing.prepare import prepare_data
 from hybrid_lora_plugin.probing.progress import Progress
 from hybrid_lora_plugin.probing.provenance import environment, model_identity, probe_record, probe_settings
@@ -71,6 +72,7 @@ METHODS: dict[str, type[ProbeMethod]] = {
     "autolora": AutoLoraMethod,
     "full_delta": FullDeltaMethod,
     "lookahead": LookaheadMethod,
+    "weight_gradient": WeightGradientMethod,
 }
 
 
