@@ -120,6 +120,14 @@ def _is_day(value: str) -> bool:
         return False
 
 
+#: Instead of a number: as many as it takes.
+AUTO = "auto"
+
+
+def _auto_or_at_least(least: int, wanted: str) -> Bound:
+    return Bound(lambda value: value == AUTO or (not isinstance(value, str) and value >= least), wanted)
+
+
 _HALF_OF_THE_PARTITIONS = "1 to half of probe.partitions, so that there are two validation batches or more"
 
 
@@ -176,15 +184,62 @@ class ProbeConfig:
         "is written. `hybrid-lora-probe` only.",
         source="own choice",
     )
-    warmup_steps: int = documented(
-        500, "Optimizer steps before scoring.", source="paper §4.3", unit="steps", bound=at_least(0, "0 or more steps")
+    warmup_steps: int | str = documented(
+        500,
+        "Optimizer steps before scoring; `auto`: until the choice of modules no longer changes.",
+        source="paper §4.3",
+        unit="steps",
+        bound=_auto_or_at_least(0, "0 or more steps, or auto"),
     )
-    partitions: int = documented(
+    max_warmup_steps: int = documented(
+        500,
+        "Most steps of a warm-up that is `auto`.",
+        source="paper §4.3",
+        unit="steps",
+        bound=at_least(1, "at least 1 step, e.g. 500"),
+    )
+    warmup_check_steps: int = documented(
+        50,
+        "Steps between two looks at what a warm-up that is `auto` would choose now.",
+        source="own choice: a tenth of the paper's warm-up",
+        unit="steps",
+        bound=at_least(1, "at least 1 step, e.g. 50"),
+    )
+    warmup_check_partitions: int = documented(
+        4,
+        "Partitions that such a look scores, the same ones each time.",
+        source="own choice: about a tenth of the warm-up's cost",
+        unit="partitions",
+        bound=at_least(2, "at least 2, or no spread can be measured"),
+    )
+    warmup_agreement: float = documented(
+        0.9,
+        "Overlap (Jaccard) of two choices in a row, twice in a row, at which a warm-up that is `auto` ends.",
+        source="own choice",
+        unit="fraction",
+        bound=Bound(lambda value: 0 < value <= 1, "a fraction above 0 and up to 1, e.g. 0.9"),
+    )
+    partitions: int | str = documented(
         20,
-        "Random two-bucket partitions K, one row of sensitivities each, so T = K.",
+        "Random two-bucket partitions K, one row of sensitivities each, so T = K; `auto`: until the choice is settled.",
         source="paper §4.3",
         unit="rows",
-        bound=at_least(2, "at least 2, or no spread can be measured"),
+        bound=_auto_or_at_least(2, "at least 2, or no spread can be measured; or auto"),
+    )
+    max_partitions: int = documented(
+        100,
+        "Most partitions where they are `auto`; validation rows for all of them are held out.",
+        source="own choice: five times the paper's",
+        unit="rows",
+        bound=at_least(2, "at least 2, e.g. 100"),
+    )
+    settled_share: float = documented(
+        0.95,
+        "Share of the modules that a bootstrap must be sure of where partitions are `auto`, looked at every 8, "
+        "twice in a row.",
+        source="own choice: at a budget of 10 % half as many modules on the edge as chosen ones",
+        unit="fraction",
+        bound=Bound(lambda value: 0 < value <= 1, "a fraction above 0 and up to 1, e.g. 0.95"),
     )
     partitions_per_batch: int = documented(
         1,
@@ -246,3 +301,13 @@ class ProbeConfig:
     seed: int = documented(
         0, "Seed of the adapters, the data order, the split and the partitions.", source="own choice"
     )
+
+    @property
+    def most_warmup_steps(self) -> int:
+        """Steps of the warm-up, or the limit where they are ``auto``."""
+        return self.max_warmup_steps if self.warmup_steps == AUTO else int(self.warmup_steps)
+
+    @property
+    def most_partitions(self) -> int:
+        """Partitions, or the limit where they are ``auto``."""
+        return self.max_partitions if self.partitions == AUTO else int(self.partitions)

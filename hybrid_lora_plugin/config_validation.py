@@ -12,6 +12,7 @@ from collections.abc import Callable
 from typing import Any
 
 from hybrid_lora_plugin.config import BUDGET_AMOUNTS, BudgetConfig, ProbeConfig
+from hybrid_lora_plugin.config_probe import AUTO
 from hybrid_lora_plugin.errors import ConfigurationError
 
 Require = Callable[[bool, str, str], None]
@@ -70,10 +71,16 @@ def _check_budget(budget: BudgetConfig, require: Require) -> None:
 
 def _check_probe(probe: ProbeConfig, require: Require) -> None:
     require(
-        probe.partitions_per_batch <= probe.partitions // 2,
+        probe.partitions_per_batch <= probe.most_partitions // 2,
         "probe.partitions_per_batch",
         "1 to half of probe.partitions, so that there are two validation batches or more",
     )
+    if probe.warmup_steps == AUTO:
+        require(
+            2 * probe.partitions_per_batch <= probe.warmup_check_partitions <= probe.most_partitions,
+            "probe.warmup_check_partitions",
+            "at least those of two validation batches (twice probe.partitions_per_batch), and no more than are scored",
+        )
     adalora = probe.adalora
     require(
         adalora.initial_rank >= adalora.target_rank,

@@ -61,7 +61,7 @@ INTERNAL = {
         for part in ("selection", "probe", "sync", "checkpoint", "data", "evaluation", "plan", "evidence")
     },
     "config.py": CONFIG_PARTS | {"errors"},
-    "config_validation.py": {"config", "errors"},
+    "config_validation.py": CONFIG_PARTS | {"config", "errors"},
     "config_effect.py": CONFIG_PARTS | {"errors"},
     "model_families.py": {"errors"},
     "base_checkpoint.py": {"checkpoint_tensors", "errors", "model_families"},

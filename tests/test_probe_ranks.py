@@ -28,8 +28,12 @@ def arguments(model, rows, folder, **changes):
         "data.files": rows,
         "output_dir": folder,
         "lora.rank": 3,
-        "probe.warmup_steps": 10,
-        "probe.partitions": 8,
+        # With checks: every rank must stop where the others do.
+        "probe.warmup_steps": "auto",
+        "probe.max_warmup_steps": 10,
+        "probe.warmup_check_steps": 3,
+        "probe.partitions": "auto",
+        "probe.max_partitions": 8,
         # Neither 2 nor 4 divides it: some ranks have a row less, or none.
         "probe.batch_size": 5,
         "probe.max_length": 64,
@@ -73,6 +77,8 @@ def alone(tiny_qwen2, rows, tmp_path_factory):
 def assert_same(folder, alone):
     got, want = load_allocation(folder), load_allocation(alone)
     assert got.full_names == want.full_names and got.lora_names == want.lora_names
+    for name in ("warmup_steps", "warmup_auto", "partitions", "partitions_auto"):
+        assert getattr(got.probe, name) == getattr(want.probe, name), name
     learned, alone_learned = (dataclasses.asdict(allocation.probe.held_out) for allocation in (got, want))
     assert learned == pytest.approx(alone_learned, rel=1e-5) and learned["after"] < learned["before"]
     for module, other in zip(got.modules, want.modules, strict=True):
@@ -95,7 +101,7 @@ def test_a_sharded_probe_gives_the_allocation_of_one_process(tiny_qwen2, rows, a
 
 def test_an_interrupted_sharded_probe_continues_on_another_number_of_ranks(tiny_qwen2, rows, tmp_path):
     # Long enough to be interrupted for certain.
-    steps = {"probe.warmup_steps": 200, "probe.lr": 1e-3}
+    steps = {"probe.max_warmup_steps": 200, "probe.lr": 1e-3, "probe.warmup_check_steps": 60}
     process = torchrun(2, arguments(tiny_qwen2, rows, tmp_path / "out", **steps))
     for line in process.stderr:
         if "warm-up 1/" in line:

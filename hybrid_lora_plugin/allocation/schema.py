@@ -75,6 +75,28 @@ class HeldOutLoss:
 
 
 @dataclass(frozen=True)
+class AutoStop:
+    """How a number was found that was left to the probe.
+
+    Attributes:
+        limit: most there could have been.
+        every: steps or partitions between two checks.
+        threshold: what a check had to find.
+        checks: what each found: the share of modules that a bootstrap was sure of, or, of a warm-up, the overlap
+            (Jaccard) of the choice with that of the check before, from the second on.
+        reason: ``settled`` or ``limit``.
+        partitions: scored in each check of a warm-up; 0 where the partitions themselves are meant.
+    """
+
+    limit: int
+    every: int
+    threshold: float
+    checks: list[float]
+    reason: str
+    partitions: int = 0
+
+
+@dataclass(frozen=True)
 class ProbeRecord:
     """How the measurements were made. An allocation has none where nothing was probed.
 
@@ -89,6 +111,8 @@ class ProbeRecord:
         data: rows and split, or the settings of the run whose rollouts were scored.
         options: settings of this method only.
         held_out: None of a policy probe, and in artifacts that do not record it; then the file has no such key.
+        warmup_auto: how ``warmup_steps`` was found where it was ``auto``; else None, and no such key.
+        partitions_auto: the same of ``partitions``.
     """
 
     method: str
@@ -106,6 +130,8 @@ class ProbeRecord:
     data: dict
     options: dict = field(default_factory=dict)
     held_out: HeldOutLoss | None = None
+    warmup_auto: AutoStop | None = None
+    partitions_auto: AutoStop | None = None
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -74,6 +74,11 @@ def bootstrap(
     )
 
 
+def is_decided(share: float, chosen: bool) -> bool:
+    """Whether nearly all draws do with a module, chosen in ``share`` of them, what was done with it."""
+    return share >= DECIDED if chosen else share <= round(1 - DECIDED, 9)
+
+
 def shares_of(allocation: Allocation) -> dict[str, float]:
     """Share of the draws that chose each module, by name; empty where nothing was drawn."""
     if allocation.stability is None:
@@ -89,8 +94,7 @@ def by_standing(allocation: Allocation) -> dict[str, list[ModuleRecord]]:
     groups = {name: [] for name in (CERTAIN, EDGE, OUT)} if shares else {}
     for module in allocation.modules if shares else ():
         share, is_full = shares[module.name], module.assignment == FULL
-        decided = share >= DECIDED if is_full else share <= round(1 - DECIDED, 9)
-        groups[(CERTAIN if is_full else OUT) if decided else EDGE].append(module)
+        groups[(CERTAIN if is_full else OUT) if is_decided(share, is_full) else EDGE].append(module)
     return groups
 
 

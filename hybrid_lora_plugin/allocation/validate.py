@@ -5,6 +5,7 @@ from __future__ import annotations
 from hybrid_lora_plugin.allocation.budget import FULL, LORA
 from hybrid_lora_plugin.allocation.budget_modes import CHOICES, FIXED, budget_mode
 from hybrid_lora_plugin.allocation.schema import PROBE_AGAIN, Allocation
+from hybrid_lora_plugin.allocation.stopping import LIMIT, SETTLED
 from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE
 from hybrid_lora_plugin.errors import AllocationError
 
@@ -61,6 +62,7 @@ def validate_allocation(allocation: Allocation, where: str) -> None:
     _check_budget(allocation, where)
     _check_stability(allocation, where)
     _check_held_out(allocation, where)
+    _check_auto(allocation, where)
 
 
 def _check_budget(allocation: Allocation, where: str) -> None:
@@ -103,6 +105,22 @@ def _check_held_out(allocation: Allocation, where: str) -> None:
     for name in ("before", "after"):
         value = getattr(held_out, name)
         _require(value >= 0, where, f"probe.held_out.{name}", f"{value}, a loss of 0 or more is wanted")
+
+
+def _check_auto(allocation: Allocation, where: str) -> None:
+    probe = allocation.probe
+    for name, number in (("warmup_auto", "warmup_steps"), ("partitions_auto", "partitions")):
+        found = probe and getattr(probe, name)
+        if found is None:
+            continue
+        used = getattr(probe, number)
+        _require(used <= found.limit, where, f"probe.{number}", f"{used}, at most {found.limit} is wanted")
+        _require(
+            found.reason in (SETTLED, LIMIT),
+            where,
+            f"probe.{name}.reason",
+            f"{found.reason!r}, settled or limit is wanted",
+        )
 
 
 def _check_stability(allocation: Allocation, where: str) -> None:

@@ -119,6 +119,9 @@ def _read(text: str, type_: Any) -> Any:
     choices = typing.get_args(type_) or (type_,)
     if text == "null" and type(None) in choices:
         return None
+    if {int, str} <= set(choices):
+        # A number or a word, such as `auto`.
+        return int(text) if text.lstrip("+-").isdecimal() else text
     (plain,) = (choice for choice in choices if choice is not type(None))
     if plain is not bool:
         return plain(text)

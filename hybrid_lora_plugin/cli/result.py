@@ -20,6 +20,7 @@ def print_result(folder: Path, allocation: Allocation) -> None:
     from hybrid_lora_plugin.allocation.budget_modes import budget_mode
     from hybrid_lora_plugin.allocation.learning import learned_in_words
     from hybrid_lora_plugin.allocation.stability import in_words
+    from hybrid_lora_plugin.allocation.stopping import stopping_in_words
 
     full, modules = len(allocation.full_names), len(allocation.modules)
     # A choice without scores has no scores.png.
@@ -28,6 +29,8 @@ def print_result(folder: Path, allocation: Allocation) -> None:
     print(f"allocation written to {folder} ({', '.join(pages)}){sure}")
     if learned := learned_in_words(allocation.probe):
         print(learned)
+    for line in stopping_in_words(allocation.probe):
+        print(line)
     total, chosen_by = allocation.model.candidate_parameters, allocation.selection.criterion
     print(budget_mode(allocation.budget.mode).summary(allocation.budget, total, modules, chosen_by))
     print(f"full fine-tuning: {full} of {modules} modules, LoRA on the other {modules - full}")

@@ -145,6 +145,9 @@ class VerlProtocol(Protocol):
         for base in self._bases.values():
             if not base.path:
                 raise ConfigurationError(f"settings.bases: {base.name} has no path; give a Hugging Face folder or name")
+        for entry in self.settings.environment:
+            if "=" not in entry:
+                raise ConfigurationError(f"settings.environment: {entry!r} has no value; give NAME=VALUE")
         self._folder = folder.absolute()
 
     def identity(self) -> dict[str, Any]:

@@ -125,8 +125,8 @@ def probe_flops(model: PlannedModel, run: Run) -> tuple[float, int]:
     attention = attention_flops(model.config, length)
     # Forward and gradients of activations, and in the warm-up those of the adapters.
     through = 2 * (2 * (inside + adapters + head)) + 3 * attention
-    warm_up = probe.warmup_steps * rows * length
-    scored = probe.partitions * rows * length
+    warm_up = probe.most_warmup_steps * rows * length
+    scored = probe.most_partitions * rows * length
     generated = 2 * (inside + head) if probe.objective == "policy" else 0
     operations = warm_up * (through + 2 * adapters + generated) + scored * (2 * through + generated)
     return float(operations), warm_up + scored

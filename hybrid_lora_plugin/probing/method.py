@@ -27,12 +27,14 @@ class ProbeMethod(abc.ABC):
         rows: rows of per-batch measurements to take; 0 where the warm-up alone decides.
         step: optimizer steps taken.
         lr: learning rate of the warm-up, for the record.
+        measure_controls: whether ``score`` also takes what only the controls need, where the probe measures that.
         replicated: parameters added to the model that every rank holds whole; a sharded model must leave them alone.
     """
 
     warmup_steps: int
     rows: int
     step: int = 0
+    measure_controls: bool = True
     lr: float
     replicated: list[nn.Parameter]
 
@@ -78,6 +80,9 @@ class ProbeMethod(abc.ABC):
 
     def begin_scoring(self, validation_batch: Callable[[int], Batch]) -> None:  # noqa: B027
         """Called once before the first ``score`` of a process; ``validation_batch`` gives each batch by its number."""
+
+    def prepare_scoring(self) -> None:  # noqa: B027
+        """Get ready to score, between two steps of the warm-up or after it; what it asks no gradient of is restored."""
 
     def score(self, row: int, batch: Batch) -> tuple[dict[str, Tensor], float]:
         """Row ``row`` of each per-batch measurement: name -> ``[M]`` float64 on the CPU, and the loss to show.
@@ -134,7 +139,7 @@ def warmup_rate(probe: ProbeConfig, method: str) -> float:
 
 def warmup_steps(config: ProbeCommandConfig) -> int:
     """Optimizer steps before scoring: ``probe.warmup_steps``, or 0 where the criterion reads the model as it is."""
-    return 0 if config.criterion in WITHOUT_WARMUP else config.probe.warmup_steps
+    return 0 if config.criterion in WITHOUT_WARMUP else config.probe.most_warmup_steps
 
 
 def require_finite(loss: float, step: int, rate: str = "probe.lr") -> float:

@@ -10,14 +10,17 @@ import torch
 from torch import nn
 
 from hybrid_lora_plugin import __version__
-from hybrid_lora_plugin.allocation.schema import HeldOutLoss, ModelIdentity, ProbeRecord
+from hybrid_lora_plugin.allocation.schema import ModelIdentity, ProbeRecord
 from hybrid_lora_plugin.candidates import Candidate, architecture_of, model_fingerprint
 from hybrid_lora_plugin.config import ProbeCommandConfig
 from hybrid_lora_plugin.linear_account import frozen_linear
 from hybrid_lora_plugin.probing.data.batches import ProbeData
+from hybrid_lora_plugin.probing.method import warmup_steps
 
 # These change memory and speed, not what is measured.
 _WITHOUT_EFFECT = ("files", "micro_batch_size", "dry_run")
+# What these measure beyond the others of their run.
+_MORE = {"perturbation": " with perturbations", "residual_gradient": " after a warm-up"}
 
 
 def probe_settings(
@@ -45,7 +48,7 @@ def probe_settings(
     probe["probe.date"] = data.date
     files = [f"{file['name']}, {file['rows']} rows, sha256 {file['sha256']}" for file in data.record["files"]]
     return probe | {
-        "criterion": f"needs the run {run}{' with perturbations' if config.criterion == 'perturbation' else ''}",
+        "criterion": f"needs the run {run}{_MORE.get(config.criterion, '')}",
         "model.path": config.model.path,
         "model.config": model_fingerprint(model.config),
         "model.dtype": str(model.dtype),
@@ -70,14 +73,9 @@ def model_identity(path: str, model: nn.Module, candidates: Sequence[Candidate],
 
 
 def probe_record(
-    config: ProbeCommandConfig,
-    method: str,
-    dtype: torch.dtype | None,
-    data: dict[str, Any],
-    lr: float,
-    held_out: HeldOutLoss | None = None,
+    config: ProbeCommandConfig, method: str, dtype: torch.dtype | None, data: dict[str, Any], lr: float
 ) -> ProbeRecord:
-    """How the measurements of a probe are made.
+    """How the measurements of a probe are made, as far as the settings say it: numbers that are ``auto`` stay so.
 
     Args:
         config: of the command.
@@ -85,7 +83,6 @@ def probe_record(
         dtype: of the frozen base; None where it is not known yet, for a comparison of settings.
         data: rows and split.
         lr: learning rate of the warm-up.
-        held_out: the loss on held-out rows, where it was measured.
     """
     probe = config.probe
     own = {"adalora": probe.adalora, "autolora": probe.autolora, "lookahead": probe.lookahead.settled}
@@ -94,7 +91,7 @@ def probe_record(
         objective=probe.objective,
         rank=config.lora.rank,
         init="adalora" if method == "adalora" else probe.init,
-        warmup_steps=probe.warmup_steps,
+        warmup_steps=warmup_steps(config),
         lr=float(lr),
         partitions=probe.partitions,
         partitions_per_batch=probe.partitions_per_batch,
@@ -104,7 +101,6 @@ def probe_record(
         seed=probe.seed,
         data=data,
         options={method: asdict(own[method])} if method in own else {},
-        held_out=held_out,
     )
 
 

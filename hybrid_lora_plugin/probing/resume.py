@@ -3,6 +3,7 @@
     settings.json          what the run depends on; another run must not continue it
     held_out.json          the held-out loss before and after the warm-up, as far as it was measured
     warmup.safetensors     adapters, AdamW moments and, as metadata, the step
+    warmup_checks.json     steps and choices of a warm-up that finds its own length
     scores.safetensors     measurements [t, M] of the batches scored so far and, as metadata, how many
 
 Each file is written beside its place and renamed, so an interruption at any moment leaves the older one.
@@ -13,6 +14,7 @@ from __future__ import annotations
 import json
 import os
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -101,17 +103,37 @@ class PartialState:
 
     def save_held_out(self, losses: dict[str, float]) -> None:
         """Replace the saved held-out losses by these."""
-        # A JSON number is read as the very float that was written.
-        with complete_file(self.folder / "held_out.json") as unfinished:
-            unfinished.write_text(json.dumps(losses) + "\n", encoding="utf-8")
+        self._save_json("held_out.json", losses)
 
     def load_held_out(self) -> dict[str, float]:
         """The saved held-out losses; none if there are none yet."""
-        file = self.folder / "held_out.json"
+        return self._load_json(
+            "held_out.json", {}, lambda saved: {str(when): float(loss) for when, loss in saved.items()}
+        )
+
+    def save_warmup_checks(self, checks: list[tuple[int, list[int]]]) -> None:
+        """Replace the saved checks of the warm-up: step and numbers of the modules chosen then."""
+        self._save_json("warmup_checks.json", checks)
+
+    def load_warmup_checks(self) -> list[tuple[int, list[int]]]:
+        """The saved checks of the warm-up; none if there are none yet."""
+        return self._load_json(
+            "warmup_checks.json",
+            [],
+            lambda saved: [(int(step), [int(index) for index in chosen]) for step, chosen in saved],
+        )
+
+    def _save_json(self, name: str, payload: Any) -> None:
+        # A JSON number is read as the very float that was written.
+        with complete_file(self.folder / name) as unfinished:
+            unfinished.write_text(json.dumps(payload) + "\n", encoding="utf-8")
+
+    def _load_json(self, name: str, absent: Any, read: Callable[[Any], Any]) -> Any:
+        file = self.folder / name
         if not file.exists():
-            return {}
+            return absent
         try:
-            return {str(when): float(loss) for when, loss in json.loads(file.read_text(encoding="utf-8")).items()}
+            return read(json.loads(file.read_text(encoding="utf-8")))
         except (OSError, ValueError, AttributeError, TypeError) as error:
             raise ProbeError(
                 f"output_dir: {file} is damaged ({error}); {self._way_out}", see="unfinished-probe-cannot-be-used"

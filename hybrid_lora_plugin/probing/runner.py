@@ -7,10 +7,12 @@ ends with the same bytes as an uninterrupted one.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -23,6 +25,7 @@ from hybrid_lora_plugin.allocation.storage import refuse_existing
 from hybrid_lora_plugin.base_identity import weights_identity
 from hybrid_lora_plugin.candidates import Candidate, architecture_of, find_candidates, meta_model
 from hybrid_lora_plugin.config import BudgetConfig, ProbeCommandConfig
+from hybrid_lora_plugin.config_probe import AUTO
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.linear_account import account_text
@@ -46,10 +49,19 @@ from hybrid_lora_plugin.probing.methods.autolora import AutoLoraMethod
 from hybrid_lora_plugin.probing.methods.full_delta import FullDeltaMethod
 from hybrid_lora_plugin.probing.methods.lookahead import LookaheadMethod
 from hybrid_lora_plugin.probing.methods.svd_lora import SvdLoraMethod
+from hybrid_lora_plugin.probing.methods.weight_gradient import WeightGradientMethod
 from hybrid_lora_plugin.probing.prepare import prepare_data
 from hybrid_lora_plugin.probing.progress import Progress
 from hybrid_lora_plugin.probing.provenance import environment, model_identity, probe_record, probe_settings
 from hybrid_lora_plugin.probing.resume import PartialState, remove_finished
+from hybrid_lora_plugin.probing.settling import (
+    CHECK_PARTITIONS,
+    SettledScores,
+    WarmupChecks,
+    check_auto,
+    chosen_modules,
+    scoring_within_warmup,
+)
 from hybrid_lora_plugin.report.artifact import save_allocation
 from hybrid_lora_plugin.scoring import get_criterion
 
@@ -60,6 +72,7 @@ METHODS: dict[str, type[ProbeMethod]] = {
     "autolora": AutoLoraMethod,
     "full_delta": FullDeltaMethod,
     "lookahead": LookaheadMethod,
+    "weight_gradient": WeightGradientMethod,
 }
 
 
@@ -110,6 +123,7 @@ def _check(config: ProbeCommandConfig, output_dir: Path, processes: int) -> None
                 f"hybrid_lora.probe.objective={config.probe.objective} there, or probe.objective=sft here"
             )
         METHODS[method].check_ranks(processes)
+        check_auto(config)
     remove_finished(output_dir)
     refuse_existing(output_dir)
     check_model_files(config.model, loads=method is not None)
@@ -202,6 +216,8 @@ class _Probe:
         # Rank 0 keeps the state for all: adapters and Adam moments are equal everywhere.
         self.state: PartialState | None = None
         ranks.from_first(self._take_up_state)
+        # What the probe finds out of itself, by field of its record.
+        self.found: dict[str, Any] = {}
         self.method = METHODS[method](self.model, self.candidates, config)
         place(self.model, self.candidates, self.method.replicated, ranks)
 
@@ -220,11 +236,14 @@ class _Probe:
             self.method.start(passes)
             losses = self._held_out_losses(passes)
             losses.measure("before")
-            self._warm_up(stop)
+            checks = self._warm_up(stop)
             self.method.finish_warmup()
             losses.measure("after")
-            self.held_out = losses.record(rate_option(self.method_name, self.config.probe.init))
-            measurements = self._score(stop) | self.method.results()
+            self.found["held_out"] = losses.record(rate_option(self.method_name, self.config.probe.init))
+            self.found["warmup_steps"] = self.method.step
+            if checks is not None:
+                self.found["warmup_auto"] = checks.record()
+            measurements = self._score(stop)
         return self.ranks.from_first(lambda: self._select_and_save(measurements))
 
     @contextlib.contextmanager
@@ -242,7 +261,8 @@ class _Probe:
     def _select_and_save(self, measurements: dict[str, Tensor]) -> Allocation:
         self.watch.check()
         data = self.data.record | self.checkpoint
-        record = probe_record(self.config, self.method_name, self.dtype, data, self.method.lr, self.held_out)
+        record = probe_record(self.config, self.method_name, self.dtype, data, self.method.lr)
+        record = dataclasses.replace(record, **self.found)
         allocation = select_modules(
             self.config,
             self.identity,
@@ -264,37 +284,93 @@ class _Probe:
 
         return HeldOutLosses(passes, self.data, self.ranks.from_first(lambda: self.state.load_held_out()), keep)
 
-    def _warm_up(self, stop: StopRequest) -> None:
+    def _warm_up(self, stop: StopRequest) -> WarmupChecks | None:
+        """Take the steps that are missing; the checks of a warm-up that finds its own length."""
         method, data = self.method, self.data
         saved = self.ranks.from_first(lambda: self.state.load_warmup())
         if saved is not None:
             method.load(*saved)
             self.progress.note(f"continuing {self.output_dir}.partial after warm-up step {method.step}")
+        checks = self._warmup_checks() if self.config.probe.warmup_steps == AUTO else None
         self.progress.stage("warm-up", method.warmup_steps, method.step)
         save = self._saver(stop, lambda: self.state.save_warmup(method.step, method.tensors()))
-        while method.step < method.warmup_steps:
+
+        def over() -> bool:
+            return method.step >= method.warmup_steps or (checks is not None and checks.settled)
+
+        while not over():
             validation = data.validation_batch(method.step % data.validation_batches)
             loss = method.warm_up(data.warmup_batch(method.step), validation)
             self.progress.advance(method.step, loss)
-            save(finished=method.step == method.warmup_steps)
+            if checks is not None and (found := checks.look(method.step)):
+                self.progress.note(found)
+            save(finished=over())
+        return checks
+
+    def _warmup_checks(self) -> WarmupChecks:
+        probe, step = self.config.probe, self.method.step
+
+        def measure() -> list[int]:
+            with scoring_within_warmup(self.method, self.config.criterion):
+                self.method.begin_scoring(self.data.validation_batch)
+                rows: dict[str, list[Tensor]] = {}
+                for row in range(probe.warmup_check_partitions if self.method.rows else 0):
+                    batch = self.data.validation_batch(row // probe.partitions_per_batch)
+                    for name, values in self.method.score(row, batch)[0].items():
+                        rows.setdefault(name, []).append(values)
+                measured = self.method.measurements({name: torch.stack(values) for name, values in rows.items()})
+                measured |= self.method.results()
+            # One decides for all: a last bit must not send the ranks different ways.
+            return self.ranks.from_first(lambda: chosen_modules(self.config, self.candidates, measured))
+
+        # A check may be on disk whose step is not: it is taken again.
+        kept = [check for check in self.ranks.from_first(lambda: self.state.load_warmup_checks()) if check[0] <= step]
+        return WarmupChecks(
+            self.config,
+            measure,
+            kept,
+            lambda checks: self.ranks.from_first(lambda: self.state.save_warmup_checks(checks)),
+        )
 
     def _score(self, stop: StopRequest) -> dict[str, Tensor]:
-        """Measure what is missing; name -> ``[rows, M]`` float64."""
+        """Measure what is missing; name -> ``[rows, M]`` or ``[M]`` float64."""
+        once = self.method.results()
         if not self.method.rows:
-            return {}
+            self.found["partitions"] = self.config.probe.most_partitions
+            return once
         done, rows = self.ranks.from_first(lambda: self.state.load_scores())
         self.method.begin_scoring(self.data.validation_batch)
+        settled = None
+        if self.config.probe.partitions == AUTO:
+            settled = SettledScores(self.config, self.candidates, rows, once, self.method.measurements)
         self.progress.stage("scoring", self.method.rows, done)
         save = self._saver(stop, lambda: self.state.save_scores(done, rows))
-        while done < self.method.rows:
+
+        def over() -> bool:
+            # One decides for all, as in the warm-up.
+            return done >= self.method.rows or (
+                settled is not None and self.ranks.from_first(lambda: settled.settled(done))
+            )
+
+        finished = over()
+        while not finished:
             batch = self.data.validation_batch(done // self.config.probe.partitions_per_batch)
             measured, loss = self.method.score(done, batch)
             for name, values in measured.items():
                 rows.setdefault(name, []).append(values)
             done += 1
             self.progress.advance(done, loss)
-            save(finished=done == self.method.rows)
-        return self.method.measurements({name: torch.stack(values) for name, values in rows.items()})
+            finished = over()
+            if settled is not None and done % CHECK_PARTITIONS == 0 and self.ranks.first:
+                self.progress.note(
+                    f"{done} partitions scored: {100 * settled.share(done):.0f} % of the modules are decided "
+                    f"({100 * self.config.probe.settled_share:.0f} % wanted)"
+                )
+            save(finished=finished)
+        self.found["partitions"] = done
+        if settled is not None:
+            self.found["partitions_auto"] = self.ranks.from_first(lambda: settled.record(done))
+        return self.method.measurements({name: torch.stack(values) for name, values in rows.items()}) | once
 
     def _saver(self, stop: StopRequest, save: Callable[[], None]) -> Callable[[bool], None]:
         """A function that saves every half minute, at the end, and when any rank was asked to stop; then it raises."""

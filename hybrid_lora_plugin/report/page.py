@@ -14,6 +14,7 @@ from hybrid_lora_plugin.allocation.budget_modes import budget_mode
 from hybrid_lora_plugin.allocation.learning import learned_in_words
 from hybrid_lora_plugin.allocation.schema import Allocation, ModuleRecord, ProbeRecord
 from hybrid_lora_plugin.allocation.stability import DECIDED, EDGE, by_standing, in_words, shares_of
+from hybrid_lora_plugin.allocation.stopping import stopping_in_words
 from hybrid_lora_plugin.linear_account import account_markdown
 from hybrid_lora_plugin.report.caveats import CONTROLS, caveats_text, caveats_title
 from hybrid_lora_plugin.report.groups import depth_thirds, present_types
@@ -47,6 +48,7 @@ def _lines(allocation: Allocation) -> list[str]:
         f"{len(modules) - len(full)} get LoRA{sure}. {pictures}.",
         "",
         *_learning(allocation.probe),
+        *(line for said in stopping_in_words(allocation.probe) for line in (f"{said[0].upper()}{said[1:]}.", "")),
         "## What was probed" if allocation.probe else "## How it was chosen",
         "",
         *_settings(allocation),

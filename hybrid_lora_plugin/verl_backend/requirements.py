@@ -82,7 +82,8 @@ def _require_texts(node: Mapping[str, Any], kind: type, prefix: str) -> None:
             if isinstance(value, Mapping):
                 _require_texts(value, types[spec.name], name + ".")
             continue
-        if str not in (types[spec.name], *get_args(types[spec.name])):
+        # A number or a word is no text of a user's own.
+        if str not in (types[spec.name], *get_args(types[spec.name])) or int in get_args(types[spec.name]):
             continue
         for item in value if isinstance(value, list) else [value]:
             if isinstance(item, bool | float):

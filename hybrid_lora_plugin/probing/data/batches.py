@@ -16,6 +16,7 @@ from typing import Any
 import torch
 
 from hybrid_lora_plugin.config import ProbeConfig
+from hybrid_lora_plugin.config_probe import AUTO
 from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.probing.data.findings import count_of
 from hybrid_lora_plugin.probing.data.layout import Layout
@@ -71,11 +72,11 @@ class ProbeData:
         pad = tokenizer.pad_token_id if tokenizer.pad_token_id is not None else tokenizer.eos_token_id
         # Padding is masked, but its embedding is looked up.
         self._pad = pad if pad is not None and (vocabulary is None or pad < vocabulary) else 0
-        self.validation_batches = math.ceil(config.partitions / config.partitions_per_batch)
+        self.validation_batches = math.ceil(config.most_partitions / config.partitions_per_batch)
         held_out = self.validation_batches * config.batch_size
         tokens_of = RowTokenizer(tokenizer, train_on=config.train_on, day=day, vocabulary=vocabulary, stops=stops)
         order = torch.randperm(len(rows), generator=generator(config.seed, "split")).tolist()
-        chosen = Selection(held_out, config.warmup_steps * config.batch_size, config.max_length)
+        chosen = Selection(held_out, config.most_warmup_steps * config.batch_size, config.max_length)
         chosen.take(rows, order, tokens_of, progress)
         self.dropped = chosen.dropped
         self._refuse_too_few(config, rows, chosen, held_out)
@@ -113,15 +114,16 @@ class ProbeData:
                 f"probe.max_length: {config.max_length} tokens cut away the response of all {len(rows)} rows; "
                 f"raise it or give shorter prompts"
             )
-        needed = held_out + min(1, config.warmup_steps) * config.batch_size
+        needed = held_out + min(1, config.most_warmup_steps) * config.batch_size
         if usable < needed:
-            and_warmup = "and one warm-up batch " if config.warmup_steps else ""
+            and_warmup = "and one warm-up batch " if config.most_warmup_steps else ""
             repeats = chosen.repeats_of_held_out
             and_repeats = f", {repeats} more have the tokens of a held-out row" if repeats else ""
             raise ProbeError(
                 f"probe.files: {usable} usable rows ({self.dropped} more do not fit probe.max_length{and_repeats}), "
                 f"but {needed} are needed: {self.validation_batches} validation batches {and_warmup}of "
-                f"{config.batch_size}; give more rows or lower probe.batch_size or probe.partitions"
+                f"{config.batch_size}; give more rows or lower probe.batch_size or "
+                f"{'probe.max_partitions' if config.partitions == AUTO else 'probe.partitions'}"
             )
 
     def _sentences(self, config: ProbeConfig, rows: Rows, tokens_of: RowTokenizer) -> list[str]:

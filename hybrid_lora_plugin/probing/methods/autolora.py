@@ -40,7 +40,7 @@ class AutoLoraMethod(ProbeMethod):
     def __init__(self, model: nn.Module, candidates: Sequence[Candidate], config: ProbeCommandConfig) -> None:
         """Freeze ``model`` and put a default ``SvdLoraLinear`` in the place of its M candidates; dropout is off."""
         probe = config.probe
-        self.warmup_steps = probe.warmup_steps
+        self.warmup_steps = probe.most_warmup_steps
         self.layers = attach(model.eval(), candidates, config.lora.rank, probe.seed)
         self._weights = {
             f"{name}.{which}": getattr(layer, which) for name, layer in self.layers.items() for which in ("A", "B", "e")

@@ -59,7 +59,7 @@ class FullDeltaMethod(OneOptimizerMethod):
     def __init__(self, model: nn.Module, candidates: Sequence[Candidate], config: ProbeCommandConfig) -> None:
         """Freeze ``model`` and put a ``FullDeltaLinear`` in the place of its M candidates; dropout is off."""
         probe = config.probe
-        self.warmup_steps, self.rows = probe.warmup_steps, probe.partitions
+        self.warmup_steps, self.rows = probe.most_warmup_steps, probe.most_partitions
         model.requires_grad_(False).eval()
         self.layers = {candidate.name: FullDeltaLinear(model.get_submodule(candidate.name)) for candidate in candidates}
         for name, layer in self.layers.items():

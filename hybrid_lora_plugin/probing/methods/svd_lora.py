@@ -30,7 +30,7 @@ class SvdLoraMethod(OneOptimizerMethod):
 
     def __init__(self, model: nn.Module, candidates: Sequence[Candidate], config: ProbeCommandConfig) -> None:
         probe = config.probe
-        self.warmup_steps, self.rows = probe.warmup_steps, probe.partitions
+        self.warmup_steps, self.rows = probe.most_warmup_steps, probe.most_partitions
         self.layers = attach(model, candidates, config.lora.rank, probe.seed, probe.init)
         self._named = {
             f"{name}.{which}": getattr(layer, which) for name, layer in self.layers.items() for which in _PARAMETERS
@@ -49,6 +49,9 @@ class SvdLoraMethod(OneOptimizerMethod):
     def finish_warmup(self) -> None:
         self._optimizer.release()
         check_trained(self.layers)
+        self.prepare_scoring()
+
+    def prepare_scoring(self) -> None:
         prepare_scoring(self._model, self.layers)
 
     def score(self, row: int, batch: Batch) -> tuple[dict[str, Tensor], float]:
@@ -57,7 +60,7 @@ class SvdLoraMethod(OneOptimizerMethod):
         measured = {"sensitivities": sensitivities}
         # What does not depend on the partition is measured once a batch.
         if row % self._probe.partitions_per_batch == 0:
-            if self._controls is not None:
+            if self._controls is not None and self.measure_controls:
                 measured |= self._controls.measure(batch)
             if self._perturb:
                 measured["perturbation"] = perturbation(self.layers, self._passes, batch)

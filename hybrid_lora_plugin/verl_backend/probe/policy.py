@@ -21,6 +21,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE
 from hybrid_lora_plugin.config import HybridLoraConfig
+from hybrid_lora_plugin.config_probe import AUTO
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.probing.resume import PartialState
 from hybrid_lora_plugin.scoring import get_criterion
@@ -44,6 +45,13 @@ def check_policy_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
             f"hybrid_lora.probe.objective=sft, or a criterion of the masked probe, e.g. hybrid",
             see="policy-probe-not-possible",
         )
+    for name in ("warmup_steps", "partitions"):
+        if getattr(hybrid.probe, name) == AUTO:
+            raise ConfigurationError(
+                f"hybrid_lora.probe.{name}: 'auto' is not possible with objective policy, whose prompts are dealt out "
+                f"before its first step; give a number, e.g. {20 if name == 'partitions' else 100}",
+                see="policy-probe-not-possible",
+            )
     if hybrid.probe.warmup_steps < 1:
         raise ConfigurationError(
             f"hybrid_lora.probe.warmup_steps: {hybrid.probe.warmup_steps} steps leave every adapter at 0; give at "

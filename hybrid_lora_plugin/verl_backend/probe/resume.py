@@ -10,7 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from hybrid_lora_plugin.allocation.budget_modes import BudgetRecord, budget_mode
-from hybrid_lora_plugin.allocation.schema import Allocation
+from hybrid_lora_plugin.allocation.schema import Allocation, AutoStop
 from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE, load_allocation
 from hybrid_lora_plugin.config import (
     BUDGET_AMOUNTS,
@@ -19,8 +19,10 @@ from hybrid_lora_plugin.config import (
     HybridLoraConfig,
     ModelConfig,
     ProbeCommandConfig,
+    ProbeConfig,
     SelectionConfig,
 )
+from hybrid_lora_plugin.config_probe import AUTO
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.probing.data.files import hub_split, is_there
 from hybrid_lora_plugin.probing.data.rows import file_digests
@@ -31,6 +33,9 @@ from hybrid_lora_plugin.scoring import get_criterion
 from hybrid_lora_plugin.verl_backend.earlier_checkpoint import actor_folder, checkpoint_to_resume, require_hybrid
 from hybrid_lora_plugin.verl_backend.probe.policy_settings import policy_settings
 from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, kind_of_run
+
+#: numbers that a probe may find itself -> where the artifact says how
+_AUTO = {"warmup_steps": "warmup_auto", "partitions": "partitions_auto"}
 
 
 def has_earlier_allocation(
@@ -142,12 +147,30 @@ def _settings(
     for name, value in vars(expected).items():
         # The dtype is known once the model is loaded, the rank was compared above, and version 1 has no method; a loss
         # is a result.
-        if name in ("method", "rank", "dtype", "data", "held_out"):
+        if name in ("method", "rank", "dtype", "data", "held_out", *_AUTO.values()):
             continue
         # A policy probe has no rows of its own: its batches are those of the run.
         if hybrid.probe.objective == "sft" or name not in ("batch_size", "max_length"):
-            yield f"{ours}probe.{name}", getattr(allocation.probe, name), value
+            found = getattr(allocation.probe, _AUTO.get(name, ""), None)
+            yield f"{ours}probe.{name}", getattr(allocation.probe, name) if found is None else AUTO, value
+            if found is not None:
+                yield from _auto(name, found, hybrid.probe)
     yield from _data(allocation.probe.data, data)
+
+
+def _auto(name: str, found: AutoStop, wanted: ProbeConfig) -> Iterator[tuple[str, Any, Any]]:
+    """The same for how a probe finds its own length."""
+    if name == "partitions":
+        options = {"max_partitions": found.limit, "settled_share": found.threshold}
+    else:
+        options = {
+            "max_warmup_steps": found.limit,
+            "warmup_check_steps": found.every,
+            "warmup_check_partitions": found.partitions,
+            "warmup_agreement": found.threshold,
+        }
+    for option, kept in options.items():
+        yield f"hybrid_lora.probe.{option}", kept, getattr(wanted, option)
 
 
 def _budget(kept: BudgetRecord, wanted: BudgetConfig) -> Iterator[tuple[str, Any, Any]]:

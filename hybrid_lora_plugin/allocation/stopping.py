@@ -1,0 +1,31 @@
+"""How long a probe went on that was left to find its own length, in words."""
+
+from __future__ import annotations
+
+from hybrid_lora_plugin.allocation.schema import AutoStop, ProbeRecord
+
+SETTLED, LIMIT = "settled", "limit"
+
+
+def stopping_in_words(probe: ProbeRecord | None) -> list[str]:
+    """A sentence for each number that was ``auto``; none where both were given."""
+    lines = []
+    if probe is not None and probe.warmup_auto is not None:
+        found = probe.warmup_auto
+        last = " and ".join(f"{100 * value:.0f} %" for value in found.checks[-2:]) or "nothing to compare yet"
+        lines.append(
+            f"warm-up: {probe.warmup_steps} of at most {found.limit} steps, {_reason(found)} (overlap of the last "
+            f"choices: {last}; wanted twice in a row: {100 * found.threshold:.0f} %)"
+        )
+    if probe is not None and probe.partitions_auto is not None:
+        found = probe.partitions_auto
+        share = f"{100 * found.checks[-1]:.0f} % of the modules decided, " if found.checks else ""
+        lines.append(
+            f"partitions: {probe.partitions} of at most {found.limit}, {_reason(found)} ({share}"
+            f"{100 * found.threshold:.0f} % wanted, twice in a row)"
+        )
+    return lines
+
+
+def _reason(found: AutoStop) -> str:
+    return "as the choice was settled" if found.reason == SETTLED else "the limit: the choice was not settled"
