@@ -3,8 +3,13 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import signal
+import subprocess
+import sys
 import time
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +28,8 @@ from hybrid_lora_plugin.evidence.protocols import open_protocol
 from hybrid_lora_plugin.evidence.replicas.base import base_config
 from hybrid_lora_plugin.evidence.replicas.selection import selection_config
 from hybrid_lora_plugin.evidence.stages import run_stages
-from tests.support.analytic_protocol import STOP_AFTER, AnalyticProtocol
-from tests.support.verl_processes import ROOT
+from tests.support.analytic_protocol import CHOOSE_SECONDS, STOP_AFTER, AnalyticProtocol
+from tests.support.verl_processes import ROOT, environment_of
 
 PLAN = {
     "name": "analytic",
@@ -272,6 +277,51 @@ def test_what_was_interrupted_goes_on_and_what_was_half_written_is_done_again(fi
     assert run(folder, capsys)[0] == 0
     assert (folder / "report.md").read_bytes() == (finished / "report.md").read_bytes()
     assert len(lines_of(folder)) == len(lines_of(finished))
+
+
+def test_workers_that_are_in_the_middle_of_a_choice_end_with_the_command(finished, tmp_path):
+    command = [f"plan={finished / 'plan.yaml'}", f"output_dir={tmp_path / 'out'}", "workers=2"]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "hybrid_lora_plugin.cli.evidence", *command],
+        cwd=ROOT,
+        env=environment_of(**{CHOOSE_SECONDS: "600"}),
+        stderr=subprocess.PIPE,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        for line in process.stderr:
+            if line.startswith("choosing at") or "compare: at most" in line:
+                break
+        deadline = time.monotonic() + 60
+        while len(processes_of(process.pid)) < 4 and time.monotonic() < deadline:
+            time.sleep(0.2)
+        process.terminate()
+        _, error = process.communicate(timeout=60)
+        assert process.returncode == 143 and "to continue, run: hybrid-lora-evidence" in error, error
+        while processes_of(process.pid) and time.monotonic() < deadline + 30:
+            time.sleep(0.2)
+        assert processes_of(process.pid) == []
+    finally:
+        for number in processes_of(process.pid):
+            os.kill(number, signal.SIGKILL)
+
+
+def processes_of(session):
+    """Those of a session that still run."""
+    return [
+        int(entry.name)
+        for entry in Path("/proc").iterdir()
+        if entry.name.isdigit() and status_of(entry)[0] == session and status_of(entry)[1] != "Z"
+    ]
+
+
+def status_of(entry):
+    try:
+        fields = (entry / "stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None, "Z"
+    return int(fields[3]), fields[0]
 
 
 def test_nothing_is_run_twice_and_arms_that_choose_alike_share_a_run(finished):

@@ -275,8 +275,10 @@ class _Work:
                 start, arms = waiting[done]
                 yield start, _named(arms, done.result())
         finally:
+            # Before the pool forgets them: what they are at would keep an interrupted command for minutes.
+            processes = list((pool._processes or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
-            for process in list((pool._processes or {}).values()):
+            for process in processes:
                 process.terminate()
 
 

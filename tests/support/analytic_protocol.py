@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import os
+import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -23,6 +24,8 @@ SHAPES = {"q_proj": (8, 8), "o_proj": (8, 8), "up_proj": (8, 24), "down_proj": (
 LAYERS = 6
 #: Runs after which ``train`` is interrupted, as by Ctrl-C.
 STOP_AFTER = "ANALYTIC_STOP_AFTER"
+#: seconds that a choice takes at the least
+CHOOSE_SECONDS = "ANALYTIC_CHOOSE_SECONDS"
 
 
 class AnalyticProtocol(Protocol):
@@ -73,6 +76,7 @@ class AnalyticProtocol(Protocol):
 
     def choose(self, start: Start, arms: Sequence[Arm]) -> dict[str, tuple[str, ...]]:
         assert (self.folder / "made").exists(), "chosen before it was prepared"
+        time.sleep(float(os.environ.get(CHOOSE_SECONDS, 0)))
         return {arm.name: tuple(self._chosen(start, arm.selection)) for arm in arms}
 
     def _chosen(self, start: Start, selection: Mapping[str, Any]) -> list[str]:
