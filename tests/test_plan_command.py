@@ -84,7 +84,7 @@ def test_settings_that_change_what_is_held_are_read(tiny_qwen2):
     assert run.update == Pass(700, CHUNKED) and run.log_probs.tokens == 700, "verl's own follows the actor's"
     assert run.param_offload and run.optimizer_offload and not run.checkpointing and not run.unit_temperature
     assert (run.shard_ranks, run.gpus, run.steps) == (2, 8, 7) and not run.fused_cross_entropy
-    assert run.keeps_padding and not planned(GRPO, tiny_qwen2).keeps_padding
+    assert run.keeps_padding and not planned(base, tiny_qwen2).keeps_padding
     assert run.rollout.adapter and run.rollout.sleep_level == 1 and not run.rollout.sleeps
 
 
