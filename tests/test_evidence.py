@@ -17,7 +17,7 @@ import yaml
 
 from hybrid_lora_plugin.candidates import find_candidates_from_config
 from hybrid_lora_plugin.cli.evidence import main
-from hybrid_lora_plugin.config_evidence import EvidenceCommandConfig
+from hybrid_lora_plugin.config_evidence import EvidenceCommandConfig, EvidenceRatesConfig
 from hybrid_lora_plugin.evidence.arms import planned_arms
 from hybrid_lora_plugin.evidence.draws import stratified_draw
 from hybrid_lora_plugin.evidence.intervals import difference, student_quantile
@@ -28,6 +28,7 @@ from hybrid_lora_plugin.evidence.protocols import open_protocol
 from hybrid_lora_plugin.evidence.replicas.base import base_config
 from hybrid_lora_plugin.evidence.replicas.selection import selection_config
 from hybrid_lora_plugin.evidence.stages import run_stages
+from hybrid_lora_plugin.evidence.tuning import Rates, choose_rates, grid
 from tests.support.analytic_protocol import CHOOSE_SECONDS, STOP_AFTER, AnalyticProtocol
 from tests.support.verl_processes import ROOT, environment_of
 
@@ -189,6 +190,27 @@ def test_matched_lora_is_the_largest_that_does_not_pass(protocol):
     assert trainable_parameters(candidates, [], found.rank + 1) > wanted
     assert matched_rank(candidates, [[]], 1).rank == 1
     assert matched_steps(200, 4.0, 4.2) == 210 and matched_steps(3, 4.0, 0.1) == 1
+
+
+def test_rates_are_the_best_by_the_mean_and_a_run_that_diverged_comes_last():
+    def ended(value, diverged=False):
+        return Outcome(((0, 5.0), (4, value)), {}, 1, 1.0, diverged)
+
+    rates = EvidenceRatesConfig(full=[0.1, 0.2, 0.3], lora=[1.0, 2.0, 3.0])
+    tried = [
+        (Rates(0.3, 2.0), [ended(0.0), ended(0.0, True)]),
+        (Rates(0.2, 2.0), [ended(2.0), ended(2.0)]),
+        (Rates(0.1, 2.0), [ended(1.0), ended(3.0)]),
+        (Rates(0.1, 3.0), [ended(4.0), ended(4.0)]),
+    ]
+    lowest, highest = choose_rates(tried, True, rates), choose_rates(tried, False, rates)
+    assert (lowest.rates, lowest.value, lowest.edges) == (Rates(0.1, 2.0), 2.0, ("full",))
+    assert (highest.rates, highest.edges) == (Rates(0.1, 3.0), ("full", "lora"))
+    (only,) = (choose_rates(tried[:1], True, rates),)
+    assert (only.diverged, only.runs, only.value) == (1, 2, 2.5)
+    assert len(grid("hybrid", rates)) == 9
+    assert grid("lora", rates) == grid("dora", rates) == [Rates(0.0, rate) for rate in rates.lora]
+    assert grid("full", rates) == [Rates(rate, 0.0) for rate in rates.full]
 
 
 # -- intervals --------------------------------------------------------------------------------------------------------

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import json
 import multiprocessing
 import shutil
 import signal
@@ -19,6 +20,7 @@ from hybrid_lora_plugin.evidence.frozen import FROZEN, freeze, read_frozen, refu
 from hybrid_lora_plugin.evidence.plan_file import read_plan
 from hybrid_lora_plugin.evidence.protocol import Arm, Outcome, Protocol, Run, Start
 from hybrid_lora_plugin.evidence.protocols import open_protocol
+from hybrid_lora_plugin.evidence.results import canonical
 from hybrid_lora_plugin.evidence.study import Prepared, Study
 from hybrid_lora_plugin.evidence.tuning import grid, tuning_draws
 from hybrid_lora_plugin.files import complete_file
@@ -223,7 +225,8 @@ class _Work:
             prepared.write(self._folder)
         self._refuse_other(prepared.protocol, self._asked_protocol(), "")
         if purpose is not None:
-            identity = protocol.identity()
+            # As it is in the file, where a tuple is a list.
+            identity = json.loads(canonical(protocol.identity()))
             if purpose in prepared.identity:
                 self._refuse_other(prepared.identity[purpose], identity, "identity: ")
             else:
