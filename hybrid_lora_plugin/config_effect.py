@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable
 from typing import Any, NamedTuple
 
 from hybrid_lora_plugin.config_probe import AUTO, AdaLoraConfig
-from hybrid_lora_plugin.config_selection import NAMING, WITHOUT_PROBE
+from hybrid_lora_plugin.config_selection import NAMING, WITHOUT_PROBE, WITHOUT_WARMUP
 from hybrid_lora_plugin.errors import ConfigurationError
 
 
@@ -34,7 +34,15 @@ def _initialised_by_adalora(config: Any) -> bool:
 
 
 def _probed_by_svd_lora(config: Any) -> bool:
-    return config.criterion not in (*WITHOUT_PROBE, "adalora", "autolora", "full_pruning")
+    return config.criterion not in (*WITHOUT_PROBE, *WITHOUT_WARMUP, "adalora", "autolora", "full_pruning")
+
+
+def _measures_controls(config: Any) -> bool:
+    return _probed_by_svd_lora(config) and config.criterion != "residual_gradient"
+
+
+def _warms_up(config: Any) -> bool:
+    return config.criterion not in (*WITHOUT_PROBE, *WITHOUT_WARMUP)
 
 
 #: of whoever selects modules
@@ -68,16 +76,17 @@ PROBE = (
         for spec in dataclasses.fields(AdaLoraConfig)
         if spec.name != "lr"
     ),
+    Effect("probe.warmup_steps", _warms_up, "with another criterion, as this one reads the model as it is"),
     Effect("probe.autolora.", _criterion("autolora"), "with criterion=autolora"),
     Effect("probe.lookahead.", _criterion("lookahead"), "with criterion=lookahead"),
     Effect("probe.full_lr", _criterion("full_pruning"), "with criterion=full_pruning"),
     Effect(
         "probe.lr",
-        lambda config: config.criterion != "full_pruning" and not _initialised_by_adalora(config),
+        lambda config: _warms_up(config) and config.criterion != "full_pruning" and not _initialised_by_adalora(config),
         "with another criterion and probe.init=default; give probe.full_lr or probe.adalora.lr",
     ),
     Effect("probe.init", _probed_by_svd_lora, "with another criterion, as this one has its own"),
-    Effect("probe.controls", _probed_by_svd_lora, "with another criterion, as this one measures no controls"),
+    Effect("probe.controls", _measures_controls, "with another criterion, as this one measures no controls"),
 )
 #: of the command that probes and trains nothing else
 COMMAND = (

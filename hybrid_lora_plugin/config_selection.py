@@ -97,12 +97,16 @@ CRITERIA = (
     "explicit",
     "spread",
     "lookahead",
+    "signal_to_noise",
+    "sign_consistency",
+    "residual_gradient",
+    "plop",
 )
 #: of these, those that read nothing of a probe, and those that name the modules, so that no budget applies
 WITHOUT_PROBE = ("random", "lora_ffn", "explicit", "spread")
 NAMING = ("lora_ffn", "explicit")
 #: those that read the model as it is given, so that a probe has no warm-up
-WITHOUT_WARMUP: tuple[str, ...] = ()
+WITHOUT_WARMUP = ("signal_to_noise", "sign_consistency", "plop")
 NORMALISATIONS = ("none", "sqrt_dims", "delta_norm", "type_zscore")
 
 

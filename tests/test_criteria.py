@@ -31,8 +31,11 @@ def make_candidates(layers=LAYERS):
 
 CANDIDATES = make_candidates()
 M = len(CANDIDATES)
-SIGNED_SERIES = ("perturbation", "lookahead")
-SERIES = ("sensitivities", "full_sensitivities", "lora_output", "gradient_norm", "snip", *SIGNED_SERIES)
+SIGNED_SERIES = ("perturbation", "lookahead", "gradient_signal", "sign_agreement", "residual_signal")
+SERIES = (
+    "sensitivities", "full_sensitivities", "lora_output", "gradient_norm", "snip", "gradient_energy", "feature_norm",
+    *SIGNED_SERIES,
+)  # fmt: skip
 VALUES = ("alpha", "delta_norm", "adalora_rank", "adalora_importance", "autolora_alpha")
 MEASURING = [name for name in CRITERIA if get_criterion(name).needs]
 
@@ -79,6 +82,15 @@ REFERENCE = {
     "gradient_norm": lambda t: [mean(c) for c in columns(t["gradient_norm"])],
     "snip": lambda t: [mean(c) for c in columns(t["snip"])],
     "lookahead": lambda t: [mean(c) for c in columns(t["lookahead"])],
+    "signal_to_noise": lambda t: [
+        mean(s) / mean(e) for s, e in zip(columns(t["gradient_signal"]), columns(t["gradient_energy"]), strict=True)
+    ],
+    "sign_consistency": lambda t: [mean(c) - math.sqrt(2 / (math.pi * len(c))) for c in columns(t["sign_agreement"])],
+    "plop": lambda t: [mean(c) for c in columns(t["feature_norm"])],
+    "residual_gradient": lambda t: [
+        mean(c) / (m.in_features * m.out_features)
+        for c, m in zip(columns(t["residual_signal"]), CANDIDATES, strict=True)
+    ],
 }
 
 
@@ -299,7 +311,7 @@ def test_normalisation_is_refused_where_it_has_no_meaning(name, normalise):
         score_modules(name, Measured(CANDIDATES, draw(), control, normalise))
 
 
-@pytest.mark.parametrize("name", ["hybrid_ratio", "hybrid_cv"])
+@pytest.mark.parametrize("name", ["hybrid_ratio", "hybrid_cv", "signal_to_noise", "sign_consistency"])
 @pytest.mark.parametrize("normalise", ["sqrt_dims", "delta_norm"])
 def test_a_divisor_is_refused_where_it_cancels(name, normalise):
     with pytest.raises(ScoringError, match=f"normalise: '{normalise}' has no effect on criterion '{name}', a ratio"):

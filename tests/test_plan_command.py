@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -75,7 +76,7 @@ def test_settings_that_change_what_is_held_are_read(tiny_qwen2):
             f"{actor}entropy_from_logits_with_chunking=true", f"{actor}fsdp_config.param_offload=true",
             f"{actor}fsdp_config.optimizer_offload=true", f"{actor}fsdp_config.fsdp_size=2",
             f"{model}enable_gradient_checkpointing=false", f"{rollout}temperature=0.7",
-            f"{rollout}free_cache_engine=false", "hybrid_lora.sync=adapter",
+            f"{rollout}free_cache_engine=false", "hybrid_lora.sync=adapter", f"{model}use_remove_padding=false",
             f"+{model}override_config.attn_implementation=sdpa", "trainer.nnodes=2", "trainer.total_training_steps=7",
         ],
         tiny_qwen2,
@@ -83,6 +84,7 @@ def test_settings_that_change_what_is_held_are_read(tiny_qwen2):
     assert run.update == Pass(700, CHUNKED) and run.log_probs.tokens == 700, "verl's own follows the actor's"
     assert run.param_offload and run.optimizer_offload and not run.checkpointing and not run.unit_temperature
     assert (run.shard_ranks, run.gpus, run.steps) == (2, 8, 7) and not run.fused_cross_entropy
+    assert run.keeps_padding and not planned(GRPO, tiny_qwen2).keeps_padding
     assert run.rollout.adapter and run.rollout.sleep_level == 1 and not run.rollout.sleeps
 
 
@@ -205,4 +207,42 @@ def test_logits_are_what_verls_own_functions_hold(dtype, gradient, entropy, temp
     )  # fmt: skip
     planned_bytes = logits_bytes(run, Pass(tokens, entropy), vocabulary, dtype.itemsize, gradient)
     # What is not of the vocabulary's size is small beside it, but not nothing.
+    assert live.peak == pytest.approx(planned_bytes, rel=0.05)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("gradient", [True, False])
+@pytest.mark.parametrize("entropy", ["", EAGER])
+@pytest.mark.parametrize("temperature", [1.0, 0.7])
+def test_logits_of_padded_rows_are_what_verls_own_engine_holds(dtype, gradient, entropy, temperature):
+    """verl copies the tokens out of the rows: two tensors more in an update, which the first run on a GPU showed."""
+    from verl.utils import tensordict_utils
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngineWithLMHead
+
+    rows, length, vocabulary = 4, 16, 2048
+    weight = torch.randn(vocabulary, 8, dtype=dtype)
+    hidden = torch.randn(rows, length, 8, dtype=dtype, requires_grad=True)
+    ids = torch.nested.nested_tensor([torch.zeros(length, dtype=torch.int64)] * rows, layout=torch.jagged)
+    batch = tensordict_utils.get_tensordict(
+        {"input_ids": ids},
+        {"use_remove_padding": False, "use_fused_kernels": False, "calculate_entropy": bool(entropy)},
+    )
+    given = {
+        "temperature": torch.full((rows,), temperature),
+        "temperature_is_one": temperature == 1,
+        "input_ids_rmpad_rolled": torch.zeros(rows * length, dtype=torch.int64),
+    }
+    engine = SimpleNamespace(engine_config=SimpleNamespace(entropy_checkpointing=False))
+    live = LiveBytes([weight])
+    with torch.set_grad_enabled(gradient), live:
+        output = SimpleNamespace(logits=hidden @ weight.T)
+        found = FSDPEngineWithLMHead.prepare_model_outputs(engine, output, given, batch, None)
+        del output
+        if gradient:
+            sum(found[name].values().float().sum() for name in ("log_probs", "entropy") if name in found).backward()
+    run = Run(
+        FULL, 1, 1, 1, "fsdp2", "bfloat16", "float32", "bfloat16", "float32", Pass(rows * length), 1, 1, 1, 1,
+        fused_cross_entropy=False, unit_temperature=temperature == 1, keeps_padding=True,
+    )  # fmt: skip
+    planned_bytes = logits_bytes(run, Pass(rows * length, entropy), vocabulary, dtype.itemsize, gradient)
     assert live.peak == pytest.approx(planned_bytes, rel=0.05)

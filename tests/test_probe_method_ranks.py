@@ -12,7 +12,8 @@ from hybrid_lora_plugin.probing.runner import METHODS
 from hybrid_lora_plugin.scoring import get_criterion
 from tests.support.tiny_probe import passes_of, ragged_batch, tiny_model
 
-CRITERIA = ["lookahead"]
+# residual_gradient measures what the others of its method do as well.
+CRITERIA = ["lookahead", "residual_gradient", "plop"]
 BATCHES = 4
 
 

@@ -12,6 +12,7 @@ from transformers import AutoModelForCausalLM
 from hybrid_lora_plugin.allocation import AllocationError, load_allocation
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.config import (
+    WITHOUT_WARMUP,
     AdaLoraConfig,
     AdapterConfig,
     BudgetConfig,
@@ -223,6 +224,7 @@ def test_several_partitions_share_a_validation_batch(tiny_qwen2, tmp_path):
         ("autolora", {"autolora_alpha"}),
         ("full_pruning", {"full_sensitivities"}),
         ("lookahead", {"lookahead", "sensitivities", "gradient_norm"}),
+        ("residual_gradient", {"residual_signal", "gradient_signal", "gradient_energy", "sign_agreement"}),
     ],
 )
 def test_every_run_is_resumable_to_the_byte_and_fills_its_measurements(tiny_qwen2, tmp_path, criterion, names):
@@ -239,6 +241,18 @@ def test_every_run_is_resumable_to_the_byte_and_fills_its_measurements(tiny_qwen
     assert contents(run_probe(config("parts"))) == contents(straight)
     assert set(load_file(straight / "sensitivities.safetensors")) >= names
     assert load_allocation(straight).selection.criterion == criterion
+
+
+@pytest.mark.parametrize("criterion", WITHOUT_WARMUP)
+def test_a_criterion_of_the_model_as_it_is_has_no_warm_up_and_reads_no_rows_for_one(tiny_qwen2, tmp_path, criterion):
+    config = replace(probe_config(tiny_qwen2, tmp_path, rows=16, warmup_steps=500), criterion=criterion)
+    with pytest.raises(ProbeInterrupted):
+        run_probe(config, InterruptAt(3))
+    allocation = load_allocation(run_probe(config))
+    assert (allocation.probe.warmup_steps, allocation.probe.data["warmup_rows"]) == (0, 0)
+    assert allocation.stability is not None and allocation.full_names
+    again = replace(config, output_dir=str(tmp_path / "straight"))
+    assert contents(run_probe(again)) == contents(tmp_path / "out")
 
 
 @pytest.mark.parametrize("criterion", ["random", "lora_ffn", "spread"])

@@ -31,7 +31,8 @@ from hybrid_lora_plugin.training.apply import apply_allocation, trainable_groups
 SHAPE = {"hidden_size": 16, "layers": 2, "intermediate_size": 32, "heads": 2, "kv_heads": 1}
 BASE = {"name": "tiny", **SHAPE, "steps": 30, "batch_size": 32}
 BLOCK = {"bases": [BASE], "digits": 2, "batch_size": 8, "eval_every": 3, "held_out": 20, "group_size": 4}
-STEPS, RANK, SCALE, DECAY, CLIP = 7, 2, 2.0, 0.01, 1.0
+# A rank that shares its factors with rank 4.
+STEPS, RANK, SCALE, DECAY, CLIP = 7, 3, 2.0, 0.01, 1.0
 FULL_LR, LORA_LR = 3e-3, 1e-2
 
 
@@ -130,7 +131,7 @@ def test_a_replica_is_the_model_that_is_trained_alone(kind, base, problems):
     choice = Choice(full_names(kind, candidates), rank, kind == "dora")
     beside = dataclasses.replace(choice, full=full_names("full", candidates)[:3] if kind == "hybrid" else choice.full)
     runs = [
-        Run("other", other, beside, 1e-2, 1e-3, STEPS),
+        Run("other", other, dataclasses.replace(beside, rank=rank and 4), 1e-2, 1e-3, STEPS),
         Run(kind, start, choice, FULL_LR, LORA_LR, STEPS),
     ]
     data = torch.stack([problems.drawn(r.start.task, r.start.seed, "train", STEPS, 8) for r in runs])
@@ -187,9 +188,15 @@ def test_an_outcome_does_not_depend_on_the_runs_beside_it(protocol):
     others = [make_run(f"other{i}", seed=i, task="double_add", full=1 + i, full_lr=1e-2) for i in range(6)]
     for place in (0, 2, 3, 5):
         assert outcomes(protocol, [*others[:place], asked, *others[place:]])["asked"] == alone
+    longer = outcomes(protocol, [asked, make_run("longer", seed=3, steps=STEPS + 4)])
+    assert longer["asked"] == alone
+    assert [step for step, _ in longer["longer"].curve] == [0, 3, 6, 9, 11]
+    assert longer["longer"].curve[:3] == alone.curve[:3]
     # Runs that cannot train together, and one that is no number, change nothing either.
     wild = make_run("wild", seed=3, full_lr=1e30)
-    mixed = outcomes(protocol, [make_run("full", full=14, rank=0), wild, asked, make_run("rank", rank=4)])
+    mixed = outcomes(
+        protocol, [make_run("full", full=14, rank=0), wild, asked, make_run("rank", rank=4), make_run("wide", rank=5)]
+    )
     assert mixed["asked"] == alone
     assert mixed["wild"].diverged and mixed["wild"].curve[0] == alone.curve[0]
     assert math.isfinite(mixed["wild"].curve[-1][1]) and len(mixed["wild"].curve) < 4

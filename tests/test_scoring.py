@@ -94,7 +94,9 @@ def test_every_criterion_of_the_configuration_is_registered_with_direction_run_a
 
 def test_scores_of_what_full_tuning_would_gain_keep_the_highest():
     highest = {name for name in CRITERIA if get_criterion(name).direction == "highest"}
-    assert highest == {"full_pruning", "gradient_norm", "snip", "lookahead"}
+    assert highest == {"full_pruning", "gradient_norm", "snip", "lookahead"} | {
+        "signal_to_noise", "sign_consistency", "residual_gradient"
+    }  # fmt: skip
 
 
 def test_each_criterion_names_the_probe_method_it_needs():
@@ -105,6 +107,8 @@ def test_each_criterion_names_the_probe_method_it_needs():
         "adalora": 1,
         "autolora": 1,
         "lookahead": 1,
+        "weight_gradient": 3,
+        "features": 1,
         None: 4,
     }
     assert (runs["full_pruning"], runs["adalora"], runs["autolora"]) == ("full_delta", "adalora", "autolora")

@@ -17,6 +17,7 @@ from hybrid_lora_plugin.candidates import find_candidates, meta_model
 from hybrid_lora_plugin.cli.result import print_result
 from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig
 from hybrid_lora_plugin.report.artifact import save_allocation
+from hybrid_lora_plugin.scoring import get_criterion
 from tests.support.allocations import decide_for, draw_measurements
 from tests.support.tiny_models import tiny_qwen2_config
 
@@ -95,6 +96,20 @@ def test_every_criterion_of_batches_says_how_sure_it_is(criterion, normalise):
     allocation = decided(draw_measurements(COUNT, batches=5), criterion, normalise=normalise)
     assert allocation.stability.draws == stability.DRAWS
     assert sum(allocation.stability.shares) == pytest.approx(len(allocation.full_names))
+
+
+@pytest.mark.parametrize("criterion", ["lookahead", "signal_to_noise", "sign_consistency", "residual_gradient", "plop"])
+def test_criteria_with_a_method_of_their_own_have_batches_to_draw_from(criterion):
+    generator = torch.Generator().manual_seed(0)
+    measured = {
+        name: torch.rand(6, COUNT, generator=generator, dtype=torch.float64) + 0.1
+        for name in get_criterion(criterion).needs
+    }
+    record = decided(measured, criterion).stability
+    assert (record.draws, record.batches) == (stability.DRAWS, 6) and 0 < max(record.shares) <= 1
+    # With equal batches every draw is the same.
+    same = {name: rows[:1].expand(6, -1).clone() for name, rows in measured.items()}
+    assert set(decided(same, criterion).stability.shares) == {0.0, 1.0}
 
 
 @pytest.mark.parametrize("criterion", ["alpha", "random", "lora_ffn", "spread"])

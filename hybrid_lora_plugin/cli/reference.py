@@ -164,7 +164,7 @@ def contracts_page() -> str:
         "in this order. A behaviour cannot be seen in a name; the test beside it shows it. Files are relative to",
         "`hybrid_lora_plugin/`. [Extending](extending.md) tells how to move to another version.",
         "`make contracts-gpu` looks for them in the sources of the versions that run on a GPU, which are others than",
-        "those the tests run; [notes on verl](verl-notes.md#vllm-024-was-read-not-run) has what came of it.",
+        "those the tests run; [notes on verl](verl-notes.md#vllm-024-read-and-run-in-one-mode) has what came of it.",
         "",
         "## Features",
         "",

@@ -18,6 +18,9 @@ _INFERENCE = {"": (1, 1), COMPILED: (3, 2), EAGER: (3, 3), CHUNKED: (1, 1)}
 _ROW_BY_ROW = {"": (3, 4), COMPILED: (4, 4), EAGER: (7, 7), CHUNKED: (8.5, 5)}
 #: with flash-attn's cross entropy, which writes its gradient over the logits where no entropy needs them
 _FUSED = {"": (1, 1), COMPILED: (4, 4), EAGER: (7, 7), CHUNKED: (8.5, 5)}
+#: the same with rows that keep their padding: verl copies the tokens out of them, without a gradient and with one.
+#: It computes the entropy of the padded rows, by its plain function whatever is set
+_PADDED = {False: {"": (3, 3), EAGER: (3, 3)}, True: {"": (5, 6), EAGER: (7, 7)}}
 
 
 def logits_bytes(run: Run, of: Pass, vocabulary: int, itemsize: int, gradient: bool) -> float:
@@ -33,6 +36,13 @@ def logits_bytes(run: Run, of: Pass, vocabulary: int, itemsize: int, gradient: b
     if run.fused_head:
         # One chunk in fp32, its softmax and, backwards, its gradient.
         return (3 if gradient else 2) * 4 * min(of.tokens, FUSED_ROWS) * vocabulary
+    if run.keeps_padding:
+        tensors = float(_PADDED[gradient][EAGER if of.entropy else ""][itemsize > 2])
+        if gradient:
+            tensors += bool(of.entropy and run.entropy_checkpointing)
+        elif not run.unit_temperature:  # with a gradient the unscaled ones are gone before the peak
+            tensors += 1
+        return tensors * of.tokens * vocabulary * itemsize
     table = _INFERENCE if not gradient else _FUSED if run.fused_cross_entropy else _ROW_BY_ROW
     wide = itemsize > 2
     tensors = float(table[of.entropy][wide])

@@ -86,6 +86,7 @@ class Run:
         steps: of the run; None if the command does not say.
         prompt_tokens, response_tokens: of a sequence at most.
         sequence_parallel: GPUs that share one sequence.
+        keeps_padding: rows of a micro-batch are computed with their padding (``use_remove_padding=false``).
         padded_by_rows: whether micro-batches are a number of rows, and not of tokens.
         settings: full names of settings by what ``changes`` calls them, and their values.
         notes: what the plan leaves out of this run, each a line for the user.
@@ -128,6 +129,7 @@ class Run:
     lora_targets: str | tuple[str, ...] = "all-linear"
     hybrid: HybridLoraConfig | None = None
     sequence_parallel: int = 1
+    keeps_padding: bool = False
     padded_by_rows: bool = False
     settings: dict[str, tuple[str, object]] = field(default_factory=dict)
     notes: tuple[str, ...] = ()

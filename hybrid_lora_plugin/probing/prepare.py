@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from datetime import date
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from hybrid_lora_plugin.config import ModelConfig, ProbeCommandConfig
 from hybrid_lora_plugin.probing.data.batches import ProbeData
 from hybrid_lora_plugin.probing.loading import load_model_config, load_tokenizer
+from hybrid_lora_plugin.probing.method import warmup_steps
 from hybrid_lora_plugin.probing.progress import Progress
 from hybrid_lora_plugin.probing.resume import partial_folder
 
@@ -22,7 +24,8 @@ def prepare_data(config: ProbeCommandConfig, progress: Progress) -> ProbeData:
     """
     tokenizer, model_config = load_tokenizer(config.model), load_model_config(config.model)
     return ProbeData(
-        config.probe,
+        # Rows for a warm-up are read where there is one.
+        dataclasses.replace(config.probe, warmup_steps=warmup_steps(config)),
         tokenizer,
         vocabulary=getattr(model_config.get_text_config(), "vocab_size", None),
         stops=_stop_tokens(config.model, model_config),

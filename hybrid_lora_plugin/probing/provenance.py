@@ -13,12 +13,14 @@ from torch import nn
 from hybrid_lora_plugin import __version__
 from hybrid_lora_plugin.allocation.schema import ModelIdentity, ProbeRecord, SeedRecord
 from hybrid_lora_plugin.candidates import Candidate, architecture_of, model_fingerprint
-from hybrid_lora_plugin.config import ProbeCommandConfig
+from hybrid_lora_plugin.config import WITHOUT_WARMUP, ProbeCommandConfig
 from hybrid_lora_plugin.linear_account import frozen_linear
 from hybrid_lora_plugin.probing.data.batches import ProbeData
 
 # These change memory and speed, not what is measured.
 _WITHOUT_EFFECT = ("files", "micro_batch_size", "dry_run")
+# What these measure beyond the others of their run.
+_MORE = {"perturbation": " with perturbations", "residual_gradient": " after a warm-up"}
 
 
 def probe_settings(
@@ -46,7 +48,7 @@ def probe_settings(
     probe["probe.date"] = data.date
     files = [f"{file['name']}, {file['rows']} rows, sha256 {file['sha256']}" for file in data.record["files"]]
     return probe | {
-        "criterion": f"needs the run {run}{' with perturbations' if config.criterion == 'perturbation' else ''}",
+        "criterion": f"needs the run {run}{_MORE.get(config.criterion, '')}",
         "model.path": config.model.path,
         "model.config": model_fingerprint(model.config),
         "model.dtype": str(model.dtype),
@@ -89,7 +91,7 @@ def probe_record(
         objective=probe.objective,
         rank=config.lora.rank,
         init="adalora" if method == "adalora" else probe.init,
-        warmup_steps=probe.warmup_steps,
+        warmup_steps=0 if config.criterion in WITHOUT_WARMUP else probe.warmup_steps,
         lr=float(lr),
         partitions=probe.partitions,
         partitions_per_batch=probe.partitions_per_batch,

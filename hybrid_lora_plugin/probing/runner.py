@@ -48,9 +48,11 @@ from hybrid_lora_plugin.probing.loading import (
 from hybrid_lora_plugin.probing.method import ProbeMethod
 from hybrid_lora_plugin.probing.methods.adalora import AdaLoraMethod
 from hybrid_lora_plugin.probing.methods.autolora import AutoLoraMethod
+from hybrid_lora_plugin.probing.methods.features import FeatureMethod
 from hybrid_lora_plugin.probing.methods.full_delta import FullDeltaMethod
 from hybrid_lora_plugin.probing.methods.lookahead import LookaheadMethod
 from hybrid_lora_plugin.probing.methods.svd_lora import SvdLoraMethod
+from hybrid_lora_plugin.probing.methods.weight_gradient import WeightGradientMethod
 from hybrid_lora_plugin.probing.prepare import prepare_data, seeds_settings
 from hybrid_lora_plugin.probing.progress import Progress
 from hybrid_lora_plugin.probing.provenance import (
@@ -79,6 +81,8 @@ METHODS: dict[str, type[ProbeMethod]] = {
     "autolora": AutoLoraMethod,
     "full_delta": FullDeltaMethod,
     "lookahead": LookaheadMethod,
+    "weight_gradient": WeightGradientMethod,
+    "features": FeatureMethod,
 }
 
 
@@ -274,11 +278,13 @@ class _Probe:
             passes = Passes(self.model, self.ranks, self.config.probe.micro_batch_size)
             self.method.start(passes)
             losses = self._held_out_losses(passes)
-            losses.measure("before")
+            if self.method.warmup_steps:
+                losses.measure("before")
             checks = self._warm_up(stop)
             self.method.finish_warmup()
-            losses.measure("after")
-            self.found["held_out"] = losses.record(rate_option(self.method_name, self.config.probe.init))
+            if self.method.warmup_steps:
+                losses.measure("after")
+                self.found["held_out"] = losses.record(rate_option(self.method_name, self.config.probe.init))
             self.found["warmup_steps"] = self.method.step
             if checks is not None:
                 self.found["warmup_auto"] = checks.record()
@@ -333,7 +339,8 @@ class _Probe:
         if saved is not None:
             method.load(*saved)
             self.progress.note(f"continuing {self.output_dir}.partial after warm-up step {method.step}")
-        checks = self._warmup_checks() if self.config.probe.warmup_steps == AUTO else None
+        auto = self.config.probe.warmup_steps == AUTO and method.warmup_steps > 0
+        checks = self._warmup_checks() if auto else None
         self.progress.stage("warm-up", method.warmup_steps, method.step)
         save = self._saver(stop, lambda: self.state.save_warmup(method.step, method.tensors()))
 

@@ -8,6 +8,7 @@
     baselines       published scores beside it
     controls        what any claim about a score needs beside it
     lookahead       what moving one module's weight saves
+    weight_gradient what the gradients of a weight have in common over the batches
 
 To add one, write a function ``score_NAME(measured)`` with ``@register_criterion("NAME", direction=..., source=...)``
 into one of these files or a new one, and add the name to ``CRITERIA`` in ``config_selection``.
@@ -28,5 +29,5 @@ from hybrid_lora_plugin.scoring.registry import (  # noqa: F401
 )
 
 # isort: split
-from hybrid_lora_plugin.scoring import baselines, controls, hybrid, lookahead  # noqa: F401
+from hybrid_lora_plugin.scoring import baselines, controls, hybrid, lookahead, weight_gradient  # noqa: F401
 from hybrid_lora_plugin.scoring.hybrid import hybrid_score  # noqa: F401

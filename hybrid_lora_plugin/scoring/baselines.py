@@ -8,6 +8,7 @@ from hybrid_lora_plugin.scoring.measurements import (
     ADALORA_RANK,
     ALPHA,
     AUTOLORA_ALPHA,
+    FEATURE_NORM,
     LORA_OUTPUT,
     PERTURBATION,
     Measured,
@@ -79,4 +80,21 @@ def score_alpha(measured: Measured) -> ModuleScores:
 def score_perturbation(measured: Measured) -> ModuleScores:
     """Mean over T of ``L(without m) − L``, lowest first; negative where the branch does harm."""
     series = measured.series(PERTURBATION)
+    return ModuleScores.of_series(series.mean(dim=0), series)
+
+
+@register_criterion(
+    "plop",
+    direction="lowest",
+    needs=(FEATURE_NORM,),
+    method="features",
+    scale_free=True,
+    source="PLoP, arXiv 2506.20629, which selects types of modules for LoRA; lowest as there",
+)
+def score_plop(measured: Measured) -> ModuleScores:
+    """Mean over T of the normalised feature norm, lowest first: weights that are least aligned with their inputs.
+
+    PLoP means it over all modules of a type and adapts the types with the lowest; here each module has its own.
+    """
+    series = measured.series(FEATURE_NORM)
     return ModuleScores.of_series(series.mean(dim=0), series)

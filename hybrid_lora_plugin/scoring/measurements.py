@@ -21,6 +21,11 @@ GRADIENT_NORM = "gradient_norm"  # ||∂L/∂W||_F of the frozen weight
 SNIP = "snip"  # Σ |W ⊙ ∂L/∂W| of the frozen weight
 PERTURBATION = "perturbation"  # L(without m) − L (Eq. 9); may be negative
 LOOKAHEAD = "lookahead"  # L − L(weight of m moved along minus the sign of its gradient); may be negative
+GRADIENT_SIGNAL = "gradient_signal"  # pseudo-values of ||E G||² of the frozen weight's gradient; may be negative
+GRADIENT_ENERGY = "gradient_energy"  # ||G||²
+SIGN_AGREEMENT = "sign_agreement"  # mean over entries of sign G times the sign that most batches have
+RESIDUAL_SIGNAL = "residual_signal"  # as gradient_signal, of what the warmed-up adapter cannot follow
+FEATURE_NORM = "feature_norm"  # mean over tokens of ||W z|| over that of a random input of the same norm (PLoP)
 # One value a module, [M] float64.
 ALPHA = "alpha"  # learned α of the SVD-LoRA probe, signed (Eq. 8)
 DELTA_NORM = "delta_norm"  # ||α A diag(e) B||_F after the warm-up, or ||D||_F of a full delta

@@ -13,7 +13,7 @@ from hybrid_lora_plugin.scoring.measurements import SENSITIVITIES, Measured
 from hybrid_lora_plugin.scoring.module_scores import ModuleScores
 from hybrid_lora_plugin.scoring.normalise import type_zscore
 
-METHODS = ("svd_lora", "full_delta", "adalora", "autolora", "lookahead")
+METHODS = ("svd_lora", "full_delta", "adalora", "autolora", "lookahead", "weight_gradient", "features")
 
 _CRITERIA: dict[str, Criterion] = {}
 # Names with a place in the configuration that are not built yet, and what to use until then.

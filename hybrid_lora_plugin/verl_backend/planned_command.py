@@ -299,6 +299,7 @@ class _Reader:
             # verl takes flash-attn's cross entropy wherever flash-attn is, and then it is used for attention too.
             fused_cross_entropy=kernel.startswith("flash"),
             fused_head=bool(self(MODEL + "use_fused_kernels", False)),
+            keeps_padding=not self(MODEL + "use_remove_padding", True),
             entropy_checkpointing=bool(self(ACTOR + "entropy_checkpointing", False)),
             entropy_chunk=int(self(ACTOR + "entropy_from_logits_chunk_size", 2048)),
             lora_rank=rank,

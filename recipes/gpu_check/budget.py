@@ -12,8 +12,8 @@ MINUTES = 20
 #: seconds that a stage is expected to take at most, of the twenty minutes
 SHARES = {
     "model": 40,
-    "probe": 80,
-    "merge": 220,
+    "probe": 60,
+    "merge": 240,
     "export": 60,
     "sparse_merge": 160,
     "adapter": 160,

@@ -32,7 +32,8 @@ CPython 3.11). Those of the second (`requirements/cpu-next.txt`) are where verl'
 asks for an older transformers, and pip has to be told to let that be (`requirements/overrides-next.txt`). With them ran
 what `make test-next` runs: every contract by import, a round trip of each [family](models.md) through every sync mode,
 and a run of verl in each mode with its proofs. The versions that fit a GPU machine are those of the extra `gpu` in
-`pyproject.toml`; they were read, and [the GPU check](gpu-check.md) tries them on yours.
+`pyproject.toml`; [the GPU check](gpu-check.md#what-it-said-on-an-h200) ran one sync mode with them, and tries all on
+yours.
 """
 
 

@@ -4,8 +4,10 @@ tasks        arithmetic, and shifts from it          settings     the block of a
 base         small Qwen2 models, trained to add      forward      R of them in one batched pass
 updates      what each replica trains, AdamW         flops        operations and weights of a run
 selection    the probe and the choice for each arm   sft          protocol ``sft``
+policy       protocol ``policy``
 """
 
+from hybrid_lora_plugin.evidence.replicas.policy import PolicyProtocol
 from hybrid_lora_plugin.evidence.replicas.sft import SftProtocol
 
-__all__ = ["SftProtocol"]
+__all__ = ["PolicyProtocol", "SftProtocol"]

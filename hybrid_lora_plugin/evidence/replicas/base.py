@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import math
 from collections.abc import Callable
@@ -89,6 +90,58 @@ def train_base(
         right = answer_logits(model.eval(), held_out, tokens).argmax(-1) == held_out[:, -tokens:]
     say(f"base {settings.name}: {right.all(-1).double().mean():.1%} of the held-out sums are right")
     return model.cpu()
+
+
+def train_policy(
+    base: Qwen2ForCausalLM,
+    problems: Problems,
+    task: str,
+    *,
+    target: float,
+    lr: float,
+    most_steps: int,
+    device: torch.device,
+    say: Callable[[str], None],
+) -> Qwen2ForCausalLM:
+    """A base trained on a task until it is right now and then: plain AdamW on all weights, 64 problems a step.
+
+    Args:
+        base: stays as it is.
+        problems, task: what it learns; looked at every 5 steps on the held-out problems.
+        target: mean probability of the right answer at which it stops.
+        lr, most_steps: of the training.
+        device: where.
+        say: told how it went.
+
+    Raises:
+        ConfigurationError: ``most_steps`` were not enough.
+    """
+    model, tokens = copy.deepcopy(base).to(device), problems.layout.answer_tokens
+    data = problems.drawn(task, 0, "policy", most_steps, 64).to(device)
+    held_out = problems.held_out(task).to(device).long()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=lr)
+    for step in range(most_steps + 1):
+        if step % 5 == 0:
+            with torch.no_grad():
+                logits = answer_logits(model, held_out, tokens).log_softmax(-1)
+            answers = logits.gather(-1, held_out[:, -tokens:, None]).squeeze(-1)
+            reward = answers.sum(-1).exp().mean().item()
+            if reward >= target:
+                say(f"{task}: mean reward {reward:.3f} after {step} steps")
+                return model.cpu().eval()
+        if step < most_steps:
+            batch = data[step].long()
+            loss = functional.cross_entropy(
+                answer_logits(model, batch, tokens).flatten(0, 1), batch[:, -tokens:].flatten()
+            )
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+            optimizer.step()
+    raise ConfigurationError(
+        f"start_reward: {target:g} was not reached on {task} in {most_steps} steps (it is {reward:.3f}); give more "
+        f"start_steps, a lower start_reward, or an easier task"
+    )
 
 
 def save_base(model: Qwen2ForCausalLM, folder: Path) -> None:

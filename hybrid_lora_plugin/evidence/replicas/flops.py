@@ -54,6 +54,26 @@ def step_flops(
     return float(total)
 
 
+def rollout_flops(
+    config: Any,
+    candidates: Sequence[Candidate],
+    *,
+    problems: int,
+    answers: int,
+    prompt_tokens: int,
+    answer_tokens: int,
+) -> float:
+    """Operations of sampling: a forward pass of each prompt once and of each sampled token but the last.
+
+    As a rollout engine has it, which keeps keys and values and lets the answers to a problem share those of its prompt;
+    attention is left out. The replicas themselves compute every prompt again for every token.
+    """
+    sampled = problems * answers * answer_tokens
+    tokens = problems * prompt_tokens + sampled - problems * answers
+    weights = sum(candidate.in_features * candidate.out_features for candidate in candidates)
+    return float(2 * tokens * weights + 2 * sampled * config.hidden_size * config.vocab_size)
+
+
 def trainable_parameters(candidates: Sequence[Candidate], choice: Choice) -> int:
     """Weights and biases of full modules, and adapters on the others, with DoRA's magnitudes."""
     full = set(choice.full)

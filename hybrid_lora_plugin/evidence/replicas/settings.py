@@ -53,7 +53,8 @@ class ReplicaSettings:
     tf32: bool = documented(False, "Let products on CUDA round to TF32.", source="own choice: 10 bits are too few")
     group_size: int | None = documented(
         None,
-        "Runs trained at once; null: 512 on CUDA, 16 on the CPU. Results are equal bit for bit only at one size.",
+        "Hybrid runs trained at once, and eight times as many as of other arms; null: 512 on CUDA, 16 on the CPU. "
+        "Results are equal bit for bit only at one size.",
         source="own measurement",
         bound=at_least(1, "at least 1, or null"),
     )

@@ -22,13 +22,15 @@ from hybrid_lora_plugin.evidence.replicas.forward import SharedParts, answer_log
 from hybrid_lora_plugin.evidence.replicas.selection import Probes, batch_of
 from hybrid_lora_plugin.evidence.replicas.settings import BaseSettings, ReplicaSettings, read_settings
 from hybrid_lora_plugin.evidence.replicas.tasks import Layout, Problems, task_of
-from hybrid_lora_plugin.evidence.replicas.updates import Replicas
+from hybrid_lora_plugin.evidence.replicas.updates import Replicas, factor_width
 from hybrid_lora_plugin.files import complete_folder
 from hybrid_lora_plugin.probing.forward import Batch
 
 #: Raised whenever the same settings would give other results.
 VERSION = 1
 GROUP_SIZES = {"cuda": 512, "cpu": 16}
+#: how many times fewer runs a group has of a kind that a plan has few of
+FEWER = 8
 #: of the adapters of a probe where no arm says one
 PROBE_RANK = 2
 
@@ -69,8 +71,7 @@ class SftProtocol(Protocol):
         """
         self.settings = read_settings(self.settings_kind, settings, f"settings of protocol {self.name}")
         self.folder = Path(folder)
-        for task in tasks:
-            task_of(task)
+        self.tasks = [task_of(task).name for task in tasks]
         self.bases = [self._settings_of(name) for name in bases] or self.settings.bases
         kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         if kind not in GROUP_SIZES or (kind == "cuda" and not torch.cuda.is_available()):
@@ -81,6 +82,7 @@ class SftProtocol(Protocol):
         self.problems = Problems(self.layout, self.settings.held_out)
         # For a life of the protocol: a base is a few megabytes.
         self.model, self._shared, self._candidates = cache(self._load), cache(self._share), cache(self._find)
+        self._origin_model = cache(self._load_origin)
 
     def identity(self) -> dict[str, Any]:
         """Versions, device, dtype, group size, and a digest of each base."""
@@ -114,11 +116,11 @@ class SftProtocol(Protocol):
         return self.folder / "bases" / base
 
     def _origin(self, start: Start) -> tuple[str, ...]:
-        """What ``_origin_model`` makes the weights of: here the base alone."""
+        """What ``_load_origin`` knows the first weights by: here the base alone."""
         return (start.base,)
 
-    def _origin_model(self, base: str) -> torch.nn.Module:
-        """The model that runs begin at."""
+    def _load_origin(self, base: str) -> torch.nn.Module:
+        """The model that runs begin at; kept as ``_origin_model``."""
         return self.model(base)
 
     def _settings_of(self, base: str) -> BaseSettings:
@@ -143,11 +145,14 @@ class SftProtocol(Protocol):
 
     def step_flops(self, base: str, choice: Choice) -> float:
         """Operations of one optimizer step, see ``flops``: what steps are matched by."""
+        return self._step_flops(base, choice, self.settings.batch_size)
+
+    def _step_flops(self, base: str, choice: Choice, rows: int) -> float:
         return step_flops(
             self.model(base).config,
             self._candidates(base),
             choice,
-            rows=self.settings.batch_size,
+            rows=rows,
             positions=self.layout.tokens - 1,
             answer_tokens=self.layout.answer_tokens,
         )
@@ -170,13 +175,13 @@ class SftProtocol(Protocol):
         return {arm.name: probes.choose(arm, self.settings.probe, rank, start.seed) for arm in arms}
 
     def train(self, runs: Sequence[Run], keep: Callable[[Run, Outcome], None]) -> None:
-        """Train in groups of one base, rank and length; the outcomes of a group are known together."""
+        """Train in groups of one base and kind; the outcomes of a group are known together."""
         for run in runs:
             task_of(run.start.task)
             self._settings_of(run.start.base)
         with self._precision():
-            for group in groups_of(runs, self.group_size, self._origin):
-                filled = [*group, *[group[0]] * (self.group_size - len(group))]
+            for group, size in groups_of(runs, self.group_size, self._origin):
+                filled = [*group, *[group[0]] * (size - len(group))]
                 for run, outcome in zip(group, self._train_group(filled)[: len(group)], strict=True):
                     keep(run, outcome)
 
@@ -190,13 +195,15 @@ class SftProtocol(Protocol):
             torch.backends.cuda.matmul.allow_tf32 = before
 
     def _train_group(self, runs: Sequence[Run]) -> list[Outcome]:
-        shared, settings, steps = self._shared(*self._origin(runs[0].start)), self.settings, runs[0].steps
+        shared, settings = self._shared(*self._origin(runs[0].start)), self.settings
+        ends = {run.steps for run in runs}
+        steps = max(ends)
         replicas = Replicas(shared, runs, settings.lora_scale, settings.weight_decay, settings.clip_grad)
         drawn, of_start = self._drawn_by_start(runs, steps)
         held_out, of_task = self._held_out_problems(runs)
         losses, curve = [], {}
         for step in range(steps + 1):
-            if step % settings.eval_every == 0 or step == steps:
+            if step % settings.eval_every == 0 or step in ends:
                 curve[step] = self._evaluate(replicas, held_out, of_task)
             if step < steps:
                 losses.append(self._train_step(replicas, *(values[of_start, step] for values in drawn)))
@@ -261,9 +268,12 @@ class SftProtocol(Protocol):
         finite = torch.stack(list(losses)).isfinite().T.tolist()
         outcomes = []
         for index, run in enumerate(runs):
+            # A run that is shorter than others of its group ends at its own last step.
+            own = {step: v for step, v in points.items() if step % self.settings.eval_every == 0 or step == run.steps}
+            own = {step: v for step, v in own.items() if step <= run.steps}
             bad = finite[index].index(False) if False in finite[index] else run.steps + 1
             kept = []
-            for step, (values, accuracies) in points.items():
+            for step, (values, accuracies) in own.items():
                 if step > bad or not math.isfinite(values[index]):
                     break
                 kept.append((step, values[index], accuracies[index]))
@@ -273,7 +283,7 @@ class SftProtocol(Protocol):
                     measures={"exact_match": kept[-1][2] if kept else 0.0},
                     trainable_parameters=trainable_parameters(self._candidates(run.start.base), run.choice),
                     flops=run.steps * self.step_flops(run.start.base, run.choice),
-                    diverged=len(kept) < len(points),
+                    diverged=len(kept) < len(own),
                 )
             )
         return outcomes
@@ -281,10 +291,12 @@ class SftProtocol(Protocol):
 
 def groups_of(
     runs: Sequence[Run], size: int, origin: Callable[[Start], tuple[str, ...]] = lambda start: (start.base,)
-) -> Iterator[list[Run]]:
-    """Runs that can train at once, at most ``size`` each: one origin, rank, kind of adapter and number of steps.
+) -> Iterator[tuple[list[Run], int]]:
+    """Runs that can train at once, with the size that their group is filled up to, which follows from each run alone.
 
-    Those that tune no module fully are kept apart, as they need no copies of the weights.
+    A group has one origin, one width of the factors and one kind of adapter. Hybrid runs, of which a plan has most,
+    come ``size`` at a time. Those that tune everything fully, or nothing, come ``size / 8`` at a time: they are few,
+    and a group costs what a full one does.
 
     Raises:
         ConfigurationError: a run trains nothing, or takes no step.
@@ -296,8 +308,10 @@ def groups_of(
             raise ConfigurationError(
                 f"arm {run.arm}: nothing would train; give it steps, and a rank or modules to tune fully"
             )
-        key = origin(run.start), choice.rank, choice.dora, bool(choice.full), run.steps
-        alike.setdefault(key, []).append(run)
-    for members in alike.values():
-        for first in range(0, len(members), size):
-            yield members[first : first + size]
+        alike.setdefault((origin(run.start), factor_width(choice.rank), choice.dora, bool(choice.full)), []).append(run)
+    for (_, width, dora, full), members in alike.items():
+        filled = size if full and width and not dora else max(1, size // FEWER)
+        # A group goes on until its longest run ends.
+        members.sort(key=lambda run: run.steps)
+        for first in range(0, len(members), filled):
+            yield members[first : first + filled], filled

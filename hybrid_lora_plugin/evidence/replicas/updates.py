@@ -35,6 +35,14 @@ def adapter_init(seed: int, name: str, rank: int, width: int) -> Tensor:
     return (2 * torch.rand(rank, width, generator=draws) - 1) / math.sqrt(width)
 
 
+def factor_width(rank: int) -> int:
+    """Rank of the factors that hold an adapter of ``rank``: the next power of two, 0 for 0.
+
+    So that runs of many ranks train at once. What is beyond a run's own rank is 0 in A and B and has no gradient.
+    """
+    return 1 << (rank - 1).bit_length() if rank else 0
+
+
 @dataclass
 class Trained:
     """One stacked tensor that trains.
@@ -62,11 +70,11 @@ class Replicas:
 
         Args:
             base: what they share.
-            runs: of that base; ``choice.rank`` and ``choice.dora`` are one.
+            runs: of that base; ``factor_width(choice.rank)`` and ``choice.dora`` are one.
             lora_scale: alpha / r.
             weight_decay, clip_grad: of AdamW, and the norm that each run's gradient is cut to.
         """
-        (self.rank,) = {run.choice.rank for run in runs}
+        (self.rank,) = {factor_width(run.choice.rank) for run in runs}
         (self.dora,) = {run.choice.dora for run in runs}
         self.base, self.count, self.scale = base, len(runs), lora_scale
         self.weight_decay, self.clip_grad, self.steps = weight_decay, clip_grad, 0
@@ -93,10 +101,10 @@ class Replicas:
                 self._add((type_, "bias"), self._repeated(base.biases[type_]), FULL, full[type_])
         self._adapted = {type_: mask == 0 for type_, mask in full.items()}
         if self.trains_lora:
-            seeds = [run.start.seed for run in runs]
+            first = [(run.start.seed, run.choice.rank) for run in runs]
             for type_ in TYPES:
                 adapts, (_, outputs, inputs) = 1 - full[type_], base.matrices[type_].shape
-                a = self._first_factors(type_, seeds, inputs)
+                a = self._first_factors(type_, first, inputs)
                 self._add((type_, "A"), a, LORA, adapts)
                 self._add((type_, "B"), like.new_zeros(base.layers, self.count, outputs, self.rank), LORA, adapts)
                 if self.dora:
@@ -107,13 +115,15 @@ class Replicas:
         """``[L, ...]`` as ``[L, R, ...]`` of their own."""
         return values.unsqueeze(1).repeat(1, self.count, *(1 for _ in values.shape[1:]))
 
-    def _first_factors(self, type_: str, seeds: Sequence[int], width: int) -> Tensor:
-        like, layers = self.base.embedding, range(self.base.layers)
-        by_seed = {
-            seed: torch.stack([adapter_init(seed, module_name(layer, type_), self.rank, width) for layer in layers])
-            for seed in set(seeds)
-        }
-        return torch.stack([by_seed[seed] for seed in seeds], dim=1).to(like.device, like.dtype)
+    def _first_factors(self, type_: str, first: Sequence[tuple[int, int]], width: int) -> Tensor:
+        """A of every layer and run, ``[L, R, rank, width]``, of (seed, rank) of each run."""
+        like, drawn = self.base.embedding, {}
+        for seed, rank in set(first):
+            factors = torch.zeros(self.base.layers, self.rank, width)
+            for layer in range(self.base.layers):
+                factors[layer, :rank] = adapter_init(seed, module_name(layer, type_), rank, width)
+            drawn[seed, rank] = factors
+        return torch.stack([drawn[key] for key in first], dim=1).to(like.device, like.dtype)
 
     def _add(self, key: tuple[str, str], value: Tensor, kind: str, mask: Tensor) -> None:
         value = value.requires_grad_(True)

@@ -1,0 +1,200 @@
+"""Protocol ``policy``: the replicas learn from their own answers, by a policy gradient with a group baseline.
+
+A run begins at a policy that is right now and then: the base, trained on the task itself until the mean reward is
+``start_reward``. Each step samples ``answers`` answers to each of ``batch_size`` problems at temperature 1, rewards
+those that are right in every token with 1, takes the advantage of each within its group (paper Eq. 18, as
+``verl_backend/advantages.py`` has it), and makes one AdamW step on the GSPO loss (``verl_backend/losses.py``). With one
+step a rollout the ratio of that loss is 1, so nothing is clipped; only its gradient matters.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from hybrid_lora_plugin.config_field import Bound, above, at_least, documented
+from hybrid_lora_plugin.evidence.protocol import Choice, Start
+from hybrid_lora_plugin.evidence.replicas.base import digest_of, load_base, save_base, train_policy
+from hybrid_lora_plugin.evidence.replicas.flops import rollout_flops
+from hybrid_lora_plugin.evidence.replicas.forward import Weights, answer_log_probs
+from hybrid_lora_plugin.evidence.replicas.settings import ReplicaSettings
+from hybrid_lora_plugin.evidence.replicas.sft import SftProtocol
+from hybrid_lora_plugin.evidence.replicas.updates import Replicas
+from hybrid_lora_plugin.files import complete_folder
+from hybrid_lora_plugin.seeding import generator_for
+
+#: of the variance within a group (``verl_backend/advantages.py``)
+EPSILON = 1e-6
+
+
+@dataclass
+class PolicySettings(ReplicaSettings):
+    """What the runs of the protocol ``policy`` have in common; ``batch_size`` counts problems, not answers."""
+
+    batch_size: int = documented(8, "Problems a step.", source="own choice", bound=at_least(1, "at least 1"))
+    answers: int = documented(8, "Answers to each.", source="own choice", bound=at_least(2, "at least 2"))
+    start_reward: float = documented(
+        0.2,
+        "Mean reward on held-out problems that the policy begins with.",
+        source="own choice: most groups then hold right and wrong answers",
+        bound=Bound(lambda value: 0 < value < 1, "a fraction in (0, 1), e.g. 0.2"),
+    )
+    start_lr: float = documented(
+        3.0e-4, "Rate of the training up to there.", source="own choice", bound=above(0, "above 0, e.g. 3e-4")
+    )
+    start_steps: int = documented(
+        2000, "Steps at which that is given up.", source="own choice", bound=at_least(1, "at least 1")
+    )
+
+
+class PolicyProtocol(SftProtocol):
+    """Small Qwen2 policies, R at once.
+
+    The measure is the probability of the right answer, averaged over held-out problems: what the mean reward would be
+    if each were sampled without end. Arms are chosen by a probe on right answers (objective ``sft``), as a policy loss
+    in the probe needs verl.
+    """
+
+    name = "policy"
+    settings_kind = PolicySettings
+    settings: PolicySettings
+    measure = "expected_reward"
+    lower_is_better = False
+
+    def prepare(self, say: Callable[[str], None]) -> None:
+        """Train the bases, and from each the policies that runs of the plan's tasks begin at."""
+        super().prepare(say)
+        for base in self.bases:
+            for task in self.tasks:
+                folder = self._policy_folder(base.name, task)
+                if (folder / "config.json").is_file():
+                    say(f"policy {base.name}, {task}: kept from {folder}")
+                    continue
+                model = train_policy(
+                    self.model(base.name),
+                    self.problems,
+                    task,
+                    target=self.settings.start_reward,
+                    lr=self.settings.start_lr,
+                    most_steps=self.settings.start_steps,
+                    device=self.device,
+                    say=lambda text, base=base: say(f"policy {base.name}, {text}"),
+                )
+                folder.parent.mkdir(parents=True, exist_ok=True)
+                with complete_folder(folder) as unfinished:
+                    save_base(model, unfinished)
+
+    def identity(self) -> dict[str, Any]:
+        """As of ``sft``, with a digest of each policy that there is."""
+        policies = {
+            f"{base.name}/{task}": digest_of(self._origin_model(base.name, task))
+            for base in self.bases
+            for task in self.tasks
+        }
+        return super().identity() | {"policies": policies}
+
+    def _policy_folder(self, base: str, task: str) -> Path:
+        return self.folder / "policies" / base / task
+
+    def _origin(self, start: Start) -> tuple[str, ...]:
+        return start.base, start.task
+
+    def _load_origin(self, base: str, task: str) -> torch.nn.Module:
+        return load_base(self._settings_of(base), self._policy_folder(base, task))
+
+    def step_flops(self, base: str, choice: Choice) -> float:
+        """One step: a rollout (see ``flops.rollout_flops``), then a step on all its answers."""
+        rows = self.settings.batch_size
+        trained = self._step_flops(base, choice, rows * self.settings.answers)
+        return trained + rollout_flops(
+            self.model(base).config,
+            self._candidates(base),
+            problems=rows,
+            answers=self.settings.answers,
+            prompt_tokens=self.layout.prompt_tokens,
+            answer_tokens=self.layout.answer_tokens,
+        )
+
+    def _drawn(self, task: str, seed: int, steps: int) -> tuple[Tensor, ...]:
+        """Problems ``[steps, B, tokens]`` uint8, and what their answers are drawn by, ``[steps, B · G, P]`` float32."""
+        (problems,) = super()._drawn(task, seed, steps)
+        draws = generator_for(f"replicas/rollout/{task}/{seed}")
+        rows = self.settings.batch_size * self.settings.answers
+        # Step by step, so that fewer steps are the beginning of more.
+        uniform = [torch.rand(rows, self.layout.answer_tokens, generator=draws) for _ in range(steps)]
+        return problems, torch.stack(uniform)
+
+    @property
+    def _rows(self) -> int:
+        return self.settings.batch_size * self.settings.answers
+
+    def _values(self, log_probs: Tensor) -> Tensor:
+        return log_probs.sum(dim=-1).exp()
+
+    def _train_step(self, replicas: Replicas, problems: Tensor, uniform: Tensor) -> Tensor:
+        """One step on problems ``[R, B, tokens]``, answers drawn by ``[R, B · G, P]``; returns the losses ``[R]``."""
+        kept, answers = self.layout.answer_tokens, self.settings.answers
+        problems = problems.long().repeat_interleave(answers, dim=1)  # [R, B·G, tokens], a group side by side
+        weights = replicas.weights()
+        sampled = sample_answers(replicas, weights, problems[..., : self.layout.prompt_tokens], uniform)
+        right = (sampled[..., -kept:] == problems[..., -kept:]).all(-1)
+        advantages = group_advantages(right.to(self.dtype), answers)
+        logits = replicas.base.logits(weights, sampled[..., :-1], kept)
+        losses = on_policy_loss(answer_log_probs(logits, sampled[..., -kept:]), advantages)
+        replicas.step(losses)
+        return losses.detach()
+
+
+@torch.no_grad()
+def sample_answers(replicas: Replicas, weights: Weights, prompts: Tensor, uniform: Tensor) -> Tensor:
+    """Prompts with an answer each, drawn at temperature 1.
+
+    Args:
+        replicas, weights: the R models.
+        prompts: ``[R, B, S]`` int64.
+        uniform: ``[R, B, P]``, in [0, 1): a token is the first at which the sum of probabilities exceeds it.
+
+    Returns:
+        ``[R, B, S + P]``.
+    """
+    tokens = prompts
+    for place in range(uniform.shape[-1]):
+        probabilities = replicas.base.logits(weights, tokens, 1)[:, :, 0].softmax(-1)  # [R, B, V]
+        vocabulary = probabilities.shape[-1]
+        # A product, as a running sum has no fixed order on CUDA.
+        up_to = torch.ones(vocabulary, vocabulary, device=tokens.device, dtype=probabilities.dtype).triu()
+        sums = torch.bmm(probabilities, up_to.expand(len(tokens), -1, -1))
+        token = (sums <= uniform[..., place, None]).sum(-1, keepdim=True).clamp(max=vocabulary - 1)
+        tokens = torch.cat([tokens, token], dim=-1)
+    return tokens
+
+
+def group_advantages(rewards: Tensor, answers: int) -> Tensor:
+    """``(r − μ) / sqrt(mean (r − μ)² + ε)`` within each group, as ``verl_backend.advantages.group_advantage``.
+
+    Args:
+        rewards: ``[R, B · G]``, a group side by side.
+        answers: G.
+
+    Returns:
+        ``[R, B · G]``.
+    """
+    groups = rewards.unflatten(1, (-1, answers))
+    centred = groups - groups.mean(-1, keepdim=True)
+    return (centred / (centred.square().mean(-1, keepdim=True) + EPSILON).sqrt()).flatten(1)
+
+
+def on_policy_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
+    """GSPO's loss where the policy that sampled is the one that learns, ``[R]``.
+
+    Args:
+        log_probs: ``[R, B, P]``, of the tokens that were sampled.
+        advantages: ``[R, B]``.
+    """
+    ratios = (log_probs - log_probs.detach()).mean(-1).exp()
+    return -(advantages * ratios).mean(-1)

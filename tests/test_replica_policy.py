@@ -1,0 +1,127 @@
+"""Replicas that learn from their own answers: the project's formulas, and a reward that rises."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import pytest
+import torch
+
+from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.evidence.protocol import Choice, Run, Start
+from hybrid_lora_plugin.evidence.replicas import PolicyProtocol
+from hybrid_lora_plugin.evidence.replicas.base import answer_logits
+from hybrid_lora_plugin.evidence.replicas.forward import SharedParts
+from hybrid_lora_plugin.evidence.replicas.policy import group_advantages, on_policy_loss, sample_answers
+from hybrid_lora_plugin.evidence.replicas.tasks import task_of
+from hybrid_lora_plugin.evidence.replicas.updates import Replicas
+from hybrid_lora_plugin.verl_backend.advantages import group_advantage
+from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses
+
+BASE = {"name": "tiny", "hidden_size": 16, "layers": 2, "intermediate_size": 32, "heads": 2, "kv_heads": 1}
+BLOCK = {
+    "bases": [BASE | {"steps": 150, "batch_size": 32, "lr": 4e-3}],
+    "digits": 1,
+    "batch_size": 8,
+    "answers": 8,
+    "eval_every": 80,
+    "held_out": 30,
+    "group_size": 3,
+    "start_reward": 0.1,
+    "start_lr": 3e-3,
+}
+TASK = "double_add"
+
+
+@pytest.fixture(scope="module")
+def protocol(tmp_path_factory):
+    said = []
+    made = PolicyProtocol(BLOCK, tmp_path_factory.mktemp("policy"), "cpu", ["tiny"], [TASK])
+    made.prepare(said.append)
+    made.prepare(said.append)
+    assert sum("kept from" in line for line in said) == 2, "what is there is kept"
+    return made
+
+
+def train(protocol, runs):
+    found = {}
+    protocol.train(runs, lambda run, outcome: found.update({run.arm: outcome}))
+    return found
+
+
+def full_run(protocol, arm="full", seed=0, lr=3e-4, steps=160) -> Run:
+    names = tuple(candidate.name for candidate in protocol.candidates("tiny"))
+    return Run(arm, Start("tiny", TASK, seed), Choice(names, 0), lr, 0.0, steps)
+
+
+def test_the_advantages_and_the_loss_are_the_projects():
+    draws = torch.Generator().manual_seed(0)
+    rewards = (torch.rand(3, 4 * 6, generator=draws, dtype=torch.float64) < 0.3).double()
+    found = group_advantages(rewards, 6)
+    groups = torch.arange(4).repeat_interleave(6)
+    for replica in range(3):
+        torch.testing.assert_close(found[replica], group_advantage(rewards[replica], groups), rtol=0, atol=1e-14)
+
+    log_probs = torch.randn(3, 24, 2, generator=draws, dtype=torch.float64).requires_grad_(True)
+    loss = on_policy_loss(log_probs, found)
+    (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
+    for replica in range(3):
+        own = log_probs[replica].detach().requires_grad_(True)
+        each, _, _ = gspo_sequence_losses(
+            own, own.detach(), found[replica, :, None].expand(-1, 2), torch.ones(24, 2), 0.2, 0.2
+        )
+        each.mean().backward()
+        assert loss[replica].item() == pytest.approx(each.mean().item(), abs=1e-14)
+        torch.testing.assert_close(gradient[replica], own.grad, rtol=1e-12, atol=1e-15)
+
+
+def test_answers_are_drawn_from_the_policys_own_distribution(protocol):
+    model = protocol._origin_model("tiny", TASK)
+    shared = SharedParts(model, 5, torch.device("cpu"), torch.float32)
+    replicas = Replicas(shared, [full_run(protocol)], 2.0, 0.0, 1.0)
+    rows, layout = 4000, protocol.layout
+    problem = protocol.problems.held_out(TASK)[:1].long()
+    prompts = problem[None, :, : layout.prompt_tokens].expand(1, rows, -1)
+    uniform = torch.rand(1, rows, layout.answer_tokens, generator=torch.Generator().manual_seed(1))
+    answers = sample_answers(replicas, replicas.weights(), prompts, uniform)[0, :, layout.prompt_tokens :]
+    with torch.no_grad():
+        first = answer_logits(model, problem, layout.answer_tokens)[0, 0].softmax(-1)
+    shares = torch.bincount(answers[:, 0], minlength=16) / rows
+    assert (shares - first).abs().max() < 4 * (0.25 / rows) ** 0.5
+    # The second token follows the first that was drawn, not the right one.
+    likely = answers[:, 0].mode().values
+    drawn = torch.cat([problem[0, : layout.prompt_tokens], likely[None], likely[None]])[None]
+    with torch.no_grad():
+        second = answer_logits(model, drawn, layout.answer_tokens)[0, 1].softmax(-1)
+    after = answers[answers[:, 0] == likely, 1]
+    shares = torch.bincount(after, minlength=16) / len(after)
+    assert (shares - second).abs().max() < 4 * (0.25 / len(after)) ** 0.5
+
+
+def test_the_reward_rises_and_does_not_depend_on_the_runs_beside(protocol, monkeypatch):
+    assert train(protocol, [full_run(protocol, steps=1)])["full"].curve[0][1] == pytest.approx(0.1, abs=0.05)
+    # On what it trains on: a model of this size carries nothing over to other pairs.
+    trained_on = protocol.layout.write(task_of(TASK), protocol.problems._others)
+    monkeypatch.setattr(protocol.problems, "held_out", lambda task: trained_on)
+    asked = full_run(protocol)
+    alone = train(protocol, [asked])["full"]
+    assert [step for step, _ in alone.curve] == [0, 80, 160]
+    assert alone.curve[-1][1] > 1.05 * alone.curve[0][1]
+    asked = dataclasses.replace(asked, steps=20)
+    alone = train(protocol, [asked])["full"]
+    others = [
+        full_run(protocol, name, seed, lr, steps=20)
+        for name, seed, lr in (("a", 1, 1e-3), ("b", 2, 1e-2), ("c", 0, 1e-4))
+    ]
+    together = train(protocol, [*others[:2], asked, others[2]])
+    assert together["full"] == alone
+    assert together["c"].curve[-1] != alone.curve[-1]
+    adapted = dataclasses.replace(asked, arm="lora", choice=Choice((), 2), lora_lr=5e-3)
+    assert train(protocol, [adapted])["lora"].flops < alone.flops
+
+
+def test_a_policy_that_does_not_get_started_is_refused(tmp_path):
+    block = BLOCK | {"start_reward": 0.9, "start_steps": 5, "bases": [BLOCK["bases"][0] | {"steps": 2}]}
+    protocol = PolicyProtocol(block, tmp_path, "cpu", ["tiny"], [TASK])
+    with pytest.raises(ConfigurationError, match="start_reward: 0.9 was not reached on double_add in 5 steps"):
+        protocol.prepare(lambda text: None)
