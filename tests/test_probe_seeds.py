@@ -93,6 +93,7 @@ def test_the_agreement_is_in_the_output_and_in_the_report(together, capsys, tmp_
 def test_other_choices_are_made_of_it_without_a_model(together, tmp_path):
     for criterion, agrees in (("snip", True), ("alpha", True), ("random", False), ("lora_ffn", False)):
         given = [f"artifact={together}", f"output_dir={tmp_path / criterion}", f"criterion={criterion}"]
+        given += [] if criterion == "lora_ffn" else ["budget.ratio=0.3"]
         assert allocate_command(given) == 0
         allocation = load_allocation(tmp_path / criterion)
         assert (allocation.agreement is not None) == agrees

@@ -21,7 +21,7 @@ from hybrid_lora_plugin.allocation.budget import FULL, assign
 from hybrid_lora_plugin.allocation.schema import AgreementRecord, Allocation
 from hybrid_lora_plugin.candidates import Candidate
 from hybrid_lora_plugin.errors import AllocationError
-from hybrid_lora_plugin.scoring import Measured, ModuleScores, score_modules
+from hybrid_lora_plugin.scoring import Measured, ModuleScores, get_criterion, score_modules
 
 METHOD = "mean rank"
 _NAMED = re.compile(r"seed_(\d+)/(.+)")
@@ -55,7 +55,7 @@ def by_seed(measurements: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
 
 
 def score_each(config: Any, candidates: Sequence[Candidate], each: Sequence[Mapping[str, Tensor]]) -> ModuleScores:
-    """The scores of one seed, or the consensus of several; a criterion that names its modules has no ranks.
+    """The scores of one seed, or the consensus of several where anything was measured for the criterion.
 
     Args:
         config: a ``config.SelectionConfig``.
@@ -65,11 +65,12 @@ def score_each(config: Any, candidates: Sequence[Candidate], each: Sequence[Mapp
     Raises:
         ConfigurationError: as ``score_modules``.
     """
+    used = each if get_criterion(config.criterion).method is not None else each[:1]
     scored = [
         score_modules(config.criterion, Measured(candidates, measured, config.control, config.normalise))
-        for measured in each
+        for measured in used
     ]
-    return scored[0] if len(scored) == 1 or scored[0].fixed is not None else consensus(scored)
+    return scored[0] if len(scored) == 1 else consensus(scored)
 
 
 def consensus(scored: Sequence[ModuleScores]) -> ModuleScores:
@@ -100,7 +101,7 @@ def agreement(
     lora_rank: int,
     seeds: Sequence[int],
 ) -> AgreementRecord:
-    """What each seed would choose alone, and how far two of them agree.
+    """What each seed would choose alone, and how far two of them agree; nothing where the budget admits none of it.
 
     Args:
         config: a ``config.SelectionConfig``.
@@ -109,15 +110,16 @@ def agreement(
         direction: ``lowest`` or ``highest``.
         lora_rank: rank r of the adapters.
         seeds: as they were asked for.
-
-    Raises:
-        ConfigurationError: a seed alone gives no choice.
     """
     chosen = []
     for measured in each:
         scored = score_each(config, candidates, [measured])
-        modules = assign(candidates, scored, config.budget, direction, lora_rank).modules
-        chosen.append([candidate.name for candidate in candidates if modules[candidate.name] == FULL])
+        try:
+            modules = assign(candidates, scored, config.budget, direction, lora_rank).modules
+        except AllocationError:
+            # Its first module may not fit where the first of all together does.
+            modules = {}
+        chosen.append([candidate.name for candidate in candidates if modules.get(candidate.name) == FULL])
     return AgreementRecord(METHOD, list(seeds), chosen, overlaps_of(chosen))
 
 
@@ -159,5 +161,5 @@ def _by_chance(chosen: Sequence[Sequence[str]], modules: int) -> float:
     values = []
     for first, second in itertools.combinations(map(len, chosen), 2):
         both = first * second / modules
-        values.append(both / (first + second - both))
+        values.append(both / (first + second - both) if both else 0.0)
     return sum(values) / len(values)
