@@ -69,6 +69,7 @@ PROBE = (
         Effect(f"probe.{name}", lambda config: config.probe.partitions == AUTO, "with probe.partitions=auto")
         for name in ("max_partitions", "settled_share")
     ),
+    Effect("probe.seed", lambda config: not config.probe.seeds, "without probe.seeds"),
     Effect("probe.adalora.lr", _initialised_by_adalora, "with criterion=adalora or probe.init=adalora"),
     *(
         Effect(f"probe.adalora.{spec.name}", _criterion("adalora"), "with criterion=adalora")

@@ -301,6 +301,16 @@ class ProbeConfig:
     seed: int = documented(
         0, "Seed of the adapters, the data order, the split and the partitions.", source="own choice"
     )
+    seeds: list[int] = documented(
+        [],
+        "Several seeds, a probe each: one choice by the mean of a module's ranks, and how far the seeds agree. Not "
+        "with objective policy.",
+        source="own choice",
+        bound=Bound(
+            lambda value: len(value) != 1 and len(set(value)) == len(value),
+            "two different seeds or more, e.g. [0,1,2], or [] for probe.seed alone",
+        ),
+    )
 
     @property
     def most_warmup_steps(self) -> int:

@@ -9,6 +9,7 @@ import pytest
 from safetensors.torch import load_file
 
 from hybrid_lora_plugin.allocation import AllocationError, load_allocation
+from hybrid_lora_plugin.allocation.consensus import overlap
 from hybrid_lora_plugin.allocation.schema import AutoStop
 from hybrid_lora_plugin.allocation.stability import EDGE, by_standing
 from hybrid_lora_plugin.allocation.stopping import stopping_in_words
@@ -17,7 +18,7 @@ from hybrid_lora_plugin.cli.probe import main as probe_command
 from hybrid_lora_plugin.config import HybridLoraConfig, ProbeCommandConfig, ProbeConfig
 from hybrid_lora_plugin.probing.interrupt import ProbeInterrupted
 from hybrid_lora_plugin.probing.runner import run_probe
-from hybrid_lora_plugin.probing.settling import WarmupChecks, overlap
+from hybrid_lora_plugin.probing.settling import WarmupChecks
 from tests.test_probe_run import InterruptAt, contents, probe_config
 
 #: 14 rows are left for the warm-up, which uses all of them in its fourth step: their order is that of any longer one.

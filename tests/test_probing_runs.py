@@ -63,7 +63,8 @@ REFUSED = {
     "budget": (["hybrid_lora.budget.ratio=1e-5"], ["hybrid_lora.budget.ratio", "give at least"]),
     "criterion": (["hybrid_lora.criterion=best"], ["hybrid_lora.criterion", "'best'", "hybrid"]),
     "policy criterion": ([POLICY, "hybrid_lora.criterion=snip"], ["hybrid_lora.criterion", "'snip'", "objective=sft"]),
-    "policy length": ([POLICY, "hybrid_lora.probe.partitions=auto"], ["hybrid_lora.probe.partitions", "a number"]),
+    "policy length": ([POLICY, "hybrid_lora.probe.partitions=auto"], ["hybrid_lora.probe.partitions", "number"]),
+    "policy seeds": ([POLICY, "hybrid_lora.probe.seeds=[0,1]"], ["hybrid_lora.probe.seeds: [0, 1]", "probe.seed"]),
     "policy run": ([POLICY, "hybrid_lora.criterion=adalora"], ["hybrid_lora.criterion", "'adalora'"]),
     "policy warm-up": ([POLICY, "hybrid_lora.probe.warmup_steps=0"], ["hybrid_lora.probe.warmup_steps", "at least 1"]),
     "policy refill": (

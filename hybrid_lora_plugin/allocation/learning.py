@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 from hybrid_lora_plugin.allocation.schema import ProbeRecord
 from hybrid_lora_plugin.errors import with_reference
 
@@ -23,6 +25,11 @@ def learned_in_words(probe: ProbeRecord | None) -> str:
     """One sentence on the held-out loss before and after the warm-up, a warning where it did not fall; empty where an
     artifact does not record it, as after a policy probe.
     """
+    if probe is not None and probe.seeds:
+        # The seed that learned least speaks for all.
+        least = max(probe.seeds, key=lambda seed: seed.held_out.after / seed.held_out.before if seed.held_out else 0)
+        said = learned_in_words(dataclasses.replace(probe, seeds=None, held_out=least.held_out))
+        return said.replace("the warm-up", f"the warm-up of seed {least.seed}, which learned least,", 1)
     if probe is None or probe.held_out is None:
         return ""
     held_out, rate = probe.held_out, rate_option(probe.method, probe.init)

@@ -97,6 +97,23 @@ class AutoStop:
 
 
 @dataclass(frozen=True)
+class SeedRecord:
+    """One of several probes that differ in nothing but the seed; fields as of ``ProbeRecord``.
+
+    Attributes:
+        data: what differs from seed to seed in ``ProbeRecord.data``.
+    """
+
+    seed: int
+    warmup_steps: int
+    partitions: int
+    data: dict
+    held_out: HeldOutLoss | None = None
+    warmup_auto: AutoStop | None = None
+    partitions_auto: AutoStop | None = None
+
+
+@dataclass(frozen=True)
 class ProbeRecord:
     """How the measurements were made. An allocation has none where nothing was probed.
 
@@ -113,6 +130,8 @@ class ProbeRecord:
         held_out: None of a policy probe, and in artifacts that do not record it; then the file has no such key.
         warmup_auto: how ``warmup_steps`` was found where it was ``auto``; else None, and no such key.
         partitions_auto: the same of ``partitions``.
+        seeds: each probe, where there were several; then ``seed``, ``warmup_steps``, ``partitions`` and ``data`` are of
+            the first, and what each found out is here alone. Else None, and no such key.
     """
 
     method: str
@@ -132,6 +151,7 @@ class ProbeRecord:
     held_out: HeldOutLoss | None = None
     warmup_auto: AutoStop | None = None
     partitions_auto: AutoStop | None = None
+    seeds: list[SeedRecord] | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,12 +171,29 @@ class ModuleRecord(Candidate):
 
 
 @dataclass(frozen=True)
+class AgreementRecord:
+    """How far probes of several seeds agree.
+
+    Attributes:
+        method: how one choice is made of them: ``mean rank``.
+        seeds: in their order.
+        chosen: names of the modules that each would choose by itself, in model order.
+        overlaps: Jaccard index of each two choices: the first with each later one, then the second, and so on.
+    """
+
+    method: str
+    seeds: list[int]
+    chosen: list[list[str]]
+    overlaps: list[float]
+
+
+@dataclass(frozen=True)
 class StabilityRecord:
     """What a bootstrap over the validation batches chose; each list in the order of the M modules.
 
     Attributes:
         draws: how often T of the T batches were drawn, with replacement.
-        batches: T.
+        batches: T, of all seeds together where there are several: each draws from its own.
         seed: of the draws.
         shares: in which share of the draws a module was chosen for full fine-tuning.
         low: 5 % quantile of its scores in the draws.
@@ -179,6 +216,7 @@ class Allocation:
         modules: the M candidates in model order.
         environment: versions of the libraries that made it.
         probe: None where nothing was probed; then the file has no such key.
+        agreement: of several seeds; None where there was one; likewise.
         stability: None where there were no batches to draw from, and in artifacts that do not record it; likewise.
     """
 
@@ -189,6 +227,7 @@ class Allocation:
     environment: dict
     probe: ProbeRecord | None = None
     stability: StabilityRecord | None = None
+    agreement: AgreementRecord | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property

@@ -12,11 +12,12 @@ from typing import Any
 from torch import Tensor
 
 from hybrid_lora_plugin.allocation.budget import assign
+from hybrid_lora_plugin.allocation.consensus import agreement, by_seed, score_each
 from hybrid_lora_plugin.allocation.schema import Allocation, ModelIdentity, ModuleRecord, ProbeRecord, SelectionRecord
 from hybrid_lora_plugin.allocation.stability import bootstrap
 from hybrid_lora_plugin.candidates import Candidate
 from hybrid_lora_plugin.errors import AllocationError
-from hybrid_lora_plugin.scoring import Measured, get_criterion, score_modules
+from hybrid_lora_plugin.scoring import get_criterion
 
 
 def select_modules(
@@ -35,7 +36,8 @@ def select_modules(
         config: a ``config.SelectionConfig``: criterion, direction, normalise, budget and control.
         model: the model that was probed.
         candidates: the M candidates.
-        measurements: by name, ``[T, M]`` or ``[M]`` float64; empty where nothing was probed.
+        measurements: by name, ``[T, M]`` or ``[M]`` float64; empty where nothing was probed; of several seeds named as
+            ``consensus`` says, and then one choice is made of all.
         lora_rank: rank r of the adapters of the modules that stay LoRA.
         probe: how the measurements were made; None where nothing was.
         environment: versions to record.
@@ -48,7 +50,8 @@ def select_modules(
     """
     criterion = get_criterion(config.criterion)
     direction = criterion.direction if config.direction == "auto" else config.direction
-    scored = score_modules(config.criterion, Measured(candidates, measurements, config.control, config.normalise))
+    each = by_seed(measurements)
+    scored = score_each(config, candidates, each)
     if scored.fixed is not None and direction != criterion.direction:
         raise AllocationError(
             f"direction: {config.direction!r} has no effect on criterion {criterion.name!r}, which names its modules; "
@@ -86,4 +89,10 @@ def select_modules(
         environment=environment,
         probe=probe,
         stability=bootstrap(config, candidates, measurements, direction, lora_rank),
+        # What nothing was measured for is the same whatever the seed.
+        agreement=agreement(
+            config, candidates, each, direction, lora_rank, [record.seed for record in (probe and probe.seeds) or ()]
+        )
+        if len(each) > 1 and criterion.method is not None
+        else None,
     )

@@ -13,10 +13,11 @@ import torch
 from torch import Tensor
 
 from hybrid_lora_plugin.allocation.budget import FULL, assign
+from hybrid_lora_plugin.allocation.consensus import by_seed, score_each
 from hybrid_lora_plugin.allocation.schema import Allocation, ModuleRecord, StabilityRecord
 from hybrid_lora_plugin.candidates import Candidate
 from hybrid_lora_plugin.errors import ConfigurationError
-from hybrid_lora_plugin.scoring import Measured, get_criterion, score_modules
+from hybrid_lora_plugin.scoring import get_criterion
 
 DRAWS, SEED = 200, 0
 #: Share of draws from which on a module is certain; below the rest to 1 it is out.
@@ -46,20 +47,25 @@ def bootstrap(
     Raises:
         ConfigurationError: never for a selection that ``select_modules`` makes.
     """
-    series = {name: measurements[name] for name in get_criterion(config.criterion).needs if name in measurements}
-    batches = {len(tensor) for tensor in series.values() if tensor.ndim == 2}
-    if len(batches) != 1 or batches == {1}:
-        return None
-    (count,) = batches
+    needs, each = get_criterion(config.criterion).needs, by_seed(measurements)
+    counts = []
+    for measured in each:
+        batches = {len(measured[name]) for name in needs if name in measured and measured[name].ndim == 2}
+        if len(batches) != 1 or batches == {1}:
+            return None
+        counts += batches
     generator = torch.Generator().manual_seed(SEED)
     chosen, scores, failed = torch.zeros(len(candidates), dtype=torch.float64), [], 0
     while len(scores) < DRAWS and failed < DRAWS:
-        rows = torch.randint(count, (count,), generator=generator)
-        if (rows == rows[0]).all():
+        rows = [torch.randint(count, (count,), generator=generator) for count in counts]
+        if any((drawn == drawn[0]).all() for drawn in rows):
             continue
-        drawn = {name: t[rows] if t.ndim == 2 and len(t) == count else t for name, t in measurements.items()}
+        drawn = [
+            {name: t[row] if t.ndim == 2 and len(t) == len(row) else t for name, t in measured.items()}
+            for measured, row in zip(each, rows, strict=True)
+        ]
         try:
-            scored = score_modules(config.criterion, Measured(candidates, drawn, config.control, config.normalise))
+            scored = score_each(config, candidates, drawn)
             assignment = assign(candidates, scored, config.budget, direction, lora_rank)
         except ConfigurationError:
             failed += 1
@@ -70,7 +76,7 @@ def bootstrap(
         return None
     low, high = torch.stack(scores).quantile(torch.tensor(QUANTILES, dtype=torch.float64), dim=0).tolist()
     return StabilityRecord(
-        draws=len(scores), batches=count, seed=SEED, shares=(chosen / len(scores)).tolist(), low=low, high=high
+        draws=len(scores), batches=sum(counts), seed=SEED, shares=(chosen / len(scores)).tolist(), low=low, high=high
     )
 
 

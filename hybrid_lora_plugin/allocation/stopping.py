@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
-from hybrid_lora_plugin.allocation.schema import AutoStop, ProbeRecord
+import dataclasses
+
+from hybrid_lora_plugin.allocation.schema import AutoStop, ProbeRecord, SeedRecord
 
 SETTLED, LIMIT = "settled", "limit"
 
 
 def stopping_in_words(probe: ProbeRecord | None) -> list[str]:
     """A sentence for each number that was ``auto``; none where both were given."""
+    if probe is not None and probe.seeds:
+        each = [dataclasses.replace(probe, seeds=None, **_own(one)) for one in probe.seeds]
+        return [f"seed {one.seed}: {line}" for one in each for line in stopping_in_words(one)]
     lines = []
     if probe is not None and probe.warmup_auto is not None:
         found = probe.warmup_auto
@@ -25,6 +30,10 @@ def stopping_in_words(probe: ProbeRecord | None) -> list[str]:
             f"{100 * found.threshold:.0f} % wanted, twice in a row)"
         )
     return lines
+
+
+def _own(seed: SeedRecord) -> dict:
+    return {spec.name: getattr(seed, spec.name) for spec in dataclasses.fields(seed)}
 
 
 def _reason(found: AutoStop) -> str:

@@ -31,13 +31,19 @@ ALLOCATION_FILE = "allocation.json"
 def allocation_text(allocation: Allocation) -> str:
     """The text of ``allocation.json``."""
     payload = {"schema_version": allocation.schema_version} | asdict(allocation)
-    for name in ("probe", "stability"):
+    for name in ("probe", "stability", "agreement"):
         if payload[name] is None:
             del payload[name]
     if allocation.probe is not None:
         # What came later than the first files: a probe without it is written as it was then.
-        payload["probe"] = {name: value for name, value in payload["probe"].items() if value is not None}
+        payload["probe"] = _without_none(payload["probe"])
+        if allocation.probe.seeds is not None:
+            payload["probe"]["seeds"] = [_without_none(seed) for seed in payload["probe"]["seeds"]]
     return json.dumps(payload, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
+
+
+def _without_none(record: dict[str, Any]) -> dict[str, Any]:
+    return {name: value for name, value in record.items() if value is not None}
 
 
 def write_allocation(folder: Path, allocation: Allocation, measurements: Mapping[str, Tensor]) -> None:

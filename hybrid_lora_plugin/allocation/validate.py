@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from hybrid_lora_plugin.allocation.budget import FULL, LORA
 from hybrid_lora_plugin.allocation.budget_modes import CHOICES, FIXED, budget_mode
+from hybrid_lora_plugin.allocation.consensus import overlaps_of
 from hybrid_lora_plugin.allocation.schema import PROBE_AGAIN, Allocation
 from hybrid_lora_plugin.allocation.stopping import LIMIT, SETTLED
 from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE
@@ -63,6 +64,7 @@ def validate_allocation(allocation: Allocation, where: str) -> None:
     _check_stability(allocation, where)
     _check_held_out(allocation, where)
     _check_auto(allocation, where)
+    _check_agreement(allocation, where)
 
 
 def _check_budget(allocation: Allocation, where: str) -> None:
@@ -121,6 +123,20 @@ def _check_auto(allocation: Allocation, where: str) -> None:
             f"probe.{name}.reason",
             f"{found.reason!r}, settled or limit is wanted",
         )
+
+
+def _check_agreement(allocation: Allocation, where: str) -> None:
+    found, names = allocation.agreement, {module.name for module in allocation.modules}
+    if found is None:
+        return
+    _require(len(found.seeds) > 1, where, "agreement.seeds", f"{found.seeds}, two or more are wanted")
+    count = len(found.chosen)
+    _require(count == len(found.seeds), where, "agreement.chosen", f"{count} choices for {len(found.seeds)} seeds")
+    for index, chosen in enumerate(found.chosen):
+        unknown = next((name for name in chosen if name not in names), None)
+        _require(unknown is None, where, f"agreement.chosen[{index}]", f"{unknown!r} is no module")
+    wanted = overlaps_of(found.chosen)
+    _require(found.overlaps == wanted, where, "agreement.overlaps", f"{found.overlaps} but the choices give {wanted}")
 
 
 def _check_stability(allocation: Allocation, where: str) -> None:

@@ -91,7 +91,7 @@ def expand_home(config: Config) -> Config:
         if isinstance(value, str):
             setattr(part, leaf, _expanded(value))
         elif isinstance(value, list):
-            setattr(part, leaf, [_expanded(item) for item in value])
+            setattr(part, leaf, [_expanded(item) if isinstance(item, str) else item for item in value])
     return config
 
 
@@ -115,7 +115,8 @@ _TRUE, _FALSE = ("true", "yes", "on", "1"), ("false", "no", "off", "0")
 def _read(text: str, type_: Any) -> Any:
     """A value as its option holds it; ValueError where it is none."""
     if typing.get_origin(type_) is list:
-        return _items(text) if text.startswith("[") else [text]
+        (kind,) = typing.get_args(type_)
+        return [kind(item) for item in (_items(text) if text.startswith("[") else [text])]
     choices = typing.get_args(type_) or (type_,)
     if text == "null" and type(None) in choices:
         return None
@@ -176,7 +177,7 @@ def _closest(name: str, known: typing.Iterable[str]) -> str:
 
 def _describe(type_: Any) -> str:
     if typing.get_origin(type_) is list:
-        return "a list such as [a.jsonl,b.parquet]"
+        return "a list such as [0,1,2]" if int in typing.get_args(type_) else "a list such as [a.jsonl,b.parquet]"
     inner = [argument for argument in typing.get_args(type_) if argument is not type(None)]
     plain = inner[0] if inner else type_
     return {int: "a whole number", float: "a number", bool: "true or false", str: "a text"}.get(plain, str(plain))

@@ -18,6 +18,7 @@ def print_result(folder: Path, allocation: Allocation) -> None:
         allocation: that was written there.
     """
     from hybrid_lora_plugin.allocation.budget_modes import budget_mode
+    from hybrid_lora_plugin.allocation.consensus import agreement_in_words
     from hybrid_lora_plugin.allocation.learning import learned_in_words
     from hybrid_lora_plugin.allocation.stability import in_words
     from hybrid_lora_plugin.allocation.stopping import stopping_in_words
@@ -29,6 +30,8 @@ def print_result(folder: Path, allocation: Allocation) -> None:
     print(f"allocation written to {folder} ({', '.join(pages)}){sure}")
     if learned := learned_in_words(allocation.probe):
         print(learned)
+    if agreed := agreement_in_words(allocation):
+        print(agreed)
     for line in stopping_in_words(allocation.probe):
         print(line)
     total, chosen_by = allocation.model.candidate_parameters, allocation.selection.criterion

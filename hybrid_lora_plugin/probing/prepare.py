@@ -34,6 +34,11 @@ def prepare_data(config: ProbeCommandConfig, progress: Progress) -> ProbeData:
     )
 
 
+def seeds_settings(config: ProbeCommandConfig) -> dict[str, Any]:
+    """What a probe of several seeds shares before any of them has begun: the seeds, and the day that they all print."""
+    return {"probe.seeds": config.probe.seeds, "probe.date": _day(config).isoformat()}
+
+
 def dry_run(config: ProbeCommandConfig, progress: Progress) -> str:
     """What a probe with these rows would train, as a text for people: one row, then the counts.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import asdict, is_dataclass
 from typing import Any
@@ -10,7 +11,7 @@ import torch
 from torch import nn
 
 from hybrid_lora_plugin import __version__
-from hybrid_lora_plugin.allocation.schema import ModelIdentity, ProbeRecord
+from hybrid_lora_plugin.allocation.schema import ModelIdentity, ProbeRecord, SeedRecord
 from hybrid_lora_plugin.candidates import Candidate, architecture_of, model_fingerprint
 from hybrid_lora_plugin.config import WITHOUT_WARMUP, ProbeCommandConfig
 from hybrid_lora_plugin.linear_account import frozen_linear
@@ -101,6 +102,20 @@ def probe_record(
         data=data,
         options={method: asdict(own[method])} if method in own else {},
     )
+
+
+def record_of_seeds(records: Sequence[ProbeRecord]) -> ProbeRecord:
+    """One record of probes that differ in nothing but the seed."""
+    first = records[0]
+    differing = [name for name in first.data if any(record.data.get(name) != first.data[name] for record in records)]
+    seeds = [
+        SeedRecord(
+            **{spec.name: getattr(record, spec.name) for spec in dataclasses.fields(SeedRecord) if spec.name != "data"},
+            data={name: record.data.get(name) for name in differing},
+        )
+        for record in records
+    ]
+    return dataclasses.replace(first, held_out=None, warmup_auto=None, partitions_auto=None, seeds=seeds)
 
 
 def environment() -> dict[str, str]:

@@ -6,6 +6,8 @@
     warmup_checks.json     steps and choices of a warm-up that finds its own length
     scores.safetensors     measurements [t, M] of the batches scored so far and, as metadata, how many
 
+Of several seeds each has a folder of its own in it, ``seed_i``.
+
 Each file is written beside its place and renamed, so an interruption at any moment leaves the older one.
 """
 
@@ -36,18 +38,19 @@ class PartialState:
         resumed: whether there was something to continue.
     """
 
-    def __init__(self, output_dir: Path, settings: dict[str, Any]) -> None:
+    def __init__(self, output_dir: Path, settings: dict[str, Any], part: str = "") -> None:
         """Create the folder, or take up one that was made with the same settings.
 
         Args:
             output_dir: where the artifact will be.
             settings: JSON values; equal settings give equal artifacts.
+            part: of a probe that has several, the folder inside.
 
         Raises:
             ProbeError: the folder is of other settings or cannot be read or written; the message names the first
                 difference.
         """
-        self.folder = partial_folder(output_dir)
+        self.folder = partial_folder(output_dir) / part
         self._way_out = f"delete {self.folder} to start afresh, or give another output_dir"
         file = self.folder / "settings.json"
         self.resumed = file.exists()
@@ -160,10 +163,6 @@ class PartialState:
             raise ProbeError(
                 f"output_dir: {file} is damaged ({error}); {self._way_out}", see="unfinished-probe-cannot-be-used"
             ) from error
-
-    def delete(self) -> None:
-        """Remove the folder."""
-        shutil.rmtree(self.folder)
 
 
 def remove_finished(output_dir: str | Path) -> None:

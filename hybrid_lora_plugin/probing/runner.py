@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -18,8 +20,9 @@ import torch
 from torch import Tensor
 
 from hybrid_lora_plugin.allocation.budget import allocate
+from hybrid_lora_plugin.allocation.consensus import named_by_seed
 from hybrid_lora_plugin.allocation.learning import rate_option
-from hybrid_lora_plugin.allocation.schema import Allocation
+from hybrid_lora_plugin.allocation.schema import Allocation, ProbeRecord
 from hybrid_lora_plugin.allocation.select import select_modules
 from hybrid_lora_plugin.allocation.storage import refuse_existing
 from hybrid_lora_plugin.base_identity import weights_identity
@@ -50,10 +53,16 @@ from hybrid_lora_plugin.probing.methods.full_delta import FullDeltaMethod
 from hybrid_lora_plugin.probing.methods.lookahead import LookaheadMethod
 from hybrid_lora_plugin.probing.methods.svd_lora import SvdLoraMethod
 from hybrid_lora_plugin.probing.methods.weight_gradient import WeightGradientMethod
-from hybrid_lora_plugin.probing.prepare import prepare_data
+from hybrid_lora_plugin.probing.prepare import prepare_data, seeds_settings
 from hybrid_lora_plugin.probing.progress import Progress
-from hybrid_lora_plugin.probing.provenance import environment, model_identity, probe_record, probe_settings
-from hybrid_lora_plugin.probing.resume import PartialState, remove_finished
+from hybrid_lora_plugin.probing.provenance import (
+    environment,
+    model_identity,
+    probe_record,
+    probe_settings,
+    record_of_seeds,
+)
+from hybrid_lora_plugin.probing.resume import PartialState, partial_folder, remove_finished
 from hybrid_lora_plugin.probing.settling import (
     CHECK_PARTITIONS,
     SettledScores,
@@ -105,7 +114,32 @@ def probe_model(config: ProbeCommandConfig, progress: Progress | None = None, ra
     method = get_criterion(config.criterion).method
     if method is None:
         return ranks.from_first(lambda: _choose_without_probe(config, output_dir, progress))
-    return _Probe(config, method, output_dir, progress, ranks).write()
+    if config.probe.seeds:
+        return _probe_seeds(config, method, output_dir, progress, ranks)
+    probe = _Probe(config, method, output_dir, progress, ranks)
+    measurements = probe.measure()
+    return ranks.from_first(lambda: probe.save(probe.record(), measurements))
+
+
+def _probe_seeds(
+    config: ProbeCommandConfig, method: str, output_dir: Path, progress: Progress, ranks: Ranks
+) -> Allocation:
+    """A probe for each seed, one after the other, each with the state and the measurements of a probe of that seed."""
+    ranks.from_first(lambda: PartialState(output_dir, seeds_settings(config)))
+    records, measured, seeds = [], [], config.probe.seeds
+    for number, seed in enumerate(seeds):
+        progress.note(f"seed {seed}, {number + 1} of {len(seeds)}")
+        one = dataclasses.replace(config, probe=dataclasses.replace(config.probe, seed=seed, seeds=[]))
+        probe = _Probe(one, method, output_dir, progress, ranks, f"seed_{number}")
+        measured.append(probe.measure())
+        records.append(ranks.from_first(probe.record))
+        if number + 1 < len(seeds):
+            # The model of one seed must not sit beside that of the next.
+            probe.method = probe.model = None
+            gc.collect()
+            if ranks.device.type != "cpu":
+                torch.get_device_module(ranks.device).empty_cache()
+    return ranks.from_first(lambda: probe.save(record_of_seeds(records), named_by_seed(measured)))
 
 
 def _check(config: ProbeCommandConfig, output_dir: Path, processes: int) -> None:
@@ -186,7 +220,13 @@ class _Probe:
     """One probe with everything its stages share."""
 
     def __init__(
-        self, config: ProbeCommandConfig, method: str, output_dir: Path, progress: Progress, ranks: Ranks
+        self,
+        config: ProbeCommandConfig,
+        method: str,
+        output_dir: Path,
+        progress: Progress,
+        ranks: Ranks,
+        part: str = "",
     ) -> None:
         self.config, self.method_name, self.output_dir, self.progress, self.ranks = (
             config,
@@ -195,6 +235,8 @@ class _Probe:
             progress,
             ranks,
         )
+        # Of several seeds each keeps its state in a part of the folder.
+        self.part = part
         # The data first: a mistake there is found before the weights are read.
         self.data = ranks.from_first(lambda: prepare_data(config, progress))
         for sentence in self.data.told:
@@ -228,10 +270,10 @@ class _Probe:
         if not self.config.model.gguf_file and (weights := weights_identity(self.config.model.path)):
             self.checkpoint["weights"] = weights
         settings = probe_settings(self.config, self.method_name, self.model, self.data, weights_digest(self.model))
-        self.state = PartialState(self.output_dir, settings)
+        self.state = PartialState(self.output_dir, settings, self.part)
 
-    def write(self) -> Allocation:
-        """Take the steps that are missing, select, and write the artifact."""
+    def measure(self) -> dict[str, Tensor]:
+        """Take the steps that are missing: what was measured, ``[T, M]`` or ``[M]`` float64 by name."""
         with _deterministic(self.ranks.device), StopRequest() as stop, self._memory_explained():
             passes = Passes(self.model, self.ranks, self.config.probe.micro_batch_size)
             self.method.start(passes)
@@ -246,8 +288,7 @@ class _Probe:
             self.found["warmup_steps"] = self.method.step
             if checks is not None:
                 self.found["warmup_auto"] = checks.record()
-            measurements = self._score(stop)
-        return self.ranks.from_first(lambda: self._select_and_save(measurements))
+            return self._score(stop)
 
     @contextlib.contextmanager
     def _memory_explained(self) -> Iterator[None]:
@@ -261,11 +302,15 @@ class _Probe:
                 f"command continues"
             ) from error
 
-    def _select_and_save(self, measurements: dict[str, Tensor]) -> Allocation:
+    def record(self) -> ProbeRecord:
+        """How it was measured; on rank 0."""
         self.watch.check()
         data = self.data.record | self.checkpoint
         record = probe_record(self.config, self.method_name, self.dtype, data, self.method.lr)
-        record = dataclasses.replace(record, **self.found)
+        return dataclasses.replace(record, **self.found)
+
+    def save(self, record: ProbeRecord, measurements: dict[str, Tensor]) -> Allocation:
+        """Select and write the artifact; on rank 0."""
         allocation = select_modules(
             self.config,
             self.identity,
@@ -276,7 +321,7 @@ class _Probe:
             environment=environment(),
         )
         save_allocation(self.output_dir, allocation, measurements)
-        self.state.delete()
+        shutil.rmtree(partial_folder(self.output_dir))
         return allocation
 
     def _held_out_losses(self, passes: Passes) -> HeldOutLosses:
@@ -294,7 +339,8 @@ class _Probe:
         if saved is not None:
             method.load(*saved)
             self.progress.note(f"continuing {self.output_dir}.partial after warm-up step {method.step}")
-        checks = self._warmup_checks() if self.config.probe.warmup_steps == AUTO else None
+        auto = self.config.probe.warmup_steps == AUTO and method.warmup_steps > 0
+        checks = self._warmup_checks() if auto else None
         self.progress.stage("warm-up", method.warmup_steps, method.step)
         save = self._saver(stop, lambda: self.state.save_warmup(method.step, method.tensors()))
 
@@ -316,6 +362,7 @@ class _Probe:
         def measure() -> list[int]:
             with scoring_within_warmup(self.method, self.config.criterion):
                 rows: dict[str, list[Tensor]] = {}
+                self.method.begin_scoring(self.data.validation_batch)
                 for row in range(probe.warmup_check_partitions if self.method.rows else 0):
                     batch = self.data.validation_batch(row // probe.partitions_per_batch)
                     for name, values in self.method.score(row, batch)[0].items():

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lora_plugin.allocation.budget import FULL, assign
+from hybrid_lora_plugin.allocation.consensus import overlap
 from hybrid_lora_plugin.allocation.schema import AutoStop
 from hybrid_lora_plugin.allocation.stability import bootstrap, is_decided
 from hybrid_lora_plugin.allocation.stopping import LIMIT, SETTLED
@@ -84,12 +85,6 @@ def chosen_modules(config: ProbeCommandConfig, candidates: Sequence[Candidate], 
         # Early in a warm-up there may be no order yet; if there is none at the end, the selection says so.
         return []
     return [index for index, candidate in enumerate(candidates) if modules[candidate.name] == FULL]
-
-
-def overlap(first: Sequence[int], second: Sequence[int]) -> float:
-    """Jaccard index of two choices: modules in both over modules in either; 0 where both are empty."""
-    either = set(first) | set(second)
-    return len(set(first) & set(second)) / len(either) if either else 0.0
 
 
 class WarmupChecks:

@@ -6,6 +6,7 @@ import math
 from pathlib import Path
 
 from hybrid_lora_plugin.allocation.budget import FULL
+from hybrid_lora_plugin.allocation.consensus import times_chosen
 from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.stability import EDGE, by_standing
 from hybrid_lora_plugin.report.groups import present_types, short_type
@@ -59,6 +60,12 @@ def draw_heatmap(allocation: Allocation, file: Path) -> None:
             marked = True
             axes.add_patch(Rectangle((column - 0.42, row - 0.42), 0.84, 0.84, fill=False, edgecolor=_MARK, lw=1.8))
             axes.plot(column, row, marker="o", ms=4.5, color=_MARK, markeredgecolor="white", markeredgewidth=0.7)
+    seeds = len(allocation.agreement.seeds) if allocation.agreement else 0
+    times = {name: count for name, count in times_chosen(allocation).items() if 0 < count < seeds}
+    for module in allocation.modules:
+        if module.name in times:
+            place = (module.layer + 0.4, types.index(module.type) + 0.38)
+            axes.text(*place, str(times[module.name]), fontsize=5, color="white", ha="right", va="bottom")
     step = 1 if layers <= 40 else 5
     axes.set_xticks(range(0, layers, step))
     axes.tick_params(labelsize=7)
@@ -82,6 +89,8 @@ def draw_heatmap(allocation: Allocation, file: Path) -> None:
         legend.append(Patch(facecolor=_SILENT, hatch="////", edgecolor="#888888", label="no signal (LoRA)"))
     if undecided:
         legend.append(Patch(facecolor="none", hatch="xxxx", edgecolor="#999999", label="on the edge"))
+    if times:
+        legend.append(Line2D([], [], ls="", marker="$n$", color="#999999", label=f"chosen by n of {seeds} seeds"))
     figure.legend(handles=legend, loc="outside lower center", ncols=4, fontsize=7, frameon=False)
     # Without this the PNG names the Matplotlib version; nothing in it may change from run to run.
     figure.savefig(file, metadata={"Software": None})

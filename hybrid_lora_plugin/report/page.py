@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
@@ -11,6 +12,7 @@ import numpy as np
 
 from hybrid_lora_plugin.allocation.budget import FULL
 from hybrid_lora_plugin.allocation.budget_modes import budget_mode
+from hybrid_lora_plugin.allocation.consensus import agreement_in_words, times_chosen
 from hybrid_lora_plugin.allocation.learning import learned_in_words
 from hybrid_lora_plugin.allocation.schema import Allocation, ModuleRecord, ProbeRecord
 from hybrid_lora_plugin.allocation.stability import DECIDED, EDGE, by_standing, in_words, shares_of
@@ -48,6 +50,7 @@ def _lines(allocation: Allocation) -> list[str]:
         f"{len(modules) - len(full)} get LoRA{sure}. {pictures}.",
         "",
         *_learning(allocation.probe),
+        *([f"{agreed[0].upper()}{agreed[1:]}.", ""] if (agreed := agreement_in_words(allocation)) else []),
         *(line for said in stopping_in_words(allocation.probe) for line in (f"{said[0].upper()}{said[1:]}.", "")),
         "## What was probed" if allocation.probe else "## How it was chosen",
         "",
@@ -79,6 +82,7 @@ def _lines(allocation: Allocation) -> list[str]:
         *_separation(allocation),
         "",
         *_sureness(allocation),
+        *_agreement(allocation),
         f"## {caveats_title(allocation)}",
         "",
         caveats_text(allocation),
@@ -146,7 +150,7 @@ def _probe_settings(probe: ProbeRecord) -> list[str]:
         f"| validation | T = {probe.partitions} batches of "
         f"{'rollouts of held-out prompts' if policy else f'{probe.batch_size} rows'}, {partitions} |",
         *([] if policy else [f"| longest row | {probe.max_length} tokens |"]),
-        f"| seed | {probe.seed} |",
+        f"| seed | {', '.join(str(one.seed) for one in probe.seeds) if probe.seeds else probe.seed} |",
         *(f"| option {name} | {value} |" for name, value in _flattened(probe.options)),
     ]
     for source in probe.data.get("files", []):
@@ -260,6 +264,33 @@ def _sureness(allocation: Allocation) -> list[str]:
             "",
         ]
     return lines
+
+
+def _agreement(allocation: Allocation) -> list[str]:
+    """What several seeds would each choose alone."""
+    found = allocation.agreement
+    if found is None:
+        return []
+    times = times_chosen(allocation)
+    some = [module for module in allocation.modules if 0 < times[module.name] < len(found.seeds)]
+    pairs = itertools.combinations(found.seeds, 2)
+    return [
+        "## Do the seeds agree?",
+        "",
+        "Each seed has adapters, order, split and partitions of its own. The choice is by the mean of a module's ranks "
+        "over the seeds; here is what each would choose alone.",
+        "",
+        "| two seeds | overlap (Jaccard) |",
+        "| --- | ---: |",
+        *(f"| {a} and {b} | {100 * value:.0f} % |" for (a, b), value in zip(pairs, found.overlaps, strict=True)),
+        "",
+        *(["| chosen by some seeds | of them | chosen here |", "| --- | ---: | --- |"] if some else []),
+        *(
+            f"| `{m.name}` | {times[m.name]} of {len(found.seeds)} | {'yes' if m.assignment == FULL else 'no'} |"
+            for m in sorted(some, key=lambda module: -times[module.name])
+        ),
+        *([""] if some else []),
+    ]
 
 
 def _cut(allocation: Allocation) -> list[str]:

@@ -51,6 +51,12 @@ def check_policy_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
                 f"before its first step; give a number, e.g. {20 if name == 'partitions' else 100}",
                 see="policy-probe-not-possible",
             )
+    if hybrid.probe.seeds:
+        raise ConfigurationError(
+            f"hybrid_lora.probe.seeds: {hybrid.probe.seeds!r} is not possible with objective policy, which is one run; "
+            f"give [] and hybrid_lora.probe.seed",
+            see="policy-probe-not-possible",
+        )
     if hybrid.probe.warmup_steps < 1:
         raise ConfigurationError(
             f"hybrid_lora.probe.warmup_steps: {hybrid.probe.warmup_steps} steps leave every adapter at 0; give at "

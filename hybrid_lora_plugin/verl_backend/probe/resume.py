@@ -147,11 +147,16 @@ def _settings(
     for name, value in vars(expected).items():
         # The dtype is known once the model is loaded, the rank was compared above, and version 1 has no method; a loss
         # is a result.
-        if name in ("method", "rank", "dtype", "data", "held_out", *_AUTO.values()):
+        if name in ("method", "rank", "dtype", "data", "held_out", "seeds", *_AUTO.values()):
+            continue
+        # What several seeds found out of themselves stands with each of them.
+        first = (allocation.probe.seeds or [allocation.probe])[0]
+        if name == "seed" and (hybrid.probe.seeds or allocation.probe.seeds):
+            yield f"{ours}probe.seeds", [one.seed for one in allocation.probe.seeds or ()], list(hybrid.probe.seeds)
             continue
         # A policy probe has no rows of its own: its batches are those of the run.
         if hybrid.probe.objective == "sft" or name not in ("batch_size", "max_length"):
-            found = getattr(allocation.probe, _AUTO.get(name, ""), None)
+            found = getattr(first, _AUTO.get(name, ""), None)
             yield f"{ours}probe.{name}", getattr(allocation.probe, name) if found is None else AUTO, value
             if found is not None:
                 yield from _auto(name, found, hybrid.probe)
