@@ -10,14 +10,21 @@ import numpy as np
 import pytest
 import yaml
 
+from hybrid_lora_plugin.candidates import find_candidates_from_config
 from hybrid_lora_plugin.cli.evidence import main
 from hybrid_lora_plugin.config_evidence import EvidenceCommandConfig
+from hybrid_lora_plugin.evidence.arms import planned_arms
 from hybrid_lora_plugin.evidence.draws import stratified_draw
 from hybrid_lora_plugin.evidence.intervals import difference, student_quantile
 from hybrid_lora_plugin.evidence.matching import matched_rank, matched_steps, trainable_parameters
+from hybrid_lora_plugin.evidence.plan_file import plan_of, read_plan
 from hybrid_lora_plugin.evidence.protocol import Outcome, Start
+from hybrid_lora_plugin.evidence.protocols import open_protocol
+from hybrid_lora_plugin.evidence.replicas.base import base_config
+from hybrid_lora_plugin.evidence.replicas.selection import selection_config
 from hybrid_lora_plugin.evidence.stages import run_stages
 from tests.support.analytic_protocol import STOP_AFTER, AnalyticProtocol
+from tests.support.verl_processes import ROOT
 
 PLAN = {
     "name": "analytic",
@@ -119,6 +126,18 @@ def test_a_key_given_twice_and_a_file_that_is_no_yaml_are_refused(tmp_path, caps
         assert status == 2 and said in error
     assert run(tmp_path / "out", capsys, "plan=nowhere.yaml")[0] == 2
     assert "write plan=FILE.yaml" in run(tmp_path / "out", capsys)[2]
+
+
+@pytest.mark.parametrize("name", sorted(path.name for path in (ROOT / "recipes/evidence").glob("*.yaml")))
+def test_the_plans_of_this_repository_can_be_run(name, tmp_path):
+    plan = read_plan(ROOT / "recipes/evidence" / name)
+    protocol = open_protocol(plan.protocol, plan.settings, tmp_path, "cpu", plan.bases, plan.tasks)
+    candidates = {base.name: find_candidates_from_config(base_config(base)) for base in protocol.bases}
+    arms, start = planned_arms(plan, candidates.values()), Start(plan.bases[0], plan.tasks[0], 0)
+    for arm in arms:
+        if arm.selects:
+            asked = arm.at(start, 0, candidates[start.base])
+            selection_config(asked, protocol.settings.probe, plan.rank, 0)
 
 
 def test_all_arms_are_every_criterion_in_both_directions_with_the_controls(tmp_path, capsys):
@@ -364,7 +383,7 @@ def test_the_best_selection_is_supported_and_the_reversed_one_contradicted(finis
     assert rows["gradient_norm:reversed"]["verdict"] == "contradicted"
     text = (finished / "report.md").read_text()
     assert text.startswith("# analytic\n\n**There is a gap**")
-    assert "- **supported**: `gradient_norm` is better than `random`: −" in text
+    assert "- `gradient_norm` is better than `random`: **supported**, −" in text
     digest = json.loads((finished / "frozen.json").read_text())["sha256"]
     assert text.count(digest) == 2 and (finished / "plan.yaml").read_text().strip() in text
     # The highest rate of full weights is past 2 / c, so it diverges and is not chosen.
@@ -375,7 +394,7 @@ def test_without_a_gap_the_report_opens_with_it_and_marks_the_verdicts(tmp_path,
     plan = write_plan(tmp_path / "plan.yaml", settings={"lora_reaches": 1.0}, tasks=["sum"], bases=["narrow"])
     assert run(tmp_path / "out", capsys, f"plan={plan}")[0] == 0
     text = (tmp_path / "out/report.md").read_text()
-    opening, verdict = text.splitlines()[2], next(line for line in text.splitlines() if line.startswith("- **"))
+    opening, verdict = text.splitlines()[2], next(line for line in text.splitlines() if line.startswith("- `"))
     assert opening.startswith("**There is no gap**") and "no selection of modules can be expected to help" in opening
     assert "°" in verdict and "### narrow / sum °" not in text
 
@@ -412,7 +431,11 @@ def test_several_budgets_are_compared_each_with_its_own_random(tmp_path, capsys)
     assert 1 <= ranks["lora_matched@0.1"] < ranks["lora_matched@0.4"]
 
 
-def test_an_arm_of_your_own_takes_its_options(tmp_path, capsys):
+def test_an_arm_of_your_own_takes_its_options_and_the_place_of_another(tmp_path, capsys, protocol):
+    hybrid = {"name": "hybrid", "rank": 4, "selection": {"criterion": "hybrid"}}
+    plan = plan_of(PLAN | {"arms": [hybrid, "all"]})
+    (arm,) = (one for one in planned_arms(plan, [protocol.candidates("narrow")]) if one.name == "hybrid")
+    assert arm.rank == 4
     own = {"name": "short", "rank": 3, "selection": {"criterion": "hybrid", "probe.warmup_steps": 5}}
     plan = write_plan(
         tmp_path / "plan.yaml", arms=[own, {"name": "lora8", "kind": "lora", "rank": 8}, "random"], tasks=["sum"],

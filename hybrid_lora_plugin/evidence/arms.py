@@ -90,11 +90,14 @@ def planned_arms(plan: EvidencePlanConfig, candidates: Iterable[Sequence[Candida
     """
     types = _common_types(candidates)
     named: dict[str, PlannedArm] = {}
-    for entry in plan.arms:
-        for arm in _entry(entry, plan, types):
-            if arm.name in named and entry != "all":
-                raise ConfigurationError(f"arms: {arm.name} is there twice; name each arm once")
-            named.setdefault(arm.name, arm)
+    for arm in _entry("all", plan, types) if "all" in plan.arms else ():
+        named[arm.name] = arm
+    given = [arm for entry in plan.arms if entry != "all" for arm in _entry(entry, plan, types)]
+    for at, arm in enumerate(given):
+        if any(arm.name == other.name for other in given[:at]):
+            raise ConfigurationError(f"arms: {arm.name} is there twice; name each arm once")
+        # One of your own takes the place of that of ``all``.
+        named[arm.name] = arm
     for name in plan.without:
         if named.pop(name, None) is None:
             raise ConfigurationError(f"without: {name!r} is none of the arms{_closest(name, named)}")

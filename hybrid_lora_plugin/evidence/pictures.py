@@ -16,6 +16,8 @@ _BETTER, _WORSE, _UNCLEAR = "#0072b2", "#d55e00", "#7f7f7f"
 _LINES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6bb1", "#000000")
 #: strips side by side, and inches and cells between and of them
 _STRIPS, _CELL, _BETWEEN = 4, 0.13, (3, 2.2)
+#: cells that a strip is wide at least
+_NARROWEST = 10
 
 
 def draw_forest(comparison: Comparison, file: Path) -> None:
@@ -109,7 +111,9 @@ def draw_picks(comparison: Comparison, base: str, file: Path) -> bool:
     types, layers = present_types(candidates), max(one.layer for one in candidates) + 1
     rows, columns = -(-len(arms) // _STRIPS), min(_STRIPS, len(arms))
     # All strips are in one panel: axes of their own take seconds to lay out.
-    wide, high = layers + _BETWEEN[0], len(types) + _BETWEEN[1]
+    # Of few layers a cell is wider, so that names of arms have room.
+    cell = max(1.0, _NARROWEST / layers)
+    wide, high = cell * layers + _BETWEEN[0], len(types) + _BETWEEN[1]
     figure, axes = _figure(0.6 + _CELL * wide * columns, 0.6 + _CELL * high * rows)
     for place, arm in enumerate(arms):
         left, top = place % columns * wide, place // columns * high
@@ -118,7 +122,7 @@ def draw_picks(comparison: Comparison, base: str, file: Path) -> bool:
         for one in candidates:
             grid[types.index(one.type), one.layer] = shares[one.name]
         axes.pcolormesh(
-            left + np.arange(layers + 1),
+            left + cell * np.arange(layers + 1),
             top + np.arange(len(types) + 1),
             grid,
             cmap="Blues",
@@ -135,7 +139,7 @@ def draw_picks(comparison: Comparison, base: str, file: Path) -> bool:
     axes.set_ylim(rows * high - _BETWEEN[1] + 0.5, -1.8)
     axes.set_axis_off()
     axes.set_title(
-        f"{base}: layers from left to right; share of starts in which a module is fully tuned, white 0 to blue 1",
+        f"{base}: layers from left to right, by share of starts\nin which a module is fully tuned: white 0, blue 1",
         fontsize=8,
         loc="left",
     )

@@ -104,6 +104,10 @@ def _percent(level: float) -> str:
     return f"{100 * level:.4g} %"
 
 
+def _count(things: Sequence[Any], name: str) -> str:
+    return f"{len(things)} {name}" + ("" if len(things) == 1 else "s")
+
+
 def _opening(comparison: Comparison, digest: str) -> list[str]:
     study, plan = comparison.study, comparison.study.plan
     better = "lower" if study.prepared.lower_is_better else "higher"
@@ -117,8 +121,9 @@ def _opening(comparison: Comparison, digest: str) -> list[str]:
     lines += _gap_in_words(comparison)
     lines += [
         "",
-        f"{len(study.arms)} arms on {len(plan.bases)} bases ({', '.join(plan.bases)}) and {len(plan.tasks)} tasks "
-        f"({', '.join(plan.tasks)}), {len(comparison.seeds)} seeds each, {plan.steps} steps. Held-out value: "
+        f"{_count(study.arms, 'arm')} on {_count(plan.bases, 'base')} ({', '.join(plan.bases)}) and "
+        f"{_count(plan.tasks, 'task')} ({', '.join(plan.tasks)}), {_count(comparison.seeds, 'seed')} each, "
+        f"{plan.steps} steps. Held-out value: "
         f"`{study.prepared.measure}`, {better} is better. Plan and learning rates were frozen before the first "
         f"compared run under `{digest}`.",
     ]
@@ -177,7 +182,7 @@ def _primary(comparison: Comparison, numbers: _Numbers) -> list[str]:
         mark = f" {NO_GAP}" if not any(gaps) else ""
         found = one.pooled
         lines.append(
-            f"- **{found.verdict}**{mark}: `{one.arm.name}` is better than `{one.other.name}`: "
+            f"- `{one.arm.name}` is better than `{one.other.name}`: **{found.verdict}**{mark}, "
             f"{numbers.interval(found)}, better in {found.better} of {found.starts}."
         )
     lines += [
