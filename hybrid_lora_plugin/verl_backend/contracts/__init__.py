@@ -8,7 +8,8 @@ before ``check`` asks for it, so the table can be read anywhere.
 ``record``         what a record says, and the features that stop working without it
 ``by_source``      looks a symbol up in the text of a library, importing nothing
 ``by_import``      looks it up in what is installed
-``registration`` ``verl_engine`` ``training`` ``verl_rollout`` ``vllm_model`` ``probe`` ``generation`` ``plan`` ``cpu``
+``registration`` ``verl_engine`` ``training`` ``verl_rollout`` ``vllm_model`` ``probe`` ``generation`` ``plan``
+``evidence`` ``cpu``
                    the records, by what they are records of
 """
 
@@ -16,6 +17,7 @@ from __future__ import annotations
 
 from hybrid_lora_plugin.verl_backend.contracts.by_import import check
 from hybrid_lora_plugin.verl_backend.contracts.cpu import CPU
+from hybrid_lora_plugin.verl_backend.contracts.evidence import EVIDENCE
 from hybrid_lora_plugin.verl_backend.contracts.generation import GENERATION
 from hybrid_lora_plugin.verl_backend.contracts.plan import PLAN
 from hybrid_lora_plugin.verl_backend.contracts.probe import PROBE
@@ -62,6 +64,7 @@ SUBJECTS: tuple[Subject, ...] = (
     PROBE,
     GENERATION,
     PLAN,
+    EVIDENCE,
     CPU,
 )
 CONTRACTS: tuple[Contract, ...] = tuple(contract for subject in SUBJECTS for contract in subject.contracts)

@@ -13,7 +13,12 @@ PLAN = Subject(
     "The plan of a run",
     (
         *rows("plan", "verl.trainer.config", "", ("", _COMMAND, "where its configuration is")),
-        *rows("plan", "verl.trainer.main_ppo", "", ("", _COMMAND, "a program that can be planned")),
+        *rows(
+            "plan evidence",
+            "verl.trainer.main_ppo",
+            "",
+            ("", (_COMMAND, "evidence/verl_runs.py"), "a program that can be planned, and a run of a comparison"),
+        ),
         *rows("plan", "verl.trainer.sft_trainer", "", ("", _COMMAND, "a program that can be planned")),
         *rows(
             "plan",

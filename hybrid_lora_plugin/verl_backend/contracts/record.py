@@ -36,6 +36,7 @@ FEATURES = {
     "policy_probe": "the probe on rollouts: hybrid_lora.probe.objective=policy",
     "evaluation": "responses for hybrid-lora-eval",
     "plan": "hybrid-lora-plan",
+    "evidence": "hybrid-lora-evidence",
     "cpu": "runs without an accelerator: VERL_PLATFORM=cpu",
 }
 #: the sync modes, for symbols that every one of them needs

@@ -109,6 +109,7 @@ ENGINE = Subject(
             ("rank", _BOTH_ENGINES, "rank 0 writes and prints"),
             ("module", _BOTH_ENGINES, "the wrapped model"),
             ("optimizer", _ENGINE, "its groups"),
+            ("lr_scheduler", _ENGINE, "which step of the schedule comes next"),
             ("model_config", _BOTH_ENGINES, "the model's settings"),
             ("engine_config", _ENGINE, "the strategy's settings; replaced while the model loads"),
             ("optimizer_config", _BOTH_ENGINES, "passed to build_optimizer"),
