@@ -109,7 +109,7 @@ ENGINE = Subject(
             ("rank", _BOTH_ENGINES, "rank 0 writes and prints"),
             ("module", _BOTH_ENGINES, "the wrapped model"),
             ("optimizer", _ENGINE, "its groups"),
-            ("lr_scheduler", _ENGINE, "which step of the schedule comes next"),
+            ("lr_scheduler", (_ENGINE, _CHECKPOINTS), "the schedule, where it is and what a resumed run goes on with"),
             ("model_config", _BOTH_ENGINES, "the model's settings"),
             ("engine_config", _ENGINE, "the strategy's settings; replaced while the model loads"),
             ("optimizer_config", _BOTH_ENGINES, "passed to build_optimizer"),
@@ -160,7 +160,6 @@ ENGINE = Subject(
                 "local_path hdfs_path del_local_after_load",
             ),
             ("_is_offload_optimizer", _CHECKPOINTS, "whether a resumed state belongs on the host"),
-            ("lr_scheduler", _CHECKPOINTS, "the schedule, which any number of ranks goes on with"),
             (
                 "checkpoint_manager",
                 _CHECKPOINTS,
