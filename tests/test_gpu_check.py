@@ -458,6 +458,8 @@ def test_a_check_in_which_nothing_ran_has_a_page(findings, tmp_path):
     findings.steps, findings.checks = {}, []
     text = page.write(findings, tmp_path).read_text()
     assert "No run got far enough." in text and not (tmp_path / "curves.png").exists()
+    findings.outcomes = {"merge": budgets.Outcome("merge", "skipped")}
+    assert findings.verdict == "NOTHING CHECKED: 0 of 0 checks hold, 1 of 1 stages were skipped"
 
 
 @pytest.mark.parametrize(("state", "holds"), [("done", True), ("skipped", True), ("failed", False)])

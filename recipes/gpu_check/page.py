@@ -75,7 +75,9 @@ class Findings:
             parts.append(f"{failed} of {len(states)} stages failed")
         if skipped := states.count(SKIPPED):
             parts.append(f"{skipped} of {len(states)} stages were skipped")
-        return f"{'PASSED' if self.holds else 'FAILED'}: {', '.join(parts)}"
+        # A page without a check must not read like one on which all of them hold.
+        word = "FAILED" if not self.holds else "PASSED" if self.checks else "NOTHING CHECKED"
+        return f"{word}: {', '.join(parts)}"
 
 
 def figures(findings: Findings) -> dict[str, Any]:
