@@ -462,6 +462,33 @@ def test_the_best_selection_is_supported_and_the_reversed_one_contradicted(finis
     assert "| full | 0.001 / – |" in text and "0.03 /" not in text
 
 
+PUBLISHED = sorted(path.parent for path in (ROOT / "docs" / "evidence").glob("*/plan.yaml"))
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda folder: folder.name)
+def test_a_published_report_follows_from_its_raw_results_bit_for_bit(folder, tmp_path, capsys):
+    again = tmp_path / "again"
+    shutil.copytree(folder, again)
+    for name in ("report.md", "report.json"):
+        (again / name).unlink()
+    assert run(again, capsys, "stage=report")[0] == 0
+    for name in ("report.md", "report.json"):
+        assert (again / name).read_bytes() == (folder / name).read_bytes(), name
+
+
+def test_rates_at_the_edge_of_the_grid_are_said_at_the_top(tmp_path, capsys):
+    def top(name, rates):
+        few = ["gradient_norm", "random", "lora", "lora_matched", "full"]
+        plan = write_plan(tmp_path / f"{name}.yaml", arms=few, rates={"full": rates, "lora": rates})
+        assert run(tmp_path / name, capsys, f"plan={plan}")[0] == 0
+        return (tmp_path / name / "report.md").read_text().partition("\n## ")[0]
+
+    # Five arms on two bases with two tasks each.
+    edge = "**Rates at the edge**: 20 of 20 choices of learning rates are the lowest or the highest"
+    assert edge in top("narrow", [1e-4, 1e-3])
+    assert "Rates at the edge" not in top("given", [1e-3]), "nobody asked for a choice"
+
+
 def test_without_a_gap_the_report_opens_with_it_and_marks_the_verdicts(tmp_path, capsys):
     plan = write_plan(tmp_path / "plan.yaml", settings={"lora_reaches": 1.0}, tasks=["sum"], bases=["narrow"])
     assert run(tmp_path / "out", capsys, f"plan={plan}")[0] == 0

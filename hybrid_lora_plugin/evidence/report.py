@@ -126,8 +126,23 @@ def _opening(comparison: Comparison, digest: str) -> list[str]:
         f"{plan.steps} steps. Held-out value: "
         f"`{study.prepared.measure}`, {better} is better. Plan and learning rates were frozen before the first "
         f"compared run under `{digest}`.",
+        *_edges_in_words(study),
     ]
     return lines
+
+
+def _edges_in_words(study: Study) -> list[str]:
+    """A warning where many arms did not run at their best rates, as far as the grid can tell."""
+    tuned = [study.tuned(arm, *place) for arm in study.arms for place in study.cells]
+    at_edge = sum(bool(one.edges) for one in tuned)
+    if 4 * at_edge < len(tuned):
+        return []
+    return [
+        "",
+        f"**Rates at the edge**: {at_edge:,} of {len(tuned):,} choices of learning rates are the lowest or the highest "
+        "that was tried, so better ones may lie beyond, for some arms more than for others. Widen `rates` before you "
+        "rely on what follows.",
+    ]
 
 
 def _gap_in_words(comparison: Comparison) -> list[str]:
