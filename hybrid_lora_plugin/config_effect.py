@@ -79,6 +79,11 @@ PROBE = (
     Effect("probe.warmup_steps", _warms_up, "with another criterion, as this one reads the model as it is"),
     Effect("probe.autolora.", _criterion("autolora"), "with criterion=autolora"),
     Effect("probe.lookahead.", _criterion("lookahead"), "with criterion=lookahead"),
+    Effect(
+        "probe.micro_batch_size",
+        lambda config: config.probe.micro_batch_tokens is None,
+        "without probe.micro_batch_tokens, which takes its place",
+    ),
     Effect("probe.full_lr", _criterion("full_pruning"), "with criterion=full_pruning"),
     Effect(
         "probe.lr",

@@ -262,6 +262,20 @@ class ProbeConfig:
         unit="rows",
         bound=at_least(1, "at least 1 row, or null"),
     )
+    micro_batch_tokens: int | None = documented(
+        None,
+        "Most tokens in one pass on one rank, padding included, in place of `micro_batch_size`: rows of like length "
+        "are passed together, and a longer row alone. Changes memory and speed, and results only by rounding.",
+        source="own choice",
+        unit="tokens",
+        bound=at_least(2, "at least 2 tokens, or null"),
+    )
+    gradient_checkpointing: bool = documented(
+        False,
+        "Whether to hold the activations of one decoder layer between forward and backward in place of all, and to "
+        "compute each layer once more. Changes memory and time, not the result.",
+        source="own choice: a third more computing",
+    )
     max_length: int = documented(
         2048,
         "Longest row; the end of a longer one is cut.",

@@ -90,7 +90,11 @@ def assert_same(folder, alone):
         assert (measured[name] - values).abs().max() < 1e-5 * values.abs().max(), name
 
 
-@pytest.mark.parametrize("ranks, changes", [(2, {}), (4, {"probe.micro_batch_size": 1})], ids=["2", "4"])
+@pytest.mark.parametrize(
+    "ranks, changes",
+    [(2, {}), (4, {"probe.micro_batch_tokens": 40, "probe.gradient_checkpointing": "true"})],
+    ids=["2", "4"],
+)
 def test_a_sharded_probe_gives_the_allocation_of_one_process(tiny_qwen2, rows, alone, tmp_path, ranks, changes):
     process = torchrun(ranks, arguments(tiny_qwen2, rows, tmp_path / "out", **changes))
     out, err = finished(process)

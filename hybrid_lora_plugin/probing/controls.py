@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from hybrid_lora_plugin.probing.forward import Batch, Passes, negative_log_likelihood
 from hybrid_lora_plugin.probing.layers import SvdLoraLinear
+from hybrid_lora_plugin.probing.recompute import is_recomputing
 from hybrid_lora_plugin.probing.weight_gradients import wide
 
 _MEASUREMENTS = ("lora_output", "gradient_norm", "snip")
@@ -72,6 +73,8 @@ class ControlPass:
         return dict(zip(_MEASUREMENTS, ranks.sum_(self._values).cpu(), strict=True))
 
     def _on_output(self, index: int, layer: SvdLoraLinear, inputs: tuple[Tensor], output: Tensor) -> None:
+        if is_recomputing():
+            return
         x = inputs[0].detach()  # [B', S', d_in]
         with torch.no_grad():
             branch = layer.branch(x)[self._counted]  # [tokens, d_out]

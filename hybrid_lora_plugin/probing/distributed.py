@@ -166,12 +166,13 @@ def place(model: nn.Module, candidates: Sequence[Candidate], replicated: Sequenc
         parameter.data = parameter.data.to(ranks.device)
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     ignored = set(replicated)
-    for layer in _decoder_layers(model, candidates):
+    for layer in decoder_layers(model, candidates):
         fully_shard(layer, mesh=mesh, ignored_params=ignored)
     fully_shard(model, mesh=mesh, ignored_params=ignored)
 
 
-def _decoder_layers(model: nn.Module, candidates: Sequence[Candidate]) -> list[nn.Module]:
+def decoder_layers(model: nn.Module, candidates: Sequence[Candidate]) -> list[nn.Module]:
+    """The layers that the candidates are in, in the model's order."""
     names = dict.fromkeys(
         candidate.name.partition(f".layers.{candidate.layer}.")[0] + f".layers.{candidate.layer}"
         for candidate in candidates

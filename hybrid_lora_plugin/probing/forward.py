@@ -93,27 +93,59 @@ class Passes:
         ranks: the processes that share the work.
     """
 
-    def __init__(self, model: nn.Module, ranks: Ranks, micro_batch_size: int | None = None) -> None:
-        """For a model on the ranks' device, whole or sharded; ``micro_batch_size`` in rows, None for what holds 4096
-        tokens.
+    def __init__(
+        self,
+        model: nn.Module,
+        ranks: Ranks,
+        micro_batch_size: int | None = None,
+        micro_batch_tokens: int | None = None,
+    ) -> None:
+        """For a model on the ranks' device, whole or sharded.
+
+        Args:
+            model: see above.
+            ranks: who shares the work.
+            micro_batch_size: most rows of a micro-batch, in the order of the batch; None for what holds 4096 tokens.
+            micro_batch_tokens: most tokens of one, padding included, in place of ``micro_batch_size``: rows of like
+                length come together. A longer row is alone.
         """
         self.ranks = ranks
         self._model = model
         self._micro_batch_size = micro_batch_size
+        self._micro_batch_tokens = micro_batch_tokens
 
     def micro_batches(self, batch: Batch) -> Iterator[tuple[Batch, bool]]:
         """This rank's micro-batches on its device, and whether each is the last."""
-        mine = list(range(self.ranks.rank, batch.rows, self.ranks.size))
-        longest = -(-batch.rows // self.ranks.size)
-        # From the whole batch, so that it is the same on every rank.
-        size = self._micro_batch_size or max(1, MICRO_BATCH_TOKENS // batch.input_ids.shape[1])
-        for start in range(0, longest, size):
-            rows = mine[start : start + size]
-            micro = batch.take(rows or [0])
+        order, ends = self._by_length(batch) if self._micro_batch_tokens else self._as_they_come(batch)
+        mine = order[self.ranks.rank :: self.ranks.size]
+        for start, end in zip([0, *ends], ends, strict=False):
+            rows = mine[start:end]
+            # The shortest, where it is passed for company.
+            micro = batch.take(rows or order[-1:])
             if not rows:
                 # Nothing is left for this rank; it passes a row whose tokens all do not count.
                 micro = Batch(micro.input_ids, micro.attention_mask, torch.full_like(micro.labels, IGNORED))
-            yield micro.to(self.ranks.device), start + size >= longest
+            yield micro.to(self.ranks.device), end == ends[-1]
+
+    def _as_they_come(self, batch: Batch) -> tuple[list[int], list[int]]:
+        """Rows in an order that the ranks take turns in, and where the micro-batches of a rank's rows end."""
+        longest = -(-batch.rows // self.ranks.size)
+        # From the whole batch, so that it is the same on every rank.
+        size = self._micro_batch_size or max(1, MICRO_BATCH_TOKENS // batch.input_ids.shape[1])
+        return list(range(batch.rows)), [min(start + size, longest) for start in range(0, longest, size)]
+
+    def _by_length(self, batch: Batch) -> tuple[list[int], list[int]]:
+        """The same with the longest rows first. The first rank has the longest row of each turn: what fits there fits
+        everywhere, and all ranks have as many micro-batches.
+        """
+        lengths = batch.attention_mask.sum(dim=1).tolist()
+        order = sorted(range(batch.rows), key=lambda row: (-lengths[row], row))
+        first, ends, start = order[:: self.ranks.size], [], 0
+        for place in range(len(first)):
+            if place > start and (place + 1 - start) * lengths[first[start]] > self._micro_batch_tokens:
+                ends.append(place)
+                start = place
+        return order, [*ends, len(first)]
 
     @torch.no_grad()
     def loss(self, batch: Batch) -> float:

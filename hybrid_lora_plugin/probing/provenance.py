@@ -18,7 +18,7 @@ from hybrid_lora_plugin.linear_account import frozen_linear
 from hybrid_lora_plugin.probing.data.batches import ProbeData
 
 # These change memory and speed, not what is measured.
-_WITHOUT_EFFECT = ("files", "micro_batch_size", "dry_run")
+_WITHOUT_EFFECT = ("files", "micro_batch_size", "micro_batch_tokens", "gradient_checkpointing", "dry_run")
 # What these measure beyond the others of their run.
 _MORE = {"perturbation": " with perturbations", "residual_gradient": " after a warm-up"}
 

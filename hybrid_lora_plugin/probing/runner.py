@@ -31,7 +31,7 @@ from hybrid_lora_plugin.config import AUTO, BudgetConfig, ProbeCommandConfig
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.linear_account import account_text
-from hybrid_lora_plugin.probing.distributed import Ranks, place
+from hybrid_lora_plugin.probing.distributed import Ranks, decoder_layers, place
 from hybrid_lora_plugin.probing.forward import Passes
 from hybrid_lora_plugin.probing.held_out import HeldOutLosses
 from hybrid_lora_plugin.probing.interrupt import ProbeInterrupted, StopRequest
@@ -62,6 +62,7 @@ from hybrid_lora_plugin.probing.provenance import (
     probe_settings,
     record_of_seeds,
 )
+from hybrid_lora_plugin.probing.recompute import recompute_activations
 from hybrid_lora_plugin.probing.resume import PartialState, partial_folder, remove_finished
 from hybrid_lora_plugin.probing.settling import (
     CHECK_PARTITIONS,
@@ -262,6 +263,8 @@ class _Probe:
         # What the probe finds out of itself, by field of its record.
         self.found: dict[str, Any] = {}
         self.method = METHODS[method](self.model, self.candidates, config)
+        if config.probe.gradient_checkpointing:
+            recompute_activations(decoder_layers(self.model, self.candidates))
         place(self.model, self.candidates, self.method.replicated, ranks)
 
     def _take_up_state(self) -> None:
@@ -275,7 +278,8 @@ class _Probe:
     def measure(self) -> dict[str, Tensor]:
         """Take the steps that are missing: what was measured, ``[T, M]`` or ``[M]`` float64 by name."""
         with _deterministic(self.ranks.device), StopRequest() as stop, self._memory_explained():
-            passes = Passes(self.model, self.ranks, self.config.probe.micro_batch_size)
+            probe = self.config.probe
+            passes = Passes(self.model, self.ranks, probe.micro_batch_size, probe.micro_batch_tokens)
             self.method.start(passes)
             losses = self._held_out_losses(passes)
             if self.method.warmup_steps:
@@ -295,11 +299,14 @@ class _Probe:
         try:
             yield
         except torch.OutOfMemoryError as error:
-            rows = self.config.probe.micro_batch_size
+            probe = self.config.probe
+            name = "micro_batch_tokens" if probe.micro_batch_tokens else "micro_batch_size"
+            given = getattr(probe, name)
+            more = "" if probe.gradient_checkpointing else "give probe.gradient_checkpointing=true, "
             raise ProbeError(
-                f"probe.micro_batch_size: {'null' if rows is None else rows} does not fit into the memory of "
-                f"{self.ranks.device}; lower it or probe.max_length, or use more GPUs. What was done is kept: the same "
-                f"command continues"
+                f"probe.{name}: {'null' if given is None else given} does not fit into the memory of "
+                f"{self.ranks.device}; {more}lower it or probe.max_length, or use more GPUs. What was done is "
+                f"kept: the same command continues"
             ) from error
 
     def record(self) -> ProbeRecord:

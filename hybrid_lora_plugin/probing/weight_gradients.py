@@ -13,6 +13,8 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
+from hybrid_lora_plugin.probing.recompute import is_recomputing
+
 Take = Callable[[int, Tensor, Tensor], None]
 
 
@@ -29,7 +31,8 @@ def weight_gradients(layers: Sequence[nn.Module], take: Take) -> Iterator[None]:
     """
 
     def on_output(index: int, layer: nn.Module, inputs: tuple[Tensor], output: Tensor) -> None:
-        output.register_hook(partial(on_gradient, index, inputs[0].detach()))
+        if not is_recomputing():
+            output.register_hook(partial(on_gradient, index, inputs[0].detach()))
 
     @torch.no_grad()
     def on_gradient(index: int, x: Tensor, delta: Tensor) -> None:

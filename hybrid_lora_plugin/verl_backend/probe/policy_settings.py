@@ -45,7 +45,7 @@ _ACTOR_SETTINGS = (
 )
 # The first are of a probe on rows.
 _PROBE_WITHOUT_EFFECT = ("files", "messages_key", "prompt_key", "response_key", "train_on", "date", "dry_run")
-_PROBE_WITHOUT_EFFECT += ("micro_batch_size", "controls")
+_PROBE_WITHOUT_EFFECT += ("micro_batch_size", "micro_batch_tokens", "gradient_checkpointing", "controls")
 _DATA_WITHOUT_EFFECT = ("val_", "validation_", "dataloader_", "hybrid_lora")
 
 
