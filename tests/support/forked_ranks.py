@@ -17,7 +17,6 @@ import subprocess
 import sys
 import tempfile
 import time
-from functools import cache
 from pathlib import Path
 
 #: What the workers import before their work begins.
@@ -55,7 +54,7 @@ class ForkedRanks:
     ) -> subprocess.CompletedProcess:
         """Run ``python ARGUMENTS`` on ``ranks`` ranks; ``stdout`` of the result has all streams of all ranks.
 
-        ``environment`` is set after the imports.
+        ``environment`` is all of the ranks', set after the imports.
         """
         with tempfile.NamedTemporaryFile("r", suffix=".txt") as output:
             request = {"ranks": ranks, "arguments": arguments, "output": output.name, "timeout": timeout}
@@ -75,12 +74,15 @@ class ForkedRanks:
         self._process.wait(60)
 
 
-@cache
-def forked_ranks(folder: Path, environment: tuple[tuple[str, str], ...]) -> ForkedRanks:
-    """The one process for this folder and environment, which ends with the tests."""
-    ranks = ForkedRanks(folder, dict(environment))
-    atexit.register(ranks.close)
-    return ranks
+_started: dict[Path, ForkedRanks] = {}
+
+
+def forked_ranks(folder: Path, environment: dict[str, str]) -> ForkedRanks:
+    """The one process for this folder, which ends with the tests; ``environment`` is that of its imports."""
+    if folder not in _started:
+        _started[folder] = ForkedRanks(folder, environment)
+        atexit.register(_started[folder].close)
+    return _started[folder]
 
 
 def _serve() -> None:
@@ -135,6 +137,7 @@ def _agent(request: dict) -> int:
 
 def _rank(request: dict, rank: int, port: int) -> None:
     size = str(request["ranks"])
+    os.environ.clear()
     os.environ |= request["environment"] | {
         "RANK": str(rank),
         "LOCAL_RANK": str(rank),

@@ -46,7 +46,7 @@ def torchrun(ranks: int, arguments: list[str], **options) -> subprocess.Complete
 
 def ranks(count: int, arguments: list[str], *, timeout: int = 3000, **environment: str) -> subprocess.CompletedProcess:
     """As ``torchrun``, without its imports (``forked_ranks``); nothing of ``environment`` may be read on import."""
-    done = forked_ranks(ROOT, tuple(environment_of().items()))(count, arguments, timeout, environment)
+    done = forked_ranks(ROOT, environment_of())(count, arguments, timeout, environment_of(**environment))
     assert done.returncode == 0, f"exit status {done.returncode}:\n{done.stdout[-6000:]}"
     return done
 
