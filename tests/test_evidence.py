@@ -26,7 +26,7 @@ from hybrid_lora_plugin.evidence.plan_file import plan_of, read_plan
 from hybrid_lora_plugin.evidence.protocol import Outcome, Start
 from hybrid_lora_plugin.evidence.protocols import open_protocol
 from hybrid_lora_plugin.evidence.replicas.base import base_config
-from hybrid_lora_plugin.evidence.replicas.selection import selection_config
+from hybrid_lora_plugin.evidence.selection_options import selection_config
 from hybrid_lora_plugin.evidence.stages import run_stages
 from hybrid_lora_plugin.evidence.tuning import Rates, choose_rates, grid
 from tests.support.analytic_protocol import CHOOSE_SECONDS, STOP_AFTER, AnalyticProtocol

@@ -32,7 +32,7 @@ from hybrid_lora_plugin.config import ModelConfig, ProbeCommandConfig, ProbeConf
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.evidence.matching import trainable_parameters
 from hybrid_lora_plugin.evidence.protocol import Arm, Outcome, Protocol, Run, Start
-from hybrid_lora_plugin.evidence.replicas.selection import selection_config
+from hybrid_lora_plugin.evidence.selection_options import selection_config
 from hybrid_lora_plugin.evidence.settings_block import fill
 from hybrid_lora_plugin.probing.loading import load_model_config, parameter_count
 from hybrid_lora_plugin.probing.runner import probe_model

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import copy
-import dataclasses
-import typing
 from collections.abc import Callable, Mapping
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -15,13 +12,12 @@ from hybrid_lora_plugin.allocation.budget import FULL as FULL_ASSIGNMENT
 from hybrid_lora_plugin.allocation.budget import assign
 from hybrid_lora_plugin.candidates import Candidate, find_candidates
 from hybrid_lora_plugin.config import ProbeCommandConfig, ProbeConfig
-from hybrid_lora_plugin.config_validation import validate
-from hybrid_lora_plugin.errors import AllocationError, ConfigurationError
+from hybrid_lora_plugin.errors import AllocationError
 from hybrid_lora_plugin.evidence.protocol import Arm
-from hybrid_lora_plugin.probing.distributed import Ranks
-from hybrid_lora_plugin.probing.forward import IGNORED, Batch, Passes
+from hybrid_lora_plugin.evidence.selection_options import selection_config
+from hybrid_lora_plugin.probing.forward import IGNORED, Batch
+from hybrid_lora_plugin.probing.in_memory import measure_in_memory
 from hybrid_lora_plugin.probing.method import warmup_steps
-from hybrid_lora_plugin.probing.runner import METHODS
 from hybrid_lora_plugin.scoring import Measured, get_criterion, score_modules
 
 
@@ -31,43 +27,6 @@ def batch_of(problems: Tensor, answer_tokens: int) -> Batch:
     labels = torch.full_like(ids, IGNORED)
     labels[:, -answer_tokens:] = ids[:, -answer_tokens:]
     return Batch(ids, torch.ones_like(ids), labels)
-
-
-def selection_config(arm: Arm, probe: ProbeConfig, rank: int, seed: int) -> ProbeCommandConfig:
-    """The settings of an arm's probe and selection.
-
-    An arm that draws, and says no ``control.seed``, gets one from its draw and the start: other modules at each.
-
-    Raises:
-        ConfigurationError: an option of ``arm.selection`` that there is not, or a value that cannot work.
-    """
-    config = ProbeCommandConfig(probe=dataclasses.replace(probe, seed=seed))
-    config.lora.rank = rank
-    for name, value in arm.selection.items():
-        _set(config, arm.name, name, value)
-    if "seed" in get_criterion(config.criterion).options and "control.seed" not in arm.selection:
-        config.control.seed = 1000 * seed + arm.draw
-    try:
-        validate(config)
-    except ConfigurationError as error:
-        raise ConfigurationError(f"arm {arm.name}: {error}") from error
-    return config
-
-
-def _set(config: ProbeCommandConfig, arm: str, name: str, value: Any) -> None:
-    place, _, leaf = name.rpartition(".")
-    part: Any = config
-    for step in place.split(".") if place else ():
-        part = getattr(part, step, None)
-    known = {spec.name for spec in dataclasses.fields(part)} if dataclasses.is_dataclass(part) else set()
-    if leaf not in known or name == "probe.seed" or name.split(".")[0] in ("model", "output_dir", "lora"):
-        raise ConfigurationError(
-            f"arm {arm}: selection.{name} is no option that selects modules; see docs/configuration.md"
-        )
-    type_ = typing.get_type_hints(type(part))[leaf]
-    if typing.get_origin(type_) is list and not isinstance(value, list | tuple):
-        value = [value]
-    setattr(part, leaf, list(value) if isinstance(value, tuple) else value)
 
 
 class Probes:
@@ -110,22 +69,14 @@ class Probes:
 
     def _probe(self, config: ProbeCommandConfig, name: str) -> dict[str, Tensor]:
         self.runs.append(name)
-        model = copy.deepcopy(self._model).requires_grad_(False)
-        method = METHODS[name](model, self.candidates, config)
-        model.to(self._device)
-        method.start(Passes(model, Ranks(self._device), config.probe.micro_batch_size))
-        size, per_batch = config.probe.batch_size, config.probe.partitions_per_batch
-        batches = -(-config.probe.partitions // per_batch)
-        while method.step < method.warmup_steps:
-            method.warm_up(self._warmup(method.step, size), self._validation(method.step % batches, size))
-        method.finish_warmup()
-        method.begin_scoring(lambda number: self._validation(number, size))
-        rows: dict[str, list[Tensor]] = {}
-        for row in range(method.rows):
-            measured, _ = method.score(row, self._validation(row // per_batch, size))
-            for key, values in measured.items():
-                rows.setdefault(key, []).append(values)
-        return method.measurements({key: torch.stack(values) for key, values in rows.items()}) | method.results()
+        size = config.probe.batch_size
+        return measure_in_memory(
+            copy.deepcopy(self._model).requires_grad_(False).to(self._device),
+            self.candidates,
+            config,
+            lambda step: self._warmup(step, size),
+            lambda number: self._validation(number, size),
+        )
 
     def choose(self, arm: Arm, probe: ProbeConfig, rank: int, seed: int) -> tuple[str, ...]:
         """The modules that an arm tunes fully, in the model's order.
