@@ -84,9 +84,9 @@ OPTIONS = {
         },
     }.items()
 }
-#: on one rank and on four: both strategies with and without offload; two ranks run every combination
-SOME = (*SAVED, "fsdp2-offload-4", "fsdp-offload-4")
-OF_RANKS = {ranks: SETTINGS if ranks == 2 else {name: SETTINGS[name] for name in SOME} for ranks in RANKS}
+#: on one rank and on four: both strategies, and offload on one; two ranks run every combination
+SOME = {1: (*SAVED, "fsdp2-offload-4", "fsdp-offload-4"), 2: tuple(SETTINGS), 4: SAVED}
+OF_RANKS = {ranks: {name: SETTINGS[name] for name in SOME[ranks]} for ranks in RANKS}
 CASES = [(ranks, name) for ranks in RANKS for name in OF_RANKS[ranks]]
 CASES += [(2, name) for name in OPTIONS] + [(4, name) for name in OTHERS]
 
