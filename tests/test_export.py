@@ -575,6 +575,8 @@ def test_a_disk_without_room_is_found_before_anything_is_merged(runs, tmp_path, 
 @pytest.mark.parametrize(("number", "status"), [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
 def test_a_signal_ends_an_export_and_leaves_nothing(runs, tmp_path, capsys, monkeypatch, number, status):
     _, checkpoint = runs("qwen2")
+    # What making it printed, where no test before has made it.
+    capsys.readouterr()
 
     class Interrupting(LineProgress):
         def __call__(self, done, total):
