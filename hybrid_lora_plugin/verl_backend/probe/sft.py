@@ -62,6 +62,7 @@ def probed_allocation(hybrid: HybridLoraConfig, model_config: Any) -> tuple[Allo
         # FSDP's modules refer to each other: without a collection the probe would sit beside the actor.
         gc.collect()
         get_torch_device().empty_cache()
-        if ranks.first:
-            print(f"hybrid_lora: {learned_in_words(load_allocation(folder).probe)}", flush=True)
+        # Nothing to say of a criterion that warms nothing up.
+        if ranks.first and (words := learned_in_words(load_allocation(folder).probe)):
+            print(f"hybrid_lora: {words}", flush=True)
     return ranks.from_first(lambda: (load_allocation(folder), (folder / ALLOCATION_FILE).read_text(encoding="utf-8")))
