@@ -43,6 +43,7 @@ from hybrid_lora_plugin.verl_backend import requirements
 from hybrid_lora_plugin.verl_backend.checkpoint_files import require_writable
 from hybrid_lora_plugin.verl_backend.checkpoint_retention import Retention
 from hybrid_lora_plugin.verl_backend.engine_checkpoints import Checkpoints
+from hybrid_lora_plugin.verl_backend.packed_rows import check_packed_rows
 from hybrid_lora_plugin.verl_backend.patches import only_parameters_cast
 from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
 from hybrid_lora_plugin.verl_backend.run_kinds import kind_of_model
@@ -87,6 +88,9 @@ class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
             # Before the actor is built: the probe has the memory to itself.
             self.allocation, self._allocation_json = probed_allocation(self.hybrid, self.model_config)
         super().initialize()
+        packed = check_packed_rows(self)
+        if self.rank == 0 and packed:
+            print(f"hybrid_lora: {packed}")
         if self.rank == 0 and self._base_snapshot is not None:
             print(f"hybrid_lora: {self.training_bytes()}")
 
