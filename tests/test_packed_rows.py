@@ -13,6 +13,7 @@ from hybrid_lora_plugin.verl_backend.packed_rows import PackedRows  # noqa: E402
 from tests.support import host_flash_attention  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
 from tests.support.packed_worker import BOUNDLESS  # noqa: E402
+from tests.support.tiny_families import make_family  # noqa: E402
 from tests.support.tiny_models import make_tiny_qwen2  # noqa: E402
 from tests.support.verl_processes import run_engine  # noqa: E402
 
@@ -34,6 +35,7 @@ SETTINGS = {
     "ulysses": PACKED | {"attention": host_flash_attention.NAME, "sharding": {"ulysses_sequence_parallel_size": 2}},
     "fused": {"model_options": PACKED["model_options"] | FUSED},
 }
+RECURRENT = ("falcon_h1", "falcon_h1-bfloat16")
 OF_RANKS = {1: {name: setting for name, setting in SETTINGS.items() if name != "ulysses"}, 2: SETTINGS}
 PASSING = ("float32", "bfloat16", "eager", "fsdp1", "fsdp1-offload", "ulysses", "fused")
 CASES = [(ranks, name) for ranks, settings in OF_RANKS.items() for name in settings]
@@ -43,10 +45,13 @@ CASES = [(ranks, name) for ranks, settings in OF_RANKS.items() for name in setti
 def said(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     model = make_tiny_qwen2(folder / "model", layers=2)
+    falcon = {"model": make_family("falcon_h1", folder / "falcon"), "attention": "eager"}
+    falcon |= {"allocation": make_allocation(falcon["model"], folder / "falcon-allocation")} | PACKED
+    recurrent = {"falcon_h1": falcon, "falcon_h1-bfloat16": falcon | {"param_dtype": "bf16"}}
     common = dict(worker="tests/support/packed_worker.py", model=model)
     common["allocation"] = make_allocation(model, folder / "allocation")
     return {
-        ranks: run_engine(folder / f"ranks-{ranks}", ranks, settings=settings, **common)
+        ranks: run_engine(folder / f"ranks-{ranks}", ranks, settings=recurrent | settings, **common)
         for ranks, settings in OF_RANKS.items()
     }
 
@@ -65,14 +70,20 @@ def test_packed_rows_that_are_rows_by_themselves_pass_in_one_line(said, ranks, n
     assert difference < (0.1 if name == "bfloat16" else 1e-5), line
 
 
-@pytest.mark.parametrize(("ranks", "name"), [case for case in CASES if case[1].startswith("boundless")])
-def test_an_attention_that_reads_no_boundaries_is_refused_on_every_rank(said, ranks, name):
+@pytest.mark.parametrize(
+    ("ranks", "name"),
+    [case for case in CASES if case[1].startswith("boundless")]
+    + [(ranks, name) for ranks in OF_RANKS for name in RECURRENT],
+)
+def test_what_reads_no_boundaries_is_refused_on_every_rank(said, ranks, name):
     lines = said[ranks][name]
     assert all(line == lines[0] for line in lines)
     text, anchor = split_reference(lines[0][0])
     assert anchor == "packed-rows-differ"
     assert text.startswith("refused: actor_rollout_ref.model.use_remove_padding: True, but packed rows leak")
-    assert BOUNDLESS in text and text.endswith("give actor_rollout_ref.model.use_remove_padding=false")
+    assert (name.partition("-")[0] if name in RECURRENT else BOUNDLESS) in text and text.endswith(
+        "give actor_rollout_ref.model.use_remove_padding=false"
+    )
     (moved,) = figures(text)
     assert moved > 1e-3
 

@@ -22,14 +22,16 @@ from torch import Tensor
 from hybrid_lora_plugin.allocation.budget import allocate
 from hybrid_lora_plugin.allocation.consensus import named_by_seed
 from hybrid_lora_plugin.allocation.learning import rate_option
+from hybrid_lora_plugin.allocation.placement import AUTO as AUTO_PLACE
+from hybrid_lora_plugin.allocation.placement import placement_record, places_of
 from hybrid_lora_plugin.allocation.schema import Allocation, ProbeRecord
 from hybrid_lora_plugin.allocation.select import select_modules
 from hybrid_lora_plugin.allocation.storage import refuse_existing
 from hybrid_lora_plugin.base_identity import weights_identity
 from hybrid_lora_plugin.candidates import Candidate, architecture_of, find_candidates, meta_model
-from hybrid_lora_plugin.config import AUTO, BudgetConfig, ProbeCommandConfig
+from hybrid_lora_plugin.config import AUTO, ProbeCommandConfig
 from hybrid_lora_plugin.config_validation import validate
-from hybrid_lora_plugin.errors import ProbeError
+from hybrid_lora_plugin.errors import AllocationError, ProbeError
 from hybrid_lora_plugin.linear_account import account_text
 from hybrid_lora_plugin.probing.distributed import Ranks, decoder_layers, place
 from hybrid_lora_plugin.probing.forward import Passes
@@ -208,13 +210,24 @@ def check_shapes(candidates: Sequence[Candidate], rank: int) -> None:
         )
 
 
-def check_budget(candidates: Sequence[Candidate], budget: BudgetConfig, rank: int) -> None:
-    """Refuse a budget that admits no module at all, before hours are spent on scores.
+def check_budget(candidates: Sequence[Candidate], config: Any) -> None:
+    """Refuse a budget that admits no module at all, or a placement that leaves none, before hours are spent on scores.
+
+    Args:
+        candidates: the M candidates.
+        config: a ``config.SelectionConfig`` with ``lora.rank``.
 
     Raises:
-        AllocationError: as ``allocate``.
+        AllocationError: as ``placement_record`` and ``allocate``, or nothing is left to a criterion that probes.
     """
-    allocate(candidates, [float(candidate.parameters) for candidate in candidates], budget, "lowest", rank=rank)
+    places = places_of(placement_record(config.placement, candidates), candidates)
+    if AUTO_PLACE not in places and get_criterion(config.criterion).method is not None:
+        raise AllocationError(
+            f"placement: it leaves no component to criterion {config.criterion!r}, which would probe for nothing; give "
+            f"auto to one, or criterion=random, which probes nothing"
+        )
+    sizes = [float(candidate.parameters) for candidate in candidates]
+    allocate(candidates, sizes, config.budget, "lowest", rank=config.lora.rank, places=places)
 
 
 class _Probe:
@@ -247,7 +260,7 @@ class _Probe:
         self.model = load_model(config.model, ranks.device)
         self.candidates = find_candidates(self.model)
         check_shapes(self.candidates, config.lora.rank)
-        check_budget(self.candidates, config.budget, config.lora.rank)
+        check_budget(self.candidates, config)
         progress.note(
             f"{architecture_of(self.model.config)}: {len(self.candidates)} candidate modules, "
             f"{sum(candidate.parameters for candidate in self.candidates):,} parameters, {self.model.dtype} on "

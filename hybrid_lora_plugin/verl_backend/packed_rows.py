@@ -18,8 +18,8 @@ from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, kind_of_model
 
 #: tokens of a row before another, and of that other
 BEFORE, AFTER = 24, 16
-#: how far packed rows may be from rows by themselves, nats, by the type that is computed in. Measured: see
-#: docs/models.md
+#: how far packed rows may be from rows by themselves, nats, by the type that is computed in. On SmolLM2-135M they were
+#: at most 3.1e-5 and 0.22.
 LIMITS = {torch.float32: 1e-3, torch.bfloat16: 1.0}
 #: how far a row may move with what stands before it, in multiples of what a repeated pass moves, and nats beside that
 _REPEATED, _NOTHING = 4.0, 1e-6

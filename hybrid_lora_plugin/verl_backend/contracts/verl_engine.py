@@ -65,6 +65,7 @@ ENGINE = Subject(
             "FSDPEngineConfig",
             ("strategy", (_ENGINE, _REQUIREMENTS), "fsdp and fsdp2 are supported"),
             ("fsdp_size", _ENGINE, "FSDP1 in groups of one is refused"),
+            ("ulysses_sequence_parallel_size", _ENGINE, "refused above 1 with recurrent layers"),
             ("forward_only", _ENGINE, "a reference policy of its own keeps no snapshot"),
             ("model_dtype", (_ENGINE, _REQUIREMENTS), "set to the type of frozen weights"),
             (
