@@ -26,8 +26,6 @@ from hybrid_lora_plugin.evidence.replicas.updates import Replicas, factor_width
 from hybrid_lora_plugin.files import complete_folder
 from hybrid_lora_plugin.probing.forward import Batch
 
-#: Raised whenever the same settings would give other results.
-VERSION = 1
 GROUP_SIZES = {"cuda": 512, "cpu": 16}
 #: how many times fewer runs a group has of a kind that a plan has few of
 FEWER = 8
@@ -46,6 +44,8 @@ class SftProtocol(Protocol):
 
     name = "sft"
     settings_kind: type[ReplicaSettings] = ReplicaSettings
+    #: Raised whenever the same settings would give other results.
+    version = 1
     measure = "held_out_loss"
     lower_is_better = True
 
@@ -88,7 +88,7 @@ class SftProtocol(Protocol):
         """Versions, device, dtype, group size, and a digest of each base."""
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         return {
-            "protocol": f"{self.name}/{VERSION}",
+            "protocol": f"{self.name}/{self.version}",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "device": device,
