@@ -172,7 +172,7 @@ class SftProtocol(Protocol):
             partial(batch, "probe-score"),
         )
         rank = max((arm.rank for arm in arms), default=0) or PROBE_RANK
-        return {arm.name: probes.choose(arm, self.settings.probe, rank, start.seed) for arm in arms}
+        return probes.choose_all(arms, self.settings.probe, rank, start.seed)
 
     def train(self, runs: Sequence[Run], keep: Callable[[Run, Outcome], None]) -> None:
         """Train in groups of one base and kind; the outcomes of a group are known together."""
