@@ -203,6 +203,16 @@ def test_an_outcome_does_not_depend_on_the_runs_beside_it(protocol):
     assert math.isfinite(mixed["wild"].curve[-1][1]) and len(mixed["wild"].curve) < 4
 
 
+def test_every_step_of_the_runs_that_were_asked_for_is_told_as_it_is_taken(protocol, monkeypatch):
+    make_run.candidates = protocol.candidates("tiny")
+    told, kept = [], []
+    monkeypatch.setattr(protocol, "stepped", told.append)
+    runs = [make_run(f"run{i}", seed=i, steps=STEPS + i) for i in range(6)] + [make_run("full", full=14, rank=0)]
+    protocol.train(runs, lambda run, outcome: kept.append(sum(told)))
+    assert sum(told) == sum(run.steps for run in runs) and max(told) == 4
+    assert 0 < kept[0] < sum(told), "the first group is told before it is kept, and the others after"
+
+
 def test_the_curve_begins_at_the_base_and_learns(protocol):
     make_run.candidates = protocol.candidates("tiny")
     runs = [make_run(task, task=task, full=14, rank=0, steps=30) for task in ("double_add", "subtract", "add")]

