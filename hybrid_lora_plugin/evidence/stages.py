@@ -262,12 +262,22 @@ class _Work:
         protocol, study = self._open("train"), self._made()
         steps = sum(run.steps for run in runs)
         self._watch.say(f"{text}: {len(runs):,} runs, {steps:,} steps")
-        self._watch.stage(text, len(runs))
+        self._watch.stage(f"{text}, steps", steps)
+        kept = said = 0
+
+        def stepped(steps: int) -> None:
+            nonlocal said
+            said += steps
+            self._watch.advance(steps)
 
         def keep(run: Run, outcome: Outcome) -> None:
+            nonlocal kept
             study.results.keep(run, outcome)
-            self._watch.advance(1)
+            kept += run.steps
+            if said < kept:
+                stepped(kept - said)
 
+        protocol.stepped = stepped
         protocol.train(runs, keep)
         if missing := [run for run in runs if study.results.get(run) is None]:
             raise HybridLoraError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -19,6 +19,9 @@ from hybrid_lora_plugin.probing.forward import IGNORED, Batch
 from hybrid_lora_plugin.probing.in_memory import measure_in_memory
 from hybrid_lora_plugin.probing.method import warmup_steps
 from hybrid_lora_plugin.scoring import Measured, get_criterion, score_modules
+
+#: Methods that measure, bit for bit, all that another one does, and more.
+_ALSO_MEASURED_BY = {"svd_lora": ("lookahead",)}
 
 
 def batch_of(problems: Tensor, answer_tokens: int) -> Batch:
@@ -61,6 +64,10 @@ class Probes:
         if criterion.method is None:
             return {}
         settings = repr((warmup_steps(config), config.probe))
+        for other in _ALSO_MEASURED_BY.get(criterion.method, ()):
+            held = self._measured.get((other, settings), {})
+            if all(need in held for need in criterion.needs):
+                return held
         held = self._measured.setdefault((criterion.method, settings), {})
         if any(need not in held for need in criterion.needs):
             # A method may measure something for one criterion alone; what it measures besides is the same again.
@@ -77,6 +84,13 @@ class Probes:
             lambda step: self._warmup(step, size),
             lambda number: self._validation(number, size),
         )
+
+    def choose_all(self, arms: Sequence[Arm], probe: ProbeConfig, rank: int, seed: int) -> dict[str, tuple[str, ...]]:
+        """What ``choose`` says of each arm by name, asked in the order that takes the fewest probes."""
+        more = {other for others in _ALSO_MEASURED_BY.values() for other in others}
+        configs = {arm.name: selection_config(arm, probe, rank, seed) for arm in arms}
+        first = sorted(arms, key=lambda arm: get_criterion(configs[arm.name].criterion).method not in more)
+        return {arm.name: self.choose(arm, probe, rank, seed) for arm in first}
 
     def choose(self, arm: Arm, probe: ProbeConfig, rank: int, seed: int) -> tuple[str, ...]:
         """The modules that an arm tunes fully, in the model's order.
