@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -51,6 +52,13 @@ METHODS: dict[str, type[ProbeMethod]] = {
 }
 
 
+def _trial() -> ModuleType:
+    """The trial, which trains with PEFT: imported where there is one."""
+    from hybrid_lora_plugin.probing.trial import runner
+
+    return runner
+
+
 def run_probe(config: ProbeCommandConfig, progress: Progress | None = None, ranks: Ranks | None = None) -> Path:
     """As ``probe_model``; returns the artifact's folder, ``config.output_dir``."""
     probe_model(config, progress, ranks)
@@ -79,6 +87,8 @@ def probe_model(config: ProbeCommandConfig, progress: Progress | None = None, ra
     method = get_criterion(config.criterion).method
     if method is None:
         return ranks.from_first(lambda: _choose_without_probe(config, output_dir, progress))
+    if method == "trial":
+        return _trial().run_trial(config, output_dir, progress, ranks, METHODS)
     if config.probe.seeds:
         return _probe_seeds(config, method, output_dir, progress, ranks)
     probe = Probe(config, method, METHODS[method], output_dir, progress, ranks)
@@ -122,8 +132,11 @@ def _check(config: ProbeCommandConfig, output_dir: Path, processes: int) -> None
                 f"probe.objective: {config.probe.objective!r} needs rollouts, which only a verl run makes; give "
                 f"hybrid_lora.probe.objective={config.probe.objective} there, or probe.objective=sft here"
             )
-        METHODS[method].check_ranks(processes)
-        check_auto(config)
+        if method == "trial":
+            _trial().check(config, METHODS, processes)
+        else:
+            METHODS[method].check_ranks(processes)
+            check_auto(config)
     remove_finished(output_dir)
     refuse_existing(output_dir)
     check_model_files(config.model, loads=method is not None)
