@@ -21,7 +21,7 @@ from hybrid_lora_plugin.config import AllocateCommandConfig, BudgetConfig, Probe
 from hybrid_lora_plugin.config_selection import PLACEMENT_PRESETS, PlacementConfig
 from hybrid_lora_plugin.errors import AllocationError, ConfigurationError
 from hybrid_lora_plugin.names import plain_name
-from hybrid_lora_plugin.probing.runner import check_budget
+from hybrid_lora_plugin.probing.checks import check_budget
 from hybrid_lora_plugin.report.artifact import save_allocation
 from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
 from tests.support.allocations import decide_for, draw_measurements
@@ -118,6 +118,11 @@ def test_with_nothing_left_to_it_no_budget_applies_and_nothing_is_probed():
     with pytest.raises(AllocationError, match="^placement: it leaves no component to criterion 'hybrid'"):
         check_budget(candidates, ProbeCommandConfig(placement=placement))
     check_budget(candidates, ProbeCommandConfig(placement=placement, criterion="random"))
+    # Its candidates train every module.
+    check_budget(candidates, ProbeCommandConfig(criterion="trial"))
+    for there, other in ((candidates, PlacementConfig(preset="mlp")), (find_candidates_from_config(FALCON), None)):
+        with pytest.raises(AllocationError, match="^criterion: 'trial' compares allocations in which every module"):
+            check_budget(there, ProbeCommandConfig(criterion="trial", placement=other or PlacementConfig()))
 
 
 @pytest.mark.parametrize(
