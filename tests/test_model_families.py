@@ -10,14 +10,14 @@ import pytest
 pytest.importorskip("verl", reason="verl is not installed")
 
 from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE, FUSED_TYPES, TYPE_ORDER  # noqa: E402
-from hybrid_lora_plugin.model_families import FAMILIES, RECURRENT_FAMILIES  # noqa: E402
+from hybrid_lora_plugin.model_families import FAMILIES  # noqa: E402
 from tests.support.forking_python import ForkingPython  # noqa: E402
 from tests.support.tiny_families import NO_ADAPTER_FILES, SPECIAL  # noqa: E402
 from tests.support.verl_processes import ROOT, environment_of  # noqa: E402
 
 pytestmark = pytest.mark.verl
 
-each_family = pytest.mark.parametrize("family", [*FAMILIES, "falcon_h1"])
+each_family = pytest.mark.parametrize("family", FAMILIES)
 #: types of the candidates where they are not q, k, v, o, gate, up and down
 TYPES = {
     "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
@@ -68,4 +68,4 @@ def test_a_family_goes_all_the_way(round_trip, family, tmp_path):
 
 
 def test_every_family_has_a_tiny_model():
-    assert SPECIAL.keys() == FAMILIES.keys() | {"falcon_h1"} <= FAMILIES.keys() | RECURRENT_FAMILIES.keys()
+    assert SPECIAL.keys() == FAMILIES.keys()
