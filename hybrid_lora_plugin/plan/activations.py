@@ -57,8 +57,8 @@ class _FusedAttention(torch.autograd.Function):
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
 
 
-def _attention(module, query, key, value, mask, **options):
-    # As transformers wants it: [rows, tokens, heads, head size], and no weights.
+def fused_attention(module, query, key, value, mask, **options):
+    """As transformers wants it: ``[rows, tokens, heads, head size]``, and no weights."""
     return _FusedAttention.apply(query, key, value).transpose(1, 2), None
 
 
@@ -66,7 +66,7 @@ def register_attention() -> str:
     """Make it known to transformers; returns its name for ``attn_implementation``."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(_ATTENTION, _attention)
+    AttentionInterface.register(_ATTENTION, fused_attention)
     return _ATTENTION
 
 

@@ -70,6 +70,7 @@ class Probe:
         progress: Progress,
         ranks: Ranks,
         part: str = "",
+        before_loading: Callable[[int], None] | None = None,
     ) -> None:
         self.config, self.method_name, self.output_dir, self.progress, self.ranks = (
             config,
@@ -85,6 +86,8 @@ class Probe:
         for sentence in self.data.told:
             progress.note(sentence)
         ranks.from_first(lambda: check_model(config.model))
+        if before_loading is not None:
+            ranks.from_first(lambda: before_loading(self.data.longest))
         self.watch = CheckpointWatch(config.model.path)
         self.model = load_base(config.model, ranks)
         self.candidates = find_candidates(self.model)
