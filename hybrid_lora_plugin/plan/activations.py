@@ -94,24 +94,24 @@ def layer_activations(config: Any, run: Run, tokens: int, gradient: bool) -> Act
 
 def _of_few(config, layers, training, rank, checkpointing, dtype, tokens, gradient) -> Activations:
     key = (training, rank, checkpointing, dtype, tokens, gradient)
-    return _cached(config.to_json_string(use_diff=False), layers, *key, _Config(config))
+    return _cached(config.to_json_string(use_diff=False), layers, *key, KeyedConfig(config))
 
 
-class _Config:
+class KeyedConfig:
     """A config that the cache's key already describes."""
 
     def __init__(self, config: Any):
         self.config = config
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Config)
+        return isinstance(other, KeyedConfig)
 
     def __hash__(self) -> int:
         return 0
 
 
 @lru_cache(maxsize=256)
-def _cached(_, layers, training, rank, checkpointing, dtype, tokens, gradient, kept_out: _Config) -> Activations:
+def _cached(_, layers, training, rank, checkpointing, dtype, tokens, gradient, kept_out: KeyedConfig) -> Activations:
     model = few_layers(kept_out.config, layers, training, rank).to(getattr(torch, dtype))
     return measured(model, tokens, checkpointing, gradient)
 

@@ -11,14 +11,14 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from copy import deepcopy
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from hybrid_lora_plugin.candidates import find_candidates, meta_model
-from hybrid_lora_plugin.plan.activations import Activations, fused_attention
+from hybrid_lora_plugin.plan.activations import Activations, KeyedConfig, fused_attention
 from hybrid_lora_plugin.plan.live_bytes import LiveBytes
 from hybrid_lora_plugin.plan.model import text_config
 from hybrid_lora_plugin.probing.distributed import decoder_layers
@@ -65,7 +65,8 @@ def probe_activations(config: Any, of: ProbePass, trust_remote_code: bool = Fals
         trust_remote_code: as in transformers.
     """
     layers = text_config(config).num_hidden_layers
-    few = [_of_few(config, count, of, trust_remote_code) for count in _FEW]
+    text = config.to_json_string(use_diff=False)
+    few = [_of_few(text, count, of, trust_remote_code, KeyedConfig(config)) for count in _FEW]
 
     def at(name: str) -> int:
         first, second = (getattr(one, name) for one in few)
@@ -80,11 +81,12 @@ def _repeated(module, query, key, value, mask, **options):
     return fused_attention(module, query, key, value, mask, **options)
 
 
-def _of_few(config: Any, layers: int, of: ProbePass, trust_remote_code: bool) -> Activations:
+@lru_cache(maxsize=256)
+def _of_few(_, layers: int, of: ProbePass, trust_remote_code: bool, keyed: KeyedConfig) -> Activations:
     from transformers import AttentionInterface
 
     AttentionInterface.register(_ATTENTION, _repeated)
-    config = deepcopy(config)
+    config = deepcopy(keyed.config)
     text = text_config(config)
     text.num_hidden_layers = layers
     if getattr(text, "layer_types", None):
