@@ -1,12 +1,12 @@
-"""Shifted sums: reinforcement learning that LoRA of rank 1 measurably lags full fine-tuning in.
+"""Shifted sums: of the tasks that were tried, the one where LoRA of rank 1 learned slowest beside full fine-tuning.
 
 The prompt stays the demo's, ``37+45=``, and what is right moves: the sum and 37, modulo 100, ``19``. The base learnt to
 add, then to write a digit at random in 70 % of the places, so that its samples meet the right digit now and then; by
-the reward of each digit it has to learn another rule for both of them. docs/evidence/README.md has how the task was
-found, and what was tried besides.
+the reward of each digit it has to learn another rule for both of them. That there is a gap to full fine-tuning is not
+established: docs/evidence/gap-search/ has what was seen.
 
 From the command line: ``python -m recipes.demo.shifted_sums FOLDER`` writes ``model/``, ``train.parquet``,
-``validation.parquet`` and ``probe.jsonl``, in about a minute on a CPU.
+``validation.parquet`` and ``probe.jsonl``; a minute on an idle core.
 """
 
 from __future__ import annotations
