@@ -144,9 +144,16 @@ class PolicyProtocol(SftProtocol):
         sampled = sample_answers(replicas, weights, problems[..., : self.layout.prompt_tokens], uniform)
         right = (sampled[..., -kept:] == problems[..., -kept:]).all(-1)
         advantages = group_advantages(right.to(self.dtype), answers)
-        logits = replicas.base.logits(weights, sampled[..., :-1], kept)
-        losses = on_policy_loss(answer_log_probs(logits, sampled[..., -kept:]), advantages)
+
+        def log_probs_of(weights: Weights) -> Tensor:
+            return answer_log_probs(replicas.base.logits(weights, sampled[..., :-1], kept), sampled[..., -kept:])
+
+        log_probs = log_probs_of(weights)
+        losses = surrogate_loss(log_probs, log_probs.detach(), advantages)
         replicas.step(losses)
+        # The ratio to the policy that sampled, and nothing clipped: a clipped loss has no slope where the gradient step
+        # has been.
+        replicas.zeroth_step(lambda moved: surrogate_loss(log_probs_of(moved), log_probs.detach(), advantages))
         return losses.detach()
 
 
@@ -189,12 +196,13 @@ def group_advantages(rewards: Tensor, answers: int) -> Tensor:
     return (centred / (centred.square().mean(-1, keepdim=True) + EPSILON).sqrt()).flatten(1)
 
 
-def on_policy_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
-    """GSPO's loss where the policy that sampled is the one that learns, ``[R]``.
+def surrogate_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor) -> Tensor:
+    """GSPO's loss without clipping, ``[R]``.
 
     Args:
         log_probs: ``[R, B, P]``, of the tokens that were sampled.
+        old_log_probs: ``[R, B, P]``, of the policy that sampled; where it is the one that learns nothing is clipped.
         advantages: ``[R, B]``.
     """
-    ratios = (log_probs - log_probs.detach()).mean(-1).exp()
+    ratios = (log_probs - old_log_probs).mean(-1).exp()
     return -(advantages * ratios).mean(-1)
