@@ -1,8 +1,9 @@
 """Which linear modules take part (paper Eq. 2): names, layer, type, component and parameter count.
 
-Candidates are found by structure, not by a list per model family: linear leaves of the decoder stack
-named ``<prefix>.layers.<i>.<self_attn|mlp>.<type>_proj``. ``model_families`` says which families are built that way,
-and refuses models with other parts. Everything here works on the meta device.
+Candidates are found by structure, not by a list per model family: linear leaves of the decoder stack named
+``<prefix>.layers.<i>.<container>.<type>``, where the container tells the component: ``self_attn`` attention, ``mamba``
+and ``linear_attn`` recurrence, ``mlp`` and ``feed_forward`` the MLP. ``model_families`` says which families are built
+that way, and refuses models with other parts. Everything here works on the meta device.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ import torch
 from torch import nn
 
 from hybrid_lora_plugin.errors import ConfigurationError, reason_of
-from hybrid_lora_plugin.model_families import FAMILIES, refuse_config, refuse_structure
+from hybrid_lora_plugin.model_families import FAMILIES, recurrent_layers, refuse_config, refuse_structure
 
 # The order in which ties are broken and the heat map is drawn. A type that packs others stands behind them.
 TYPE_ORDER = (
@@ -26,19 +27,33 @@ TYPE_ORDER = (
     "v_proj",
     "qkv_proj",
     "o_proj",
+    "in_proj",
+    "in_proj_qkv",
+    "in_proj_z",
+    "in_proj_b",
+    "in_proj_a",
+    "out_proj",
     "gate_proj",
     "up_proj",
     "gate_up_proj",
     "down_proj",
 )
+#: kinds of layer that a decoder is made of
+COMPONENTS = ("attention", "recurrent", "mlp")
 #: what each type that packs several projections into one weight holds, one below the other
 FUSED_TYPES = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 COMPONENT_OF_TYPE = {
     **dict.fromkeys(("q_proj", "k_proj", "v_proj", "qkv_proj", "o_proj"), "attention"),
+    **dict.fromkeys(("in_proj", "in_proj_qkv", "in_proj_z", "in_proj_b", "in_proj_a", "out_proj"), "recurrent"),
     **dict.fromkeys(("gate_proj", "up_proj", "gate_up_proj", "down_proj"), "mlp"),
 }
-_CONTAINER_OF_COMPONENT = {"attention": "self_attn", "mlp": "mlp"}
-_NAME = re.compile(r"^(?P<stack>(?:.+\.)?layers)\.(?P<layer>\d+)\.(?P<container>self_attn|mlp)\.(?P<type>\w+_proj)$")
+CONTAINERS = {"attention": ("self_attn",), "recurrent": ("mamba", "linear_attn"), "mlp": ("mlp", "feed_forward")}
+_NAME = re.compile(
+    rf"^(?P<stack>(?:.+\.)?layers)\.(?P<layer>\d+)\."
+    rf"(?P<container>{'|'.join(name for names in CONTAINERS.values() for name in names)})\.(?P<type>\w+)$"
+)
+# Mamba-2 in transformers hands this weight to a fused kernel in training: an adapter beside it would be passed over.
+_READ_BY_A_KERNEL = re.compile(r"\.mamba\.out_proj$")
 
 # What decides the shape and meaning of the candidate weights. Precision, attention kernel, token ids,
 # generation settings and the library version are left out on purpose: they differ between the process
@@ -53,6 +68,25 @@ _FINGERPRINT_FIELDS = (
     "hidden_act",
 )
 _FINGERPRINT_FLAGS = ("tie_word_embeddings", "attention_bias", "mlp_bias")
+# The same of models with recurrent layers; not asked of others, whose artifacts are older than these.
+_RECURRENT_FIELDS = (
+    "mamba_d_ssm",
+    "mamba_n_heads",
+    "mamba_d_head",
+    "mamba_n_groups",
+    "mamba_d_state",
+    "mamba_d_conv",
+    "mamba_conv_bias",
+    "mamba_proj_bias",
+    "mamba_rms_norm",
+    "mamba_norm_before_gate",
+    "projectors_bias",
+    "linear_conv_kernel_dim",
+    "linear_key_head_dim",
+    "linear_value_head_dim",
+    "linear_num_key_heads",
+    "linear_num_value_heads",
+)
 
 
 @dataclass(frozen=True)
@@ -63,7 +97,7 @@ class Candidate:
         name: name in the plain Hugging Face model, e.g. ``model.layers.0.self_attn.q_proj``.
         layer: index of the decoder layer, from 0.
         type: one of ``TYPE_ORDER``.
-        component: ``attention`` or ``mlp``.
+        component: one of ``COMPONENTS``.
         parameters: weight plus bias.
         in_features, out_features: d_in and d_out of the weight; 0 where they are not known.
     """
@@ -76,9 +110,14 @@ class Candidate:
     in_features: int = 0
     out_features: int = 0
 
+    @property
+    def takes_adapter(self) -> bool:
+        """Whether LoRA on it is computed; where it is not, a fused kernel reads the weight: fully tuned or frozen."""
+        return _READ_BY_A_KERNEL.search(self.name) is None
+
     def lora_parameters(self, rank: int) -> int:
-        """Parameters of a LoRA adapter on this module, ``r (d_in + d_out)``."""
-        return rank * (self.in_features + self.out_features)
+        """Parameters of a LoRA adapter on this module, ``r (d_in + d_out)``; 0 where it takes none."""
+        return rank * (self.in_features + self.out_features) if self.takes_adapter else 0
 
 
 def tie_break(candidate: Candidate) -> tuple[int, int]:
@@ -107,7 +146,7 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
             continue
         type_ = match["type"]
         component = COMPONENT_OF_TYPE.get(type_)
-        if component is None or _CONTAINER_OF_COMPONENT[component] != match["container"]:
+        if component is None or match["container"] not in CONTAINERS[component]:
             continue
         if not isinstance(model.get_submodule(match["stack"]), nn.ModuleList):
             continue
@@ -119,8 +158,9 @@ def find_candidates(model: nn.Module) -> list[Candidate]:
     if not found:
         raise ConfigurationError(
             f"model: {type(model).__name__} has no linear module named "
-            f"<prefix>.layers.<i>.self_attn.{{q,k,v,qkv,o}}_proj or "
-            f"<prefix>.layers.<i>.mlp.{{gate,up,gate_up,down}}_proj; "
+            f"<prefix>.layers.<i>.self_attn.{{q,k,v,qkv,o}}_proj, "
+            f"<prefix>.layers.<i>.mlp.{{gate,up,gate_up,down}}_proj, or the like in feed_forward, mamba or "
+            f"linear_attn; "
             f"give a decoder built that way ({', '.join(FAMILIES.values())})",
             see="model-without-known-modules",
         )
@@ -206,4 +246,7 @@ def model_fingerprint(config: Any) -> str:
     identity["num_key_value_heads"] = getattr(text, "num_key_value_heads", None) or heads
     identity["head_dim"] = getattr(text, "head_dim", None) or identity["hidden_size"] // heads
     identity["architecture"] = architecture_of(config)
+    if recurrent_layers(text):
+        identity["layer_types"] = list(text.layer_types)
+        identity |= {name: getattr(text, name, None) for name in _RECURRENT_FIELDS}
     return hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()

@@ -108,7 +108,42 @@ WITHOUT_PROBE = ("random", "lora_ffn", "explicit", "spread")
 NAMING = ("lora_ffn", "explicit")
 #: those that read the model as it is given, so that a probe has no warm-up
 WITHOUT_WARMUP = ("signal_to_noise", "sign_consistency", "plop")
+#: presets of the placement and the components that each trains, those of "Where Should LoRA Go?"
+PLACEMENT_PRESETS: dict[str, tuple[str, ...]] = {
+    "all": ("attention", "recurrent", "mlp"),
+    "attention": ("attention",),
+    "recurrent": ("recurrent",),
+    "mlp": ("mlp",),
+    "attention+mlp": ("attention", "mlp"),
+    "recurrent+mlp": ("recurrent", "mlp"),
+}
+PLACES = ("full", "lora", "frozen", "auto")
 NORMALISATIONS = ("none", "sqrt_dims", "delta_norm", "type_zscore")
+
+
+def _place(component: str) -> str | None:
+    return documented(
+        None,
+        f"What becomes of the {component} modules: `full`, `lora`, `frozen`, or `auto` as the criterion decides within "
+        "the budget; null follows the preset.",
+        source="own choice",
+        bound=Bound(lambda value: value in PLACES, "full, lora, frozen or auto"),
+    )
+
+
+@dataclass
+class PlacementConfig:
+    """Which components of the decoder train: attention, recurrent layers (Mamba, linear attention), MLPs."""
+
+    preset: str = documented(
+        "all",
+        "Components that train, as the criterion decides within the budget; the others stay frozen.",
+        source="own choice: no default by architecture",
+        choices=tuple(PLACEMENT_PRESETS),
+    )
+    attention: str | None = _place("attention")
+    recurrent: str | None = _place("recurrent")
+    mlp: str | None = _place("mlp")
 
 
 @dataclass
@@ -135,4 +170,9 @@ class SelectionConfig:
         choices=NORMALISATIONS,
     )
     budget: BudgetConfig = documented(BudgetConfig, "Full fine-tuning budget.", source="paper Eq. 4")
+    placement: PlacementConfig = documented(
+        PlacementConfig,
+        "Components that train; all by default, and the same for every architecture.",
+        source="own choice",
+    )
     control: ControlConfig = documented(ControlConfig, "Criteria without a probe.", source="own choice")

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch import nn
 
-from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE, TYPE_ORDER, Candidate
+from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE, CONTAINERS, TYPE_ORDER, Candidate
 
 _LAYER = re.compile(r"\.layers\.\d+\.")
 
@@ -69,9 +69,9 @@ def _tied_by_config(model: nn.Module) -> set[int]:
 
 
 def _is_linear(module: nn.Module) -> bool:
-    """A module that multiplies by a matrix, of whatever class: GPT-2's ``Conv1D`` is one too."""
+    """A module that multiplies by a matrix, of whatever class: GPT-2's ``Conv1D`` is one too; or a convolution."""
     weight = getattr(module, "weight", None)
-    return isinstance(weight, nn.Parameter) and weight.dim() == 2 and not isinstance(module, nn.Embedding)
+    return isinstance(weight, nn.Parameter) and weight.dim() >= 2 and not isinstance(module, nn.Embedding)
 
 
 def _own(module: nn.Module, embeddings: set[int]) -> int:
@@ -85,8 +85,10 @@ def _reason(name: str, module: nn.Module, stack: str, embeddings: set[int]) -> s
         return "outside the decoder layers: the method takes their projections only"
     container, _, type_ = name.rpartition(".")
     if type_ in TYPE_ORDER:
-        wanted = "self_attn" if COMPONENT_OF_TYPE[type_] == "attention" else "mlp"
+        wanted = " or ".join(CONTAINERS[COMPONENT_OF_TYPE[type_]])
         return f"of a known type, but in {container.rpartition('.')[2]} and not in {wanted}, or no nn.Linear"
+    if module.weight.dim() > 2:
+        return "a convolution over the sequence, whose weight a kernel reads"
     return f"of a type that is no candidate: those are {', '.join(TYPE_ORDER)}"
 
 

@@ -28,7 +28,12 @@ FAMILIES = {
     "phi3": "Phi-3",
     "glm": "GLM-4-9B (glm)",
     "glm4": "GLM-4-0414 (glm4)",
+    "falcon_h1": "Falcon-H1",
 }
+#: those that can be probed and have an allocation, and are not trained under verl yet
+PROBED_FAMILIES = {"qwen3_5_text": "Qwen3.5, text only"}
+#: of both, those with recurrent layers beside attention
+RECURRENT_FAMILIES = ("falcon_h1", "qwen3_5_text")
 _WAY_OUT = "give a text-only dense decoder, docs/models.md lists the families"
 #: fields in which configs say how many experts a layer has
 _EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts", "moe_num_experts")
@@ -38,7 +43,7 @@ _DECAYS = ("A_log", "dt_bias")
 
 def untried(config: Any) -> str | None:
     """One line where no test takes the family of a Hugging Face config all the way; None where one does."""
-    if config.model_type in FAMILIES:
+    if config.model_type in FAMILIES | PROBED_FAMILIES:
         return None
     return (
         f"{_name_of(config)}: found by its structure; no test takes a model of this family ({config.model_type}) "
@@ -76,11 +81,44 @@ def refuse_config(config: Any) -> None:
     experts = [field for field in _EXPERTS if isinstance(value := getattr(config, field, None), int) and value > 1]
     if experts:
         _refuse_experts(name, f"{experts[0]}={getattr(config, experts[0])}")
+    recurrent = recurrent_layers(config)
+    if recurrent and config.model_type not in RECURRENT_FAMILIES:
+        _refuse_recurrent(name, f"layers of type {', '.join(recurrent)} in its config")
+    if config.model_type == "falcon_h1" and config.mamba_rms_norm and config.mamba_n_groups > 1:
+        raise ConfigurationError(
+            f"model: {name} normalises its recurrent output in {config.mamba_n_groups} groups (mamba_rms_norm=True): "
+            f"transformers and vLLM compute that differently, 0.56 nats apart at a token of a tiny model; give a "
+            f"Falcon-H1 with mamba_rms_norm=False or mamba_n_groups=1",
+            see="recurrent-model-not-supported",
+        )
+
+
+def refuse_untrained(config: Any) -> None:
+    """Refuse a model that can be probed and not trained under verl.
+
+    Args:
+        config: a ``transformers.PretrainedConfig``.
+
+    Raises:
+        ConfigurationError: what vLLM makes of its weights cannot be read back yet.
+    """
+    if config.model_type in PROBED_FAMILIES:
+        raise ConfigurationError(
+            f"model: {_name_of(config)} can be probed, and not trained here: vLLM packs its linear_attn projections in "
+            f"a layout that is not read back; {_WAY_OUT}",
+            see="recurrent-model-not-supported",
+        )
+
+
+def recurrent_layers(config: Any) -> list[str]:
+    """Types of recurrent layers that a config names, each once; empty where all layers are of attention.
+
+    Args:
+        config: a ``transformers.PretrainedConfig`` of a decoder.
+    """
     # Full, sliding and chunked attention keep nothing from one packed row to the next.
     kinds = getattr(config, "layer_types", None) or ()
-    recurrent = sorted({kind for kind in kinds if kind.startswith("linear") or not kind.endswith("attention")})
-    if recurrent:
-        _refuse_recurrent(name, f"layers of type {', '.join(recurrent)} in its config")
+    return sorted({kind for kind in kinds if kind.startswith("linear") or not kind.endswith("attention")})
 
 
 def refuse_structure(model: nn.Module) -> None:
@@ -96,13 +134,16 @@ def refuse_structure(model: nn.Module) -> None:
     if config is not None:
         refuse_config(config)
     name = type(model).__name__
+    known = getattr(config, "model_type", None) in RECURRENT_FAMILIES
     for path, module in model.named_modules():
+        if known and isinstance(module, nn.Conv1d):
+            continue
         if isinstance(module, nn.Conv1d):
             _refuse_recurrent(name, f"a convolution over the sequence, {path}")
         if isinstance(module, nn.ModuleList) and path.rpartition(".")[2] == "experts":
             _refuse_experts(name, path)
         for leaf, parameter in module.named_parameters(recurse=False):
-            if leaf in _DECAYS:
+            if leaf in _DECAYS and not known:
                 _refuse_recurrent(name, f"a recurrent state, {path}.{leaf}")
             if parameter.dim() > 2 and not isinstance(module, nn.Conv2d | nn.Conv3d):
                 _refuse_experts(name, f"{path}.{leaf}")
@@ -128,8 +169,8 @@ def _name_of(config: Any) -> str:
 
 def _refuse_recurrent(name: str, what: str) -> None:
     raise ConfigurationError(
-        f"model: {name} has {what}: rows that are packed into one leak into each other there "
-        f"(use_remove_padding=true, verl's default), and not all of its weights can be read back; {_WAY_OUT}",
+        f"model: {name} has {what}: of recurrent families those that were tried are let in, because a state may go on "
+        f"from one packed row into the next and weights may be held transformed; {_WAY_OUT}",
         see="recurrent-model-not-supported",
     )
 
@@ -137,6 +178,6 @@ def _refuse_recurrent(name: str, what: str) -> None:
 def _refuse_experts(name: str, where: str) -> None:
     raise ConfigurationError(
         f"model: {name} is a mixture of experts ({where}): vLLM packs experts once and a later sync writes plain "
-        f"weights into packed memory, so that rollouts are wrong without an error; {_WAY_OUT}",
+        f"weights into packed memory, so that rollouts are wrong without an error (vllm#42821); {_WAY_OUT}",
         see="mixture-of-experts-not-supported",
     )

@@ -9,7 +9,7 @@ import pytest
 
 pytest.importorskip("verl", reason="verl is not installed")
 
-from hybrid_lora_plugin.candidates import FUSED_TYPES, TYPE_ORDER  # noqa: E402
+from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE, FUSED_TYPES, TYPE_ORDER  # noqa: E402
 from hybrid_lora_plugin.model_families import FAMILIES  # noqa: E402
 from tests.support.forking_python import ForkingPython  # noqa: E402
 from tests.support.tiny_families import NO_ADAPTER_FILES, SPECIAL  # noqa: E402
@@ -23,7 +23,15 @@ TYPES = {
     "phi3": {"qkv_proj", "o_proj", "gate_up_proj", "down_proj"},
     "glm": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"},
     "glm4": {"q_proj", "k_proj", "v_proj", "o_proj", "gate_up_proj", "down_proj"},
-}
+    "falcon_h1": {
+        "q_proj", "k_proj", "v_proj", "o_proj", "in_proj", "out_proj", "gate_proj", "up_proj", "down_proj",
+    },
+}  # fmt: skip
+DENSE = {type_ for type_ in TYPE_ORDER if COMPONENT_OF_TYPE[type_] != "recurrent"} - FUSED_TYPES.keys()
+#: linear modules that are no candidates, where there is more than the head
+FROZEN = {"falcon_h1": ["model.layers.*.mamba.conv1d", "lm_head"]}
+#: types that are fully tuned or frozen
+NO_ADAPTER = {"falcon_h1": {"out_proj"}}
 
 
 @pytest.fixture(scope="module")
@@ -40,10 +48,11 @@ def test_a_family_goes_all_the_way(round_trip, family, tmp_path):
     done = round_trip(str(tmp_path / "seen.json"), family)
     assert done.returncode == 0, done.stdout[-6000:]
     found = json.loads((tmp_path / "seen.json").read_text())
-    types = TYPES.get(family, set(TYPE_ORDER) - FUSED_TYPES.keys())
+    types, without = TYPES.get(family, DENSE), NO_ADAPTER.get(family, set())
     # Each of them is a full module in one layer and has an adapter in another.
-    assert set(found["types"]) == set(found["full"]) == set(found["lora"]) == types
-    assert found["frozen"] == ["lm_head"]
+    assert set(found["types"]) == set(found["full"]) == types
+    assert set(found["lora"]) == types - without and set(found["left"]) == without
+    assert found["frozen"] == FROZEN.get(family, ["lm_head"])
     # In float32 the engine computes what the trainer does; in bfloat16 every bit was read back, and the policy follows.
     exact = {name: max(values) for name, values in found["differences"].items() if name.startswith("float32")}
     rounded = {name: mean(values) for name, values in found["differences"].items() if name.startswith("bfloat16")}

@@ -8,6 +8,7 @@ import shutil
 import pytest
 import torch
 import transformers
+from omegaconf import OmegaConf
 from safetensors.torch import load_file, save_file
 from torch import nn
 
@@ -40,9 +41,8 @@ REFUSED = {
     "Gemma3Config": ({}, MULTIMODAL),
     "Qwen3_5Config": ({}, MULTIMODAL),
     "T5Config": ({}, MULTIMODAL),
-    "Qwen3_5TextConfig": (SMALL, RECURRENT),
     "Qwen3NextConfig": (SMALL | {"num_experts": 0}, RECURRENT),
-    "FalconH1Config": (SMALL, RECURRENT),
+    "FalconH1Config": (SMALL | {"mamba_rms_norm": True, "mamba_n_groups": 2}, RECURRENT),
     "MambaConfig": ({"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1}, RECURRENT),
     "Lfm2Config": (SMALL | {"layer_types": ["conv", "full_attention"]}, RECURRENT),
 }
@@ -105,7 +105,7 @@ def test_a_quantised_model_of_the_hub_is_refused_by_its_config():
 
 
 def test_a_family_that_no_test_takes_all_the_way_is_said():
-    for kind in ("Qwen2Config", "Phi3Config", "Gemma3TextConfig"):
+    for kind in ("Qwen2Config", "Phi3Config", "Gemma3TextConfig", "FalconH1Config", "Qwen3_5TextConfig"):
         assert untried(getattr(transformers, kind)()) is None
     assert "starcoder2" in untried(transformers.Starcoder2Config())
 
@@ -297,8 +297,9 @@ def test_what_transformers_reads_as_the_same_model_passes(checkpoint, change):
 def test_every_family_passes_and_misses_what_is_lost(family, tmp_path):
     folder = make_family(family, tmp_path / "model")
     check_weights(folder)
-    change_weights(folder, lambda w: {n: t for n, t in w.items() if n != NORM})
-    assert NORM in refusal(check_weights, folder)[0]
+    norm = "model.final_layernorm.weight" if family == "falcon_h1" else NORM
+    change_weights(folder, lambda w: {n: t for n, t in w.items() if n != norm})
+    assert norm in refusal(check_weights, folder)[0]
 
 
 def test_the_report_of_what_was_loaded_is_read_too(checkpoint):
@@ -358,8 +359,6 @@ def test_fused_projections_are_candidates_of_their_own_types():
 
 def run_of(path, **rollout):
     """As much of a run's configuration as the check reads."""
-    from omegaconf import OmegaConf
-
     rollout = {"load_format": "safetensors", "tensor_model_parallel_size": 1} | rollout
     node = {"model": {"path": str(path)}, "rollout": rollout}
     return OmegaConf.create({"algorithm": {}, "actor_rollout_ref": node})
@@ -367,7 +366,6 @@ def run_of(path, **rollout):
 
 @pytest.fixture
 def checked():
-    pytest.importorskip("omegaconf")
     from hybrid_lora_plugin.verl_backend.model_check import checked_model
 
     return checked_model
@@ -429,6 +427,34 @@ def test_packed_projections_take_one_rollout_worker_each(checked, tmp_path):
     assert anchor == "packed-weight-over-several-workers" and "tensor_model_parallel_size: 2" in text
     assert "gate_up_proj and qkv_proj" in text
     assert checked(run_of(model)) is not None
+
+
+def test_a_recurrent_model_takes_one_worker_and_whole_rows_and_is_told_of_packing(checked, tmp_path, capsys):
+    run = run_of(make_family("falcon_h1", tmp_path / "model"))
+    checked(run)
+    said = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
+    assert len(said) == 1 and "actor_rollout_ref.model.use_remove_padding: True packs rows" in said[0]
+    assert "give actor_rollout_ref.model.use_remove_padding=false" in said[0] and "#packed-rows-differ]" in said[0]
+    run.actor_rollout_ref.model.use_remove_padding = False
+    checked(run)
+    assert "WARNING" not in capsys.readouterr().out
+    for place in ("ulysses_sequence_parallel_size", "fsdp_config.ulysses_sequence_parallel_size"):
+        split = run.copy()
+        OmegaConf.update(split, f"actor_rollout_ref.actor.{place}", 2, force_add=True)
+        with pytest.raises(ConfigurationError, match=rf"^actor_rollout_ref.actor.{place}: 2, but .*; give 1"):
+            checked(split)
+    run.actor_rollout_ref.rollout.tensor_model_parallel_size = 2
+    with pytest.raises(ConfigurationError, match="tensor_model_parallel_size: 2, but the in_proj of this model"):
+        checked(run)
+
+
+def test_a_family_that_is_only_probed_is_refused_where_it_would_train(checked, tmp_path):
+    config = transformers.Qwen3_5TextConfig(**SMALL)
+    assert find_candidates_from_config(config)
+    config.save_pretrained(tmp_path)
+    save_file({"weight": torch.ones(1)}, tmp_path / WEIGHTS)
+    text, anchor = refusal(checked, run_of(tmp_path))
+    assert anchor == RECURRENT and "can be probed, and not trained here" in text
 
 
 def test_a_kernel_without_the_cap_of_a_model_is_said(checked, tmp_path, capsys):

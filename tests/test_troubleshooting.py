@@ -46,6 +46,7 @@ REFUSING = (
     "verl_backend/requirement_rules.py",
     "verl_backend/requirements.py",
     "verl_backend/optimizer_settings.py",
+    "verl_backend/packed_rows.py",
     "verl_backend/run_settings.py",
     "verl_backend/vllm_arguments.py",
     "verl_backend/checkpoint_files.py",

@@ -9,12 +9,11 @@ from dataclasses import dataclass
 import torch
 
 from hybrid_lora_plugin.allocation.budget_modes import FIXED, BudgetRecord, Shortage, budget_mode
+from hybrid_lora_plugin.allocation.placement import AUTO, FULL, LORA, unless_full
 from hybrid_lora_plugin.candidates import Candidate, tie_break
 from hybrid_lora_plugin.config import BudgetConfig
 from hybrid_lora_plugin.errors import AllocationError
 from hybrid_lora_plugin.scoring.module_scores import ModuleScores
-
-FULL, LORA = "full", "lora"
 
 
 @dataclass(frozen=True)
@@ -22,7 +21,7 @@ class Assignment:
     """Who is fully fine-tuned.
 
     Attributes:
-        modules: module name -> ``"full"`` or ``"lora"``, in candidate order.
+        modules: module name -> ``"full"``, ``"lora"`` or ``"frozen"``, in candidate order.
         budget: what was asked, allowed and spent.
     """
 
@@ -50,6 +49,7 @@ def allocate(
     *,
     rank: int = 16,
     fixed: Sequence[bool] | None = None,
+    places: Sequence[str] | None = None,
 ) -> Assignment:
     """Send modules to full fine-tuning in score order as long as they fit into the budget.
 
@@ -64,6 +64,7 @@ def allocate(
         means: ``[M]``; breaks ties of the score before layer and type do.
         rank: LoRA rank r of the other modules, for mode ``total_trainable``.
         fixed: ``[M]``; the modules to tune fully, taken as they are: scores and budget do not count then.
+        places: ``[M]``, from ``placement.places_of``; the budget is of those at ``auto``. Default: all.
 
     Returns:
         The assignment of every candidate.
@@ -77,53 +78,74 @@ def allocate(
     mean = torch.zeros_like(score) if means is None else torch.tensor([float(m) for m in means], dtype=torch.float64)
     usable = score != 0 if signal is None else torch.tensor([bool(value) for value in signal])
     named = None if fixed is None else torch.tensor([bool(value) for value in fixed])
-    for label, values in (("scores", score), ("signal", usable), ("means", mean), ("fixed", named)):
+    for label, values in (("scores", score), ("signal", usable), ("means", mean), ("fixed", named), ("places", places)):
         if values is not None and len(values) != count:
             raise AllocationError(f"{label}: {len(values)} values for {count} candidates; give one for each")
     return assign(
-        candidates, ModuleScores(score, usable, mean, torch.zeros_like(score), named), budget, direction, rank
+        candidates, ModuleScores(score, usable, mean, torch.zeros_like(score), named), budget, direction, rank, places
     )
 
 
 def assign(
-    candidates: Sequence[Candidate], scored: ModuleScores, budget: BudgetConfig, direction: str, rank: int
+    candidates: Sequence[Candidate],
+    scored: ModuleScores,
+    budget: BudgetConfig,
+    direction: str,
+    rank: int,
+    places: Sequence[str] | None = None,
 ) -> Assignment:
     """As ``allocate``, for the scores of a criterion, each of their tensors ``[M]``."""
+    places = [AUTO] * len(candidates) if places is None else places
+    placed = [place == FULL for place in places]
     for candidate, value in zip(candidates, scored.scores.tolist(), strict=True):
         if not math.isfinite(value):
             raise AllocationError(f"scores: {value} for {candidate.name}; give finite scores")
     if scored.fixed is not None:
         if not scored.fixed.any():
             raise AllocationError("criterion: names no candidate to tune fully; choose another criterion")
-        return _assignment(candidates, scored.fixed.tolist(), BudgetRecord(FIXED, 0.0, budget.overflow, 0, 0, rank))
+        for candidate, named, place in zip(candidates, scored.fixed.tolist(), places, strict=True):
+            if named and place not in (FULL, AUTO):
+                raise AllocationError(
+                    f"placement.{candidate.component}: the criterion names {candidate.name} to be tuned fully, and by "
+                    f"the placement it is {place}; change one of the two"
+                )
+        full = [named or by_hand for named, by_hand in zip(scored.fixed.tolist(), placed, strict=True)]
+        return _assignment(candidates, full, BudgetRecord(FIXED, 0.0, budget.overflow, 0, 0, rank), places)
+    if AUTO not in places:
+        if not any(placed):
+            raise AllocationError(
+                "placement: no component is full or auto, so nothing would be fully fine-tuned; give auto or full to "
+                "one, or train LoRA alone without hybrid_lora, by target_modules"
+            )
+        return _assignment(candidates, placed, BudgetRecord(FIXED, 0.0, budget.overflow, 0, 0, rank), places)
     if direction not in ("lowest", "highest"):
         raise AllocationError(f"direction: {direction!r}; choose one of lowest, highest")
     if budget.overflow not in ("stop", "skip"):
         raise AllocationError(f"budget.overflow: {budget.overflow!r} is not supported; choose one of stop, skip")
     mode, amount = budget_mode(budget.mode), budget.amount
-    account = mode.account(candidates, amount, rank)
+    account = mode.account(candidates, amount, rank, places)
     mode.require_room(account, rank)
 
-    order = order_of_preference(candidates, scored, direction)
+    order = [index for index in order_of_preference(candidates, scored, direction) if places[index] == AUTO]
     if not order:
         raise AllocationError("scores: no candidate has a signal; raise probe.warmup_steps or check probe.files")
-    full, spent = [False] * len(candidates), account.start
+    full, spent = list(placed), account.start
     for index in order:
         if spent + account.costs[index] <= account.limit:
             full[index] = True
             spent += account.costs[index]
         elif budget.overflow == "stop":
             break
-    if not any(full):
+    if not any(full[index] for index in order):
         # With `skip` every module was tried, so the one that misses by least decides.
         stop = budget.overflow == "stop"
         first = order[0] if stop else min(order, key=lambda index: account.costs[index])
         place = "first in score order" if stop else "the smallest with a signal"
-        smallest = min(candidate.parameters for candidate in candidates)
+        smallest = min(candidates[index].parameters for index in order)
         short = Shortage(amount, account, candidates[first].name, account.costs[first], place, smallest)
         raise AllocationError(mode.shortage(short))
     return _assignment(
-        candidates, full, BudgetRecord(mode.name, float(amount), budget.overflow, account.limit, spent, rank)
+        candidates, full, BudgetRecord(mode.name, float(amount), budget.overflow, account.limit, spent, rank), places
     )
 
 
@@ -135,7 +157,12 @@ def order_of_preference(candidates: Sequence[Candidate], scored: ModuleScores, d
     return sorted(usable, key=lambda index: (scores[index], means[index], *tie_break(candidates[index])))
 
 
-def _assignment(candidates: Sequence[Candidate], full: Sequence[bool], asked: BudgetRecord) -> Assignment:
-    how = [FULL if is_full else LORA for is_full in full]
+def _assignment(
+    candidates: Sequence[Candidate], full: Sequence[bool], asked: BudgetRecord, places: Sequence[str]
+) -> Assignment:
+    how = [
+        FULL if is_full else unless_full(place, candidate)
+        for candidate, is_full, place in zip(candidates, full, places, strict=True)
+    ]
     modules = dict(zip((candidate.name for candidate in candidates), how, strict=True))
-    return Assignment(modules, budget_mode(asked.mode).expected(asked, candidates, full))
+    return Assignment(modules, budget_mode(asked.mode).expected(asked, candidates, full, places))

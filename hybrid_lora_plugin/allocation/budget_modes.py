@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 
+from hybrid_lora_plugin.allocation.placement import AUTO, FULL, LORA, unless_full
 from hybrid_lora_plugin.candidates import Candidate
 from hybrid_lora_plugin.errors import AllocationError
 
@@ -42,8 +43,8 @@ class Account:
 
     Attributes:
         limit: the largest sum.
-        start: the sum when every candidate has LoRA.
-        costs: what each of the M candidates adds when it becomes fully fine-tuned.
+        start: the sum when no candidate that is left to the criterion is fully fine-tuned.
+        costs: what each of the M candidates adds when it becomes fully fine-tuned; 0 where it is placed by hand.
     """
 
     limit: int
@@ -100,13 +101,16 @@ class BudgetMode(ABC):
     limits: bool = True
 
     @abstractmethod
-    def account(self, candidates: Sequence[Candidate], amount: float | None, rank: int) -> Account:
-        """The account before any module is fully fine-tuned.
+    def account(
+        self, candidates: Sequence[Candidate], amount: float | None, rank: int, places: Sequence[str] | None = None
+    ) -> Account:
+        """The account before the criterion tunes any module fully.
 
         Args:
             candidates: the M candidates.
             amount: what the user asked for: the value of the option in ``config.BUDGET_AMOUNTS``.
             rank: LoRA rank r of the modules that stay LoRA.
+            places: ``[M]``, from ``placement.places_of``; None where all are left to the criterion.
 
         Raises:
             AllocationError: the amount is missing or out of range, or the candidates lack what this mode counts.
@@ -122,8 +126,8 @@ class BudgetMode(ABC):
 
         Args:
             record: of the allocation.
-            total: parameters of all candidates.
-            modules: M.
+            total: parameters of the candidates that are left to the criterion.
+            modules: how many those are.
             criterion: that chose.
         """
 
@@ -142,9 +146,15 @@ class BudgetMode(ABC):
         """What stands in ``BudgetRecord.ratio``; ``share`` of the candidate parameters became full."""
         return float(amount)
 
-    def expected(self, record: BudgetRecord, candidates: Sequence[Candidate], full: Sequence[bool]) -> BudgetRecord:
+    def expected(
+        self,
+        record: BudgetRecord,
+        candidates: Sequence[Candidate],
+        full: Sequence[bool],
+        places: Sequence[str] | None = None,
+    ) -> BudgetRecord:
         """The record that fits the assignment, for comparison; ``full`` ``[M]`` says which candidates are full."""
-        account = self.account(candidates, self.asked(record), record.lora_rank)
+        account = self.account(candidates, self.asked(record), record.lora_rank, places)
         used = account.start + sum(cost for cost, taken in zip(account.costs, full, strict=True) if taken)
         ratio = self.recorded_ratio(self.asked(record), _share(candidates, full))
         return replace(record, ratio=ratio, limit=account.limit, used=used)
@@ -159,10 +169,13 @@ class ShareMode(BudgetMode):
     def costs(self, candidates: Sequence[Candidate]) -> list[int]:
         """What each candidate counts for."""
 
-    def account(self, candidates: Sequence[Candidate], amount: float | None, rank: int) -> Account:
+    def account(
+        self, candidates: Sequence[Candidate], amount: float | None, rank: int, places: Sequence[str] | None = None
+    ) -> Account:
         if amount is None or not 0 < amount <= 1:
             raise AllocationError(f"budget.ratio: {amount!r}; give a fraction in (0, 1], e.g. 0.1")
-        costs = self.costs(candidates)
+        places = places or [AUTO] * len(candidates)
+        costs = [cost if place == AUTO else 0 for cost, place in zip(self.costs(candidates), places, strict=True)]
         return Account(budget_limit(sum(costs), amount), 0, costs)
 
     def _whole(self, total: int, modules: int) -> int:
@@ -228,7 +241,9 @@ class TotalTrainableMode(BudgetMode):
 
     name = "total_trainable"
 
-    def account(self, candidates: Sequence[Candidate], amount: float | None, rank: int) -> Account:
+    def account(
+        self, candidates: Sequence[Candidate], amount: float | None, rank: int, places: Sequence[str] | None = None
+    ) -> Account:
         if amount is None or amount < 1:
             raise AllocationError(f"budget.total: {amount!r}; give the largest number of trainable parameters")
         for candidate in candidates:
@@ -237,15 +252,18 @@ class TotalTrainableMode(BudgetMode):
                     f"budget.mode: 'total_trainable' needs the dimensions of {candidate.name}, which an artifact of an "
                     f"earlier version does not hold; probe again with hybrid-lora-probe, or use mode 'parameters'"
                 )
-        lora = [candidate.lora_parameters(rank) for candidate in candidates]
-        costs = [candidate.parameters - less for candidate, less in zip(candidates, lora, strict=True)]
-        return Account(int(amount), sum(lora), costs)
+        start, costs = 0, []
+        for candidate, place in zip(candidates, places or [AUTO] * len(candidates), strict=True):
+            before = candidate.lora_parameters(rank) if unless_full(place, candidate) == LORA else 0
+            start += candidate.parameters if place == FULL else before
+            costs.append(candidate.parameters - before if place == AUTO else 0)
+        return Account(int(amount), start, costs)
 
     def require_room(self, account: Account, rank: int) -> None:
         if account.start > account.limit:
             raise AllocationError(
-                f"budget.total: {account.limit:,}, but LoRA of rank {rank} on every candidate alone has "
-                f"{account.start:,} parameters; give more than that, or a smaller lora.rank"
+                f"budget.total: {account.limit:,}, but LoRA of rank {rank} on the candidates, with those placed full, "
+                f"alone has {account.start:,} parameters; give more than that, or a smaller lora.rank"
             )
 
     def asked(self, record: BudgetRecord) -> float:
@@ -282,13 +300,21 @@ class FixedMode(BudgetMode):
 
     name, limits = "fixed", False
 
-    def account(self, candidates: Sequence[Candidate], amount: float | None, rank: int) -> Account:
+    def account(
+        self, candidates: Sequence[Candidate], amount: float | None, rank: int, places: Sequence[str] | None = None
+    ) -> Account:
         raise AllocationError(f"budget.mode: {self.name!r} is not supported; choose one of {', '.join(CHOICES)}")
 
     def shortage(self, short: Shortage) -> str:
         raise NotImplementedError("a criterion that names its modules is short of nothing")
 
-    def expected(self, record: BudgetRecord, candidates: Sequence[Candidate], full: Sequence[bool]) -> BudgetRecord:
+    def expected(
+        self,
+        record: BudgetRecord,
+        candidates: Sequence[Candidate],
+        full: Sequence[bool],
+        places: Sequence[str] | None = None,
+    ) -> BudgetRecord:
         taken = sum(candidate.parameters for candidate, is_full in zip(candidates, full, strict=True) if is_full)
         return replace(record, ratio=_share(candidates, full), limit=taken, used=taken)
 

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from hybrid_lora_plugin.allocation.budget import FULL, assign
+from hybrid_lora_plugin.allocation.placement import placement_record, places_of
 from hybrid_lora_plugin.allocation.schema import AgreementRecord, Allocation
 from hybrid_lora_plugin.candidates import Candidate
 from hybrid_lora_plugin.errors import AllocationError
@@ -111,11 +112,11 @@ def agreement(
         lora_rank: rank r of the adapters.
         seeds: as they were asked for.
     """
-    chosen = []
+    chosen, places = [], places_of(placement_record(config.placement, candidates), candidates)
     for measured in each:
         scored = score_each(config, candidates, [measured])
         try:
-            modules = assign(candidates, scored, config.budget, direction, lora_rank).modules
+            modules = assign(candidates, scored, config.budget, direction, lora_rank, places).modules
         except AllocationError:
             # Its first module may not fit where the first of all together does.
             modules = {}

@@ -11,7 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from hybrid_lora_plugin.allocation.budget import FULL, LORA, BudgetRecord
+from hybrid_lora_plugin.allocation.budget import BudgetRecord
+from hybrid_lora_plugin.allocation.placement import AUTO, FROZEN, FULL, LORA, places_of
 from hybrid_lora_plugin.candidates import Candidate, architecture_of, model_fingerprint
 from hybrid_lora_plugin.errors import AllocationError
 from hybrid_lora_plugin.linear_account import FrozenLinear
@@ -50,12 +51,15 @@ class SelectionRecord:
         direction: ``lowest`` or ``highest`` score first; never ``auto``.
         normalise: what was divided out of the score.
         options: the fields of ``config.ControlConfig`` that this criterion reads, e.g. the seed of ``random``.
+        placement: by component ``full``, ``lora``, ``frozen`` or ``auto``; None where the criterion decides about all,
+            and in artifacts that do not record it; then the file has no such key.
     """
 
     criterion: str
     direction: str
     normalise: str
     options: dict = field(default_factory=dict)
+    placement: dict | None = None
 
 
 @dataclass(frozen=True)
@@ -160,7 +164,7 @@ class ModuleRecord(Candidate):
 
     Attributes:
         signal: whether anything was measured; a module without is never selected.
-        assignment: ``full`` or ``lora``.
+        assignment: ``full``, ``lora`` or ``frozen``.
     """
 
     mean: float
@@ -312,6 +316,17 @@ class Allocation:
     def lora_names(self) -> list[str]:
         """Names of the LoRA modules, in model order."""
         return [module.name for module in self.modules if module.assignment == LORA]
+
+    @property
+    def frozen_names(self) -> list[str]:
+        """Names of the candidates that stay frozen, in model order."""
+        return [module.name for module in self.modules if module.assignment == FROZEN]
+
+    @property
+    def decided_modules(self) -> list[ModuleRecord]:
+        """The candidates that were left to the criterion and its budget, in model order."""
+        places = places_of(self.selection.placement, self.modules)
+        return [module for module, place in zip(self.modules, places, strict=True) if place == AUTO]
 
     @property
     def full_parameters(self) -> int:

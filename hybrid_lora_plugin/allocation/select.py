@@ -13,6 +13,7 @@ from torch import Tensor
 
 from hybrid_lora_plugin.allocation.budget import assign
 from hybrid_lora_plugin.allocation.consensus import agreement, by_seed, score_each
+from hybrid_lora_plugin.allocation.placement import placement_record, places_of
 from hybrid_lora_plugin.allocation.schema import Allocation, ModelIdentity, ModuleRecord, ProbeRecord, SelectionRecord
 from hybrid_lora_plugin.allocation.stability import bootstrap
 from hybrid_lora_plugin.candidates import Candidate
@@ -33,7 +34,7 @@ def select_modules(
     """Score the candidates, assign them within the budget, and say how sure that is.
 
     Args:
-        config: a ``config.SelectionConfig``: criterion, direction, normalise, budget and control.
+        config: a ``config.SelectionConfig``: criterion, direction, normalise, budget, placement and control.
         model: the model that was probed.
         candidates: the M candidates.
         measurements: by name, ``[T, M]`` or ``[M]`` float64; empty where nothing was probed; of several seeds named as
@@ -57,7 +58,8 @@ def select_modules(
             f"direction: {config.direction!r} has no effect on criterion {criterion.name!r}, which names its modules; "
             f"use direction=auto"
         )
-    assignment = assign(candidates, scored, config.budget, direction, lora_rank)
+    placement = placement_record(config.placement, candidates)
+    assignment = assign(candidates, scored, config.budget, direction, lora_rank, places_of(placement, candidates))
     columns = zip(
         candidates,
         scored.means.tolist(),
@@ -73,6 +75,7 @@ def select_modules(
             direction=direction,
             normalise=config.normalise,
             options={name: getattr(config.control, name) for name in criterion.options},
+            placement=placement,
         ),
         budget=assignment.budget,
         modules=[

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from hybrid_lora_plugin.allocation.budget import FULL, assign
 from hybrid_lora_plugin.allocation.consensus import by_seed, score_each
+from hybrid_lora_plugin.allocation.placement import placement_record, places_of
 from hybrid_lora_plugin.allocation.schema import Allocation, ModuleRecord, StabilityRecord
 from hybrid_lora_plugin.candidates import Candidate
 from hybrid_lora_plugin.errors import ConfigurationError
@@ -54,6 +55,7 @@ def bootstrap(
         if len(batches) != 1 or batches == {1}:
             return None
         counts += batches
+    places = places_of(placement_record(config.placement, candidates), candidates)
     generator = torch.Generator().manual_seed(SEED)
     chosen, scores, failed = torch.zeros(len(candidates), dtype=torch.float64), [], 0
     while len(scores) < DRAWS and failed < DRAWS:
@@ -66,7 +68,7 @@ def bootstrap(
         ]
         try:
             scored = score_each(config, candidates, drawn)
-            assignment = assign(candidates, scored, config.budget, direction, lora_rank)
+            assignment = assign(candidates, scored, config.budget, direction, lora_rank, places)
         except ConfigurationError:
             failed += 1
             continue

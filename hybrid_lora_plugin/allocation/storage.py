@@ -34,6 +34,7 @@ def allocation_text(allocation: Allocation) -> str:
     for name in ("probe", "stability", "agreement", "trial"):
         if payload[name] is None:
             del payload[name]
+    payload["selection"] = _without_none(payload["selection"])
     if allocation.probe is not None:
         # What came later than the first files: a probe without it is written as it was then.
         payload["probe"] = _without_none(payload["probe"])

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from hybrid_lora_plugin.allocation.budget import FULL, LORA
 from hybrid_lora_plugin.allocation.budget_modes import CHOICES, FIXED, budget_mode
 from hybrid_lora_plugin.allocation.consensus import overlaps_of
+from hybrid_lora_plugin.allocation.placement import AUTO, FULL, places_of, unless_full
 from hybrid_lora_plugin.allocation.schema import PROBE_AGAIN, Allocation
 from hybrid_lora_plugin.allocation.stopping import LIMIT, SETTLED
-from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE
+from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE, COMPONENTS, Candidate
+from hybrid_lora_plugin.config_selection import PLACES
 from hybrid_lora_plugin.errors import AllocationError
 
 
@@ -27,17 +28,22 @@ def validate_allocation(allocation: Allocation, where: str) -> None:
         AllocationError: naming the field, the value and the way out.
     """
     model, modules = allocation.model, allocation.modules
+    for component, place in (allocation.selection.placement or {}).items():
+        where_, known = f"selection.placement.{component}", component in COMPONENTS and place in PLACES
+        _require(known, where, where_, f"{place!r}, one of {', '.join(PLACES)} is wanted for a component")
+    places = places_of(allocation.selection.placement, modules)
     _require(bool(modules), where, "modules", "empty, at least one module is wanted")
     seen: set[str] = set()
     for index, module in enumerate(modules):
         field = f"modules[{index}]"
         _require(module.name not in seen, where, field, f"duplicate module {module.name!r}")
         seen.add(module.name)
+        possible = _possible(places[index], module)
         _require(
-            module.assignment in (FULL, LORA),
+            module.assignment in possible,
             where,
             f"{field}.assignment",
-            f"{module.assignment!r} for {module.name}, {FULL!r} or {LORA!r} is wanted",
+            f"{module.assignment!r} for {module.name}, {' or '.join(map(repr, possible))} is wanted",
         )
         _require(module.type in COMPONENT_OF_TYPE, where, f"{field}.type", f"{module.type!r} is unknown")
         _require(
@@ -68,6 +74,11 @@ def validate_allocation(allocation: Allocation, where: str) -> None:
     _check_trial(allocation, where)
 
 
+def _possible(place: str, module: Candidate) -> tuple[str, ...]:
+    """What a module may be assigned to at its place."""
+    return (FULL, unless_full(place, module)) if place == AUTO else (place,)
+
+
 def _check_budget(allocation: Allocation, where: str) -> None:
     """What was asked, allowed and spent agree with the modules, in the unit of the mode."""
     budget = allocation.budget
@@ -80,7 +91,9 @@ def _check_budget(allocation: Allocation, where: str) -> None:
     _require(budget.limit > 0, where, "budget.limit", f"{budget.limit}, more than 0 is wanted")
     _require(budget.lora_rank > 0, where, "budget.lora_rank", f"{budget.lora_rank}, more than 0 is wanted")
     full = [module.assignment == FULL for module in allocation.modules]
-    expected = mode.expected(budget, allocation.modules, full)
+    expected = mode.expected(
+        budget, allocation.modules, full, places_of(allocation.selection.placement, allocation.modules)
+    )
     _require(
         budget.ratio == expected.ratio,
         where,

@@ -51,7 +51,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigurationError as error:
         return report_error(PROGRAM, error)
     print_result(Path(config.output_dir), after)
-    changed = len(set(before.full_names) ^ set(after.full_names))
+    earlier = {module.name: module.assignment for module in before.modules}
+    changed = sum(module.assignment != earlier[module.name] for module in after.modules)
     print(f"against {config.artifact}: {changed} of {len(after.modules)} modules changed their assignment")
     return 0
 

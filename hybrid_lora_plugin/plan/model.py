@@ -16,6 +16,8 @@ from hybrid_lora_plugin.allocation.schema import ModelIdentity
 from hybrid_lora_plugin.allocation.select import select_modules
 from hybrid_lora_plugin.candidates import Candidate, architecture_of, find_candidates, meta_model, model_fingerprint
 from hybrid_lora_plugin.config import WITHOUT_PROBE, AllocateCommandConfig, HybridLoraConfig
+from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.model_families import recurrent_layers
 from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.parameter_counts import ParameterCounts
 from hybrid_lora_plugin.plan.run import FULL, HYBRID, Run
@@ -106,6 +108,12 @@ def planned_model(config: Any, run: Run, name: str, trust_remote_code: bool = Fa
     Raises:
         ConfigurationError: the model cannot be trained so, or the allocation is not one of it.
     """
+    if recurrent := recurrent_layers(text_config(config)):
+        raise ConfigurationError(
+            f"model: {name} has layers of type {', '.join(recurrent)}, whose activations and whose states in the "
+            "rollout engine are not planned; start it with short responses, or plan a model all of attention",
+            see="recurrent-model-not-supported",
+        )
     plain, trained = (meta_model(deepcopy(config), trust_remote_code) for _ in range(2))
     if run.training == FULL:
         total = sum(parameter.numel() for parameter in plain.parameters())
@@ -182,10 +190,14 @@ def allocation_of(plain: nn.Module, hybrid: HybridLoraConfig, name: str) -> tupl
     )
     drawn = hybrid.criterion not in WITHOUT_PROBE
     settings = (
-        AllocateCommandConfig(criterion="random", budget=hybrid.budget)
+        AllocateCommandConfig(criterion="random", budget=hybrid.budget, placement=hybrid.placement)
         if drawn
         else AllocateCommandConfig(
-            criterion=hybrid.criterion, direction=hybrid.direction, budget=hybrid.budget, control=hybrid.control
+            criterion=hybrid.criterion,
+            direction=hybrid.direction,
+            budget=hybrid.budget,
+            placement=hybrid.placement,
+            control=hybrid.control,
         )
     )
     chosen = select_modules(settings, identity, candidates, {}, lora_rank=hybrid.lora.rank, environment={})

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hybrid_lora_plugin.allocation.budget import FULL, assign
 from hybrid_lora_plugin.allocation.consensus import overlap
+from hybrid_lora_plugin.allocation.placement import placement_record, places_of
 from hybrid_lora_plugin.allocation.schema import AutoStop
 from hybrid_lora_plugin.allocation.stability import bootstrap, is_decided
 from hybrid_lora_plugin.allocation.stopping import LIMIT, SETTLED
@@ -72,7 +73,7 @@ def chosen_modules(config: ProbeCommandConfig, candidates: Sequence[Candidate], 
     """Numbers of the modules that would be fully fine-tuned by what was measured so far; none if nothing can be said.
 
     Args:
-        config: criterion, direction, normalisation and budget.
+        config: criterion, direction, normalisation, budget and placement.
         candidates: the M candidates.
         measured: by name, ``[T, M]`` or ``[M]``.
     """
@@ -80,7 +81,8 @@ def chosen_modules(config: ProbeCommandConfig, candidates: Sequence[Candidate], 
     direction = criterion.direction if config.direction == "auto" else config.direction
     try:
         scored = score_modules(config.criterion, Measured(candidates, measured, config.control, config.normalise))
-        modules = assign(candidates, scored, config.budget, direction, config.lora.rank).modules
+        places = places_of(placement_record(config.placement, candidates), candidates)
+        modules = assign(candidates, scored, config.budget, direction, config.lora.rank, places).modules
     except ConfigurationError:
         # Early in a warm-up there may be no order yet; if there is none at the end, the selection says so.
         return []

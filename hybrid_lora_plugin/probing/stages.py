@@ -94,7 +94,7 @@ class Probe:
         self.model = load_base(config.model, ranks)
         self.candidates = find_candidates(self.model)
         check_shapes(self.candidates, config.lora.rank)
-        check_budget(self.candidates, config.budget, config.lora.rank)
+        check_budget(self.candidates, config)
         progress.note(
             f"{architecture_of(self.model.config)}: {len(self.candidates)} candidate modules, "
             f"{sum(candidate.parameters for candidate in self.candidates):,} parameters, {self.model.dtype} on "

@@ -14,6 +14,7 @@ from hybrid_lora_plugin.allocation.budget import FULL
 from hybrid_lora_plugin.allocation.budget_modes import budget_mode
 from hybrid_lora_plugin.allocation.consensus import agreement_in_words, times_chosen
 from hybrid_lora_plugin.allocation.learning import learned_in_words
+from hybrid_lora_plugin.allocation.placement import FROZEN, placement_in_words
 from hybrid_lora_plugin.allocation.schema import Allocation, ModuleRecord, ProbeRecord, TrialRecord
 from hybrid_lora_plugin.allocation.stability import DECIDED, EDGE, by_standing, in_words, shares_of
 from hybrid_lora_plugin.allocation.stopping import stopping_in_words
@@ -47,8 +48,8 @@ def _lines(allocation: Allocation) -> list[str]:
     return [
         f"# Allocation for {allocation.model.name_or_path}",
         "",
-        f"{len(full)} of {len(modules)} candidate modules are fully fine-tuned, the other "
-        f"{len(modules) - len(full)} get LoRA{sure}. {pictures}.",
+        f"{len(full)} of {len(modules)} candidate modules are fully fine-tuned, {_others(allocation)}{sure}. "
+        f"{pictures}.",
         "",
         *_learning(allocation.probe),
         *([f"{agreed[0].upper()}{agreed[1:]}.", ""] if (agreed := agreement_in_words(allocation)) else []),
@@ -60,9 +61,7 @@ def _lines(allocation: Allocation) -> list[str]:
         "",
         "## Budget",
         "",
-        *budget_mode(allocation.budget.mode).table(
-            allocation.budget, allocation.model.candidate_parameters, len(modules), allocation.full_parameters
-        ),
+        *_budget(allocation),
         "",
         "## ParameterCounts of the model to train",
         "",
@@ -96,6 +95,30 @@ def _lines(allocation: Allocation) -> list[str]:
         "",
         "    python -m verl.trainer.main_ppo YOUR_ARGUMENTS +hybrid_lora=enabled hybrid_lora.allocation=PATH",
     ]
+
+
+def _others(allocation: Allocation) -> str:
+    """What becomes of the modules that are not fully fine-tuned."""
+    lora, frozen = len(allocation.lora_names), allocation.frozen_names
+    if not frozen:
+        return f"the other {lora} get LoRA"
+    size = sum(module.parameters for module in allocation.modules if module.assignment == FROZEN)
+    return f"{lora} get LoRA and {len(frozen)} with {size:,} parameters stay frozen"
+
+
+def _budget(allocation: Allocation) -> list[str]:
+    """The budget and what it is of: the modules that were left to the criterion."""
+    mode, decided = budget_mode(allocation.budget.mode), allocation.decided_modules
+    if not mode.limits or len(decided) == len(allocation.modules):
+        decided = allocation.modules
+    full = sum(module.parameters for module in decided if module.assignment == FULL)
+    lines = mode.table(allocation.budget, sum(module.parameters for module in decided), len(decided), full)
+    if allocation.selection.placement is None:
+        return lines
+    said = f"Placement: {placement_in_words(allocation.selection.placement)}."
+    if mode.limits:
+        said += f" Candidates below are the {len(decided)} modules that were left to the criterion."
+    return [said, "", *lines]
 
 
 def _sentence(said: str) -> str:

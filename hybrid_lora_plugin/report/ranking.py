@@ -26,12 +26,14 @@ def chosen_by_rule(allocation: Allocation) -> bool:
 
 
 def by_preference(allocation: Allocation) -> list[ModuleRecord]:
-    """The modules with a signal, most preferred for full fine-tuning first, ties broken as ``allocate`` does.
+    """The modules with a signal that were left to the criterion, most preferred for full fine-tuning first.
+
+    Ties are broken as ``allocate`` does.
 
     Empty for an allocation without scores: chosen by rule, or no two modules that differ in score.
     """
     sign = 1 if allocation.selection.direction == "lowest" else -1
-    modules = [module for module in allocation.modules if module.signal]
+    modules = [module for module in allocation.decided_modules if module.signal]
     if chosen_by_rule(allocation) or len({module.score for module in modules}) < 2:
         return []
     return sorted(modules, key=lambda m: (sign * m.score, sign * m.mean, *tie_break(m)))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -22,12 +23,18 @@ class LiveWeight:
     dimension: int | None
     #: first row or column of this worker's part
     offset: int
+    #: what the engine's loader makes of the plain values, on the engine's device; None where it keeps them
+    transform: Callable[[torch.Tensor], torch.Tensor] | None = None
 
     def part_of(self, whole: torch.Tensor) -> torch.Tensor:
-        """This worker's part of a whole tensor."""
-        if self.dimension is None:
-            return whole
-        return whole.narrow(self.dimension, self.offset, self.view.shape[self.dimension])
+        """This worker's part of a whole tensor, as the engine holds it, and where ``whole`` is."""
+        part = whole
+        if self.dimension is not None:
+            part = whole.narrow(self.dimension, self.offset, self.view.shape[self.dimension])
+        if self.transform is None:
+            return part
+        # Where the engine has done it: a last bit may differ from device to device.
+        return self.transform(part.to(self.view.device)).to(whole.device)
 
     def sample(self) -> torch.Tensor:
         """[≤ SAMPLES] elements spread evenly over this worker's part, sharing its storage."""

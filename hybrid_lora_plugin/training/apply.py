@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig, PeftModel, TaskType, get_peft_model
 from peft.tuners.lora import LoraLayer
 
+from hybrid_lora_plugin.allocation.placement import LORA
 from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.errors import ConfigurationError
@@ -49,7 +50,7 @@ def apply_allocation(
 
     Args:
         model: a plain Hugging Face causal language model, not yet wrapped by PEFT or FSDP; changed in place.
-        allocation: which candidates are fully fine-tuned and which get LoRA.
+        allocation: which candidates are fully fine-tuned, which get LoRA and which stay frozen.
         rank, alpha, dropout: of the adapters; PEFT scales them by alpha / rank.
 
     Returns:
@@ -57,8 +58,8 @@ def apply_allocation(
         are in float32 whatever the model's type.
 
     Raises:
-        ConfigurationError: the model is wrapped already, is not the one the allocation is for, or PEFT did not
-            put adapters on exactly the modules asked for.
+        ConfigurationError: the model is wrapped already, is not the one the allocation is for, a module
+            with LoRA takes none, or PEFT did not put adapters on exactly the modules asked for.
     """
     if isinstance(model, PeftModel) or hasattr(model, "peft_config"):
         raise ConfigurationError(
@@ -66,6 +67,12 @@ def apply_allocation(
         )
     allocation.check_model(model.config, find_candidates(model))
     full, lora = set(allocation.full_names), sorted(allocation.lora_names)
+    for module in allocation.modules:
+        if module.assignment == LORA and not module.takes_adapter:
+            raise ConfigurationError(
+                f"allocation: LoRA on {module.name}, whose weight a fused kernel reads in training, so that the "
+                f"adapter would be passed over; assign it full or frozen"
+            )
     if not lora:
         raise ConfigurationError(
             "allocation: it leaves no module to LoRA; lower budget.ratio, or train without hybrid_lora for full "

@@ -24,7 +24,7 @@ from hybrid_lora_plugin.base_checkpoint import check_model_folder
 from hybrid_lora_plugin.base_identity import weight_digests
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import explained
-from hybrid_lora_plugin.model_families import refuse_config
+from hybrid_lora_plugin.model_families import refuse_config, refuse_untrained
 from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.probing.distributed import Ranks
 from hybrid_lora_plugin.sync.base_weights import base_digests, stored_dtypes
@@ -43,9 +43,10 @@ from hybrid_lora_plugin.verl_backend import requirements
 from hybrid_lora_plugin.verl_backend.checkpoint_files import require_writable
 from hybrid_lora_plugin.verl_backend.checkpoint_retention import Retention
 from hybrid_lora_plugin.verl_backend.engine_checkpoints import Checkpoints
+from hybrid_lora_plugin.verl_backend.packed_rows import check_packed_rows
 from hybrid_lora_plugin.verl_backend.patches import only_parameters_cast
 from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
-from hybrid_lora_plugin.verl_backend.run_kinds import kind_of_model
+from hybrid_lora_plugin.verl_backend.run_kinds import ACTOR, kind_of_model
 from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import TrainerLogProbs
 from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource
 from hybrid_lora_plugin.weight_loading import check_weights
@@ -87,6 +88,9 @@ class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
             # Before the actor is built: the probe has the memory to itself.
             self.allocation, self._allocation_json = probed_allocation(self.hybrid, self.model_config)
         super().initialize()
+        packed = check_packed_rows(self)
+        if self.rank == 0 and packed:
+            print(f"hybrid_lora: {packed}")
         if self.rank == 0 and self._base_snapshot is not None:
             print(f"hybrid_lora: {self.training_bytes()}")
 
@@ -127,6 +131,13 @@ class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
     def _check_base(self) -> None:
         """Refuse a model that the driver could not see before its weights are read; its modules are looked at later."""
         refuse_config(self.model_config.hf_config)
+        refuse_untrained(self.model_config.hf_config)
+        ulysses = ACTOR + "fsdp_config.ulysses_sequence_parallel_size"
+        requirements.check_sequence_parallel(
+            self.model_config.hf_config,
+            self.engine_config.ulysses_sequence_parallel_size,
+            str(self._kind.place(ulysses)),
+        )
         folder = Path(self.model_config.local_path)
         if folder.is_dir():
             check_model_folder(folder, safetensors=False)

@@ -11,8 +11,9 @@ from hybrid_lora_plugin.base_checkpoint import check_model_folder
 from hybrid_lora_plugin.candidates import FUSED_TYPES, Candidate, find_candidates, meta_model
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.linear_account import account_text, frozen_linear
-from hybrid_lora_plugin.model_families import untried
-from hybrid_lora_plugin.verl_backend.run_kinds import MODEL, ROLLOUT, kind_of_run, tell
+from hybrid_lora_plugin.model_families import recurrent_layers, refuse_untrained, untried
+from hybrid_lora_plugin.verl_backend.requirements import check_sequence_parallel
+from hybrid_lora_plugin.verl_backend.run_kinds import ACTOR, MODEL, ROLLOUT, kind_of_run, tell
 from hybrid_lora_plugin.weight_loading import check_weights
 
 
@@ -39,10 +40,14 @@ def checked_model(config: DictConfig) -> tuple[Any, list[Candidate]] | None:
     model_config = _config_of(path, trust, local, kind.place(MODEL + "path"))
     if model_config is None:
         return None
+    refuse_untrained(model_config)
     with explained(otherwise="model-without-known-modules"):
         model = meta_model(model_config, trust)
         candidates = find_candidates(model)
     _refuse_split_packed(config, candidates)
+    if recurrent_layers(model_config):
+        for line in _check_recurrent(config, model_config):
+            tell(line)
     if local:
         check_weights(path, trust)
     parameters = sum(parameter.numel() for parameter in model.parameters())
@@ -83,10 +88,26 @@ def _left_to_workers(name: str, path: str, reason: str) -> None:
 
 def _refuse_split_packed(config: DictConfig, candidates: list[Candidate]) -> None:
     workers = int(kind_of_run(config).select(config, ROLLOUT + "tensor_model_parallel_size") or 1)
-    packed = sorted({candidate.type for candidate in candidates} & FUSED_TYPES.keys())
+    # Mamba's in_proj packs five, and its convolution three.
+    packed = sorted({candidate.type for candidate in candidates} & {*FUSED_TYPES, "in_proj"})
     if workers > 1 and packed:
         raise ConfigurationError(
             f"{ROLLOUT}tensor_model_parallel_size: {workers}, but the {' and '.join(packed)} of this model pack "
             f"several projections, which cannot be read back from several workers; give 1, and more replicas instead",
             see="packed-weight-over-several-workers",
         )
+
+
+def _check_recurrent(config: DictConfig, model_config: Any) -> list[str]:
+    """What a run of a recurrent model must not do, and lines on what its start will ask."""
+    kind = kind_of_run(config)
+    for name in (ACTOR + "ulysses_sequence_parallel_size", ACTOR + "fsdp_config.ulysses_sequence_parallel_size"):
+        check_sequence_parallel(model_config, int(kind.select(config, name) or 1), str(kind.place(name)))
+    name = kind.place(MODEL + "use_remove_padding")
+    if not kind.select(config, MODEL + "use_remove_padding", default=True):
+        return []
+    return [
+        f"WARNING: {name}: True packs rows, and this model has recurrent layers, of which most carry a state on from "
+        f"one row into the next; the start of the run measures it and refuses, then give {name}=false "
+        "[docs/troubleshooting.md#packed-rows-differ]"
+    ]

@@ -161,7 +161,7 @@ def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     if model is not None:
         try:
             check_shapes(model[1], hybrid.lora.rank)
-            check_budget(model[1], hybrid.budget, hybrid.lora.rank)
+            check_budget(model[1], hybrid)
         except ConfigurationError as error:
             # The probe's own command has these options without the prefix.
             raise ConfigurationError.relayed(

@@ -18,6 +18,7 @@ from verl.utils.device import get_device_name
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ConfigurationError, explained
+from hybrid_lora_plugin.model_families import recurrent_layers
 from hybrid_lora_plugin.sync.modes import sync_mode
 from hybrid_lora_plugin.verl_backend.given_settings import verls_configuration
 from hybrid_lora_plugin.verl_backend.optimizer_settings import check_optimizer
@@ -181,6 +182,25 @@ def check_sharding(strategy: str, fsdp_size: int, ranks: int, kind: RunKind = RE
             f"{kind.place(ACTOR + 'fsdp_config.fsdp_size')}: 1 with strategy=fsdp on {ranks} ranks never reduces "
             f"gradients; give {kind.place(ACTOR + 'strategy')}=fsdp2, or an fsdp_size of -1 or at least 2",
             see="strategy-not-supported",
+        )
+
+
+def check_sequence_parallel(model_config: Any, size: int, name: str) -> None:
+    """Refuse to split rows over ranks where the model carries a state along them.
+
+    Args:
+        model_config: the Hugging Face config.
+        size: ranks that a row is split over, verl's Ulysses.
+        name: of the setting that says so.
+
+    Raises:
+        ConfigurationError: naming what works.
+    """
+    if size > 1 and recurrent_layers(model_config):
+        raise ConfigurationError(
+            f"{name}: {size}, but this model has recurrent layers, whose state does not go from one rank's part of a "
+            "row to the next; give 1",
+            see="recurrent-model-not-supported",
         )
 
 

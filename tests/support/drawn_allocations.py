@@ -14,7 +14,7 @@ from hybrid_lora_plugin.allocation.storage import allocation_text
 from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE, FUSED_TYPES, TYPE_ORDER
 
 #: of a family that packs no projections
-TYPES = tuple(type_ for type_ in TYPE_ORDER if type_ not in FUSED_TYPES)
+TYPES = tuple(type_ for type_ in TYPE_ORDER if type_ not in FUSED_TYPES and COMPONENT_OF_TYPE[type_] != "recurrent")
 # Widths as different as those of a real model, in this order.
 SIZES = dict(zip(TYPES, (400, 60, 60, 400, 1200, 1200, 1200), strict=True))
 

@@ -199,6 +199,7 @@ def round_trip(family: str, folder: Path) -> dict[str, Any]:
         "types": sorted({module.type for module in record.modules}),
         "full": sorted({module.type for module in record.modules if module.assignment == "full"}),
         "lora": sorted({module.type for module in record.modules if module.assignment == "lora"}),
+        "left": sorted({module.type for module in record.modules if module.assignment == "frozen"}),
         "frozen": [one.name for one in record.model.frozen_linear],
         "differences": {},
     }

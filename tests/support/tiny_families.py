@@ -55,6 +55,23 @@ SPECIAL = {
     "phi3": ("Phi3Config", {"original_max_position_embeddings": 256}),
     "glm": ("GlmConfig", {"attention_bias": True}),
     "glm4": ("Glm4Config", {"attention_bias": True}),
+    "falcon_h1": (
+        "FalconH1Config",
+        {
+            "mamba_d_ssm": 64,
+            "mamba_n_heads": 4,
+            "mamba_d_head": 16,
+            "mamba_n_groups": 1,
+            "mamba_d_state": 16,
+            "mamba_chunk_size": 16,
+            "attention_in_multiplier": 0.9,
+            "key_multiplier": 0.8,
+            "ssm_multipliers": [0.9, 0.8, 1.1, 1.2, 0.7],
+            "ssm_out_multiplier": 0.6,
+            "mlp_multipliers": [0.9, 0.8],
+            "lm_head_multiplier": 0.7,
+        },
+    ),
 }
 
 
@@ -75,7 +92,7 @@ def make_family(model_type: str, folder: str | Path) -> Path:
         for name, parameter in model.named_parameters():
             if name.endswith(".bias"):
                 torch.nn.init.normal_(parameter, std=0.1)
-            elif "norm" in name:
+            elif "norm" in name or name.endswith((".A_log", ".D", ".dt_bias")):
                 parameter.data += 0.2 * torch.randn_like(parameter)
             # As most checkpoints: of other weights a rollout in 16 bits begins with a rounding.
             parameter.data = parameter.data.bfloat16().float()

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from hybrid_lora_plugin.allocation.budget import FULL as FULL_ASSIGNMENT
 from hybrid_lora_plugin.allocation.budget import assign
+from hybrid_lora_plugin.allocation.placement import placement_record, places_of
 from hybrid_lora_plugin.candidates import Candidate, find_candidates
 from hybrid_lora_plugin.config import ProbeCommandConfig, ProbeConfig
 from hybrid_lora_plugin.errors import AllocationError
@@ -124,5 +125,6 @@ class Probes:
             raise AllocationError(
                 f"arm {arm.name}: direction has no effect on criterion {criterion.name}; leave it out"
             )
-        assigned = assign(self.candidates, scored, config.budget, direction, rank).modules
+        places = places_of(placement_record(config.placement, self.candidates), self.candidates)
+        assigned = assign(self.candidates, scored, config.budget, direction, rank, places).modules
         return tuple(c.name for c in self.candidates if assigned[c.name] == FULL_ASSIGNMENT)

@@ -124,7 +124,7 @@ class _Trial:
         model = meta_model(load_model_config(config.model), config.model.trust_remote_code)
         candidates = find_candidates(model)
         check_shapes(candidates, config.lora.rank)
-        check_budget(candidates, config.budget, config.lora.rank)
+        check_budget(candidates, config)
         identity = model_identity(config.model.path, model, candidates, parameter_count(model))
         for line in account_text(candidates, identity.frozen_linear, identity.parameters):
             self.progress.note(line)

@@ -12,6 +12,8 @@ _SFT = "verl_backend/probe/sft.py"
 _ADAPTER = "verl_backend/sender/server_adapter.py"
 _SOURCE = "verl_backend/sender/weight_source.py"
 _PROMPT = "verl_backend/sender/logprob_prompt.py"
+_PACKED = "verl_backend/packed_rows.py"
+_ROWS = "verl_backend/row_log_probs.py"
 _SERVER = "verl_backend/receiver/server.py"
 _REQUIREMENTS = "verl_backend/requirements.py"
 _REFERENCE = "training/reference.py"
@@ -30,7 +32,13 @@ ENGINE = Subject(
             "HFModelConfig",
             ("path", (_CHECKPOINTS, _POLICY), "base model, recorded with a checkpoint and an artifact"),
             ("local_path", (_ENGINE, _HF_OUTPUT, _POLICY, _SFT), "folder whose weight files are read"),
-            ("hf_config", _ENGINE, "tells a model that is refused before its weights are read"),
+            (
+                "hf_config",
+                (_ENGINE, _PACKED),
+                "tells a model that is refused before its weights are read; its vocabulary",
+            ),
+            ("use_remove_padding", (_PACKED, _PROMPT), "whether rows are packed"),
+            ("use_fused_kernels", _ROWS, "how a few rows are passed"),
             (
                 "lora",
                 (_ENGINES, _REQUIREMENTS, _SOURCE, _ADAPTER, _SERVER),
@@ -57,15 +65,14 @@ ENGINE = Subject(
             "FSDPEngineConfig",
             ("strategy", (_ENGINE, _REQUIREMENTS), "fsdp and fsdp2 are supported"),
             ("fsdp_size", _ENGINE, "FSDP1 in groups of one is refused"),
+            ("ulysses_sequence_parallel_size", _ENGINE, "refused above 1 with recurrent layers"),
             ("forward_only", _ENGINE, "a reference policy of its own keeps no snapshot"),
             ("model_dtype", (_ENGINE, _REQUIREMENTS), "set to the type of frozen weights"),
-            ("mixed_precision", (_REQUIREMENTS, _PROMPT), "its param_dtype is checked; whether the trainer rounds"),
-        ),
-        *rows(
-            "logprobs",
-            f"{_CONFIG}.engine",
-            "FSDPEngineConfig",
-            ("use_remove_padding use_fused_kernels", _PROMPT, "how the fixed prompts are passed"),
+            (
+                "mixed_precision",
+                (_REQUIREMENTS, _PACKED, _PROMPT),
+                "its param_dtype is checked; whether the trainer rounds",
+            ),
         ),
         *rows(
             "engine",
@@ -114,13 +121,28 @@ ENGINE = Subject(
             ("engine_config", _ENGINE, "the strategy's settings; replaced while the model loads"),
             ("optimizer_config", _BOTH_ENGINES, "passed to build_optimizer"),
             ("_is_offload_param", _ENGINE, "whether FSDP1's weights lie on the host"),
+            ("infer_batch", _ROWS, "log-probabilities of a few rows", "data loss_function"),
+            ("eval_mode", (_PACKED, _PROMPT), "around that pass"),
         ),
         *rows(
-            "logprobs",
-            "verl.workers.engine",
-            "FSDPEngineWithLMHead",
-            ("infer_batch", _PROMPT, "log-probabilities of the fixed prompts", "data loss_function"),
-            ("eval_mode", _PROMPT, "around that pass"),
+            "engine",
+            "verl.utils.tensordict_utils",
+            "",
+            ("", _ROWS, "batches as verl's engine takes them"),
+            ("get_tensordict", _ROWS, "makes a batch", "tensor_dict non_tensor_dict"),
+        ),
+        *rows(
+            "engine",
+            "verl.workers.utils.padding",
+            "",
+            ("no_padding_2_padding", _ROWS, "log-probabilities of the answer"),
+        ),
+        *rows(
+            "engine",
+            "verl.utils.ulysses",
+            "",
+            ("get_ulysses_sequence_parallel_group", _ROWS, "the ranks that split a row"),
+            ("set_ulysses_sequence_parallel_group", _ROWS, "none of them, where rows are whole on each", "group"),
         ),
         *rows(
             "policy_probe",

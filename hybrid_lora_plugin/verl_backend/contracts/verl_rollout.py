@@ -7,6 +7,7 @@ from hybrid_lora_plugin.verl_backend.contracts.record import SYNC, Subject, beha
 _ADAPTER = "verl_backend/sender/server_adapter.py"
 _SOURCE = "verl_backend/sender/weight_source.py"
 _PROMPT = "verl_backend/sender/logprob_prompt.py"
+_PACKED = "verl_backend/packed_rows.py"
 _TRANSPORT = "verl_backend/transport.py"
 _PATCHES = "verl_backend/patches.py"
 _WORKER = "verl_backend/receiver/worker.py"
@@ -65,8 +66,8 @@ SENDER = Subject(
             SYNC,
             "verl.utils.torch_dtypes",
             "PrecisionType",
-            ("", (_SOURCE, _PROMPT), "names of types"),
-            ("to_dtype", (_SOURCE, _PROMPT), "type of the rollout engine, and of the trainer's passes"),
+            ("", (_SOURCE, _PROMPT, _PACKED), "names of types"),
+            ("to_dtype", (_SOURCE, _PROMPT, _PACKED), "type of the rollout engine, and of the trainer's passes"),
         ),
         *rows(
             SYNC,
@@ -75,19 +76,6 @@ SENDER = Subject(
             ("_get_default_store", _ADAPTER, "tells other ranks of a failure outside the collectives"),
         ),
         *rows(SYNC, "ray", "ObjectRef", ("future", _ADAPTER, "waits for the workers with a limit")),
-        *rows(
-            "logprobs",
-            "verl.utils.tensordict_utils",
-            "",
-            ("", _PROMPT, "batches as verl's engine takes them"),
-            ("get_tensordict", _PROMPT, "makes a batch", "tensor_dict non_tensor_dict"),
-        ),
-        *rows(
-            "logprobs",
-            "verl.workers.utils.padding",
-            "",
-            ("no_padding_2_padding", _PROMPT, "log-probabilities of the answer"),
-        ),
     ),
     (
         behaviour(

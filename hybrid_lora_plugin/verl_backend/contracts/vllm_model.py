@@ -136,6 +136,13 @@ RECEIVER = Subject(
         *_packed("llama", "LlamaForCausalLM"),
         *_packed("phi3", "Phi3ForCausalLM", "that its own weights are packed"),
         *_packed("glm4", "Glm4ForCausalLM", "into which adapters a packed one is cut"),
+        *_packed("falcon_h1", "FalconH1ForCausalLM"),
+        *rows(
+            SYNC,
+            f"{_MODELS}.falcon_h1",
+            "FalconH1ForCausalLM",
+            ("hf_to_vllm_mapper", _LAYOUT, "names that its loader replaces, mamba and A_log"),
+        ),
         *rows(
             SYNC,
             "vllm.model_executor.model_loader.utils",
@@ -203,6 +210,12 @@ RECEIVER = Subject(
             _MODEL,
             "`add_lora` with a `TensorLoRARequest` reaches verl's loader, `lora_b_stacked` holds B times alpha / r",
             "tests/test_sync_faults.py::test_rollout_agrees_with_the_trainer_after_every_update",
+        ),
+        behaviour(
+            SYNC,
+            _MODEL,
+            "Mamba-2's in_proj and conv1d lie as in the checkpoint, and A is -exp(A_log) in float32",
+            "tests/test_model_families.py::test_a_family_goes_all_the_way",
         ),
         behaviour(
             SYNC,

@@ -74,7 +74,7 @@ class PolicyProbeEngine(FSDPEngineWithLMHead):
     def _build_lora_module(self, module):
         self._candidates = find_candidates(module)
         check_shapes(self._candidates, self.hybrid.lora.rank)
-        check_budget(self._candidates, self.hybrid.budget, self.hybrid.lora.rank)
+        check_budget(self._candidates, self.hybrid)
         self._identity = model_identity(str(self.model_config.path), module, self._candidates, parameter_count(module))
         module.enable_input_require_grads()
         probe = self.hybrid.probe

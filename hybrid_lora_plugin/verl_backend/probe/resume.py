@@ -10,6 +10,7 @@ from typing import Any
 from omegaconf import DictConfig
 
 from hybrid_lora_plugin.allocation.budget_modes import BudgetRecord, budget_mode
+from hybrid_lora_plugin.allocation.placement import placement_record
 from hybrid_lora_plugin.allocation.schema import Allocation, AutoStop
 from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE, load_allocation
 from hybrid_lora_plugin.config import (
@@ -130,6 +131,7 @@ def _settings(
     direction = criterion.direction if hybrid.direction == "auto" else hybrid.direction
     yield ours + "direction", selection.direction, direction
     yield ours + "normalise", selection.normalise, hybrid.normalise
+    yield ours + "placement", selection.placement, placement_record(hybrid.placement, allocation.modules)
     yield ours + "lora.rank", allocation.budget.lora_rank, hybrid.lora.rank
     if budget_mode(allocation.budget.mode).limits:
         yield from _budget(allocation.budget, hybrid.budget)

@@ -18,20 +18,35 @@ from hybrid_lora_plugin.sync.live_weight import LiveWeight
 class PackedModules:
     """Which of vLLM's modules holds a plain module, and at which place: it packs q, k, v and gate, up into one each.
 
-    A family whose own weights are packed (Phi-3, GLM-4) has vLLM's module as its plain one, and no place in it.
+    A family whose own weights are packed (Phi-3, GLM-4, Falcon-H1's recurrence) has vLLM's module as its plain one, and
+    no place in it.
     """
 
     def __init__(self, model: torch.nn.Module):
         self._parts = dict(model.packed_modules_mapping)
+        mapper = getattr(model, "hf_to_vllm_mapper", None)
+        self._renamed = {} if mapper is None else dict(mapper.orig_to_new_substr)
+        # Packed in the checkpoint, too, and named so by the model's own loader alone: Mamba-2's in_proj and conv1d.
+        self._merged = {
+            name for name, module in model.named_modules() if isinstance(module, linear.MergedColumnParallelLinear)
+        }
         self._owner = {part: (owner, index) for owner, parts in self._parts.items() for index, part in enumerate(parts)}
 
     def find(self, module: str) -> tuple[str, int | None]:
         """(name of vLLM's module, place in it); the place is None where the plain module is all of a packed one."""
+        module = self.renamed(module)
         parent, _, last = module.rpartition(".")
-        if last in self._parts:
+        if last in self._parts or not self._merged.isdisjoint((module, f"{module}.base_layer")):
             return module, None
         owner, index = self._owner.get(last, (last, 0))
         return (f"{parent}.{owner}" if parent else owner), index
+
+    def renamed(self, name: str) -> str:
+        """A plain name with the parts of it that vLLM's loader replaces, as ``WeightsMapper`` does."""
+        for part, instead in self._renamed.items():
+            if part in name and instead is not None:
+                name = name.replace(part, instead, 1)
+        return name
 
     def adapter_names(self, module: str) -> list[str]:
         """The names under which vLLM takes the factors of a plain module: those of its parts where it packs several."""
@@ -51,10 +66,11 @@ def find_live_weight(modules: dict[str, torch.nn.Module], packed: PackedModules,
     Raises:
         WeightSyncError: vLLM's model has no such weight in a layout known here.
     """
-    prefix, _, leaf = name.rpartition(".")
+    prefix, _, plain_leaf = name.rpartition(".")
     owner, index = packed.find(prefix)
     layer = modules.get(owner)
     layer = getattr(layer, "base_layer", layer)
+    leaf = packed.renamed(plain_leaf)
     parameter = getattr(layer, leaf, None)
     if not isinstance(parameter, torch.Tensor):
         raise WeightSyncError(
@@ -63,13 +79,11 @@ def find_live_weight(modules: dict[str, torch.nn.Module], packed: PackedModules,
             see="weight-in-an-unknown-layout",
         )
     value = parameter.detach()
+    if plain_leaf == "A_log" and leaf != plain_leaf:
+        _refuse_split(name, getattr(layer, "tp_size", 1))
+        return LiveWeight(value, tuple(value.shape), None, 0, _decay)
     if index is None:
-        if getattr(layer, "tp_size", 1) > 1:
-            raise WeightSyncError(
-                f"{name}: packs several projections, and each of {layer.tp_size} workers holds rows of all of them, "
-                "which are not read back here; give actor_rollout_ref.rollout.tensor_model_parallel_size=1",
-                see="weight-in-an-unknown-layout",
-            )
+        _refuse_split(name, getattr(layer, "tp_size", 1))
         return LiveWeight(value, tuple(value.shape), None, 0)
     if isinstance(layer, linear.QKVParallelLinear):
         width = layer.head_size
@@ -92,6 +106,20 @@ def find_live_weight(modules: dict[str, torch.nn.Module], packed: PackedModules,
         view = value.narrow(0, 0, rows.num_org_elements)
         return LiveWeight(view, (layer.org_vocab_size, *value.shape[1:]), 0, rows.org_vocab_start_index)
     return LiveWeight(value, tuple(value.shape), None, 0)
+
+
+def _refuse_split(name: str, workers: int) -> None:
+    if workers > 1:
+        raise WeightSyncError(
+            f"{name}: packs several projections, and each of {workers} workers holds rows of all of them, "
+            "which are not read back here; give actor_rollout_ref.rollout.tensor_model_parallel_size=1",
+            see="weight-in-an-unknown-layout",
+        )
+
+
+def _decay(logarithm: torch.Tensor) -> torch.Tensor:
+    """Mamba-2's A of its ``A_log``, as vLLM's loader makes it (``mamba/mamba_mixer2.py``)."""
+    return -torch.exp(logarithm.float())
 
 
 def _value_width(layer) -> int:

@@ -169,10 +169,12 @@ class VllmRolloutModel:
         if not self._digests or split_factor(name) is not None:
             return False
         try:
-            view = self.live(name).view
+            live = self.live(name)
         except WeightSyncError:
             return False  # said when it is loaded
-        whole = (tensor.shape, tensor.dtype, tensor.device.type) == (view.shape, view.dtype, view.device.type)
+        view = live.view
+        alike = (tensor.shape, tensor.dtype, tensor.device.type) == (view.shape, view.dtype, view.device.type)
+        whole = alike and live.transform is None
         if whole:
             self._as_arrived.add(name)
         return whole

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from contextlib import nullcontext
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from verl.utils.torch_dtypes import PrecisionType
 
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.verl_backend.fixed_prompts import fixed_prompts
+from hybrid_lora_plugin.verl_backend.row_log_probs import row_log_probs
 
 #: largest difference of a log-probability between two engines with the same weights, by the type that they compute in;
 #: of two types the coarser one's
@@ -47,42 +47,10 @@ class TrainerLogProbs:
 
     def _log_probs(self, base: bool) -> list[list[float]]:
         """Of every token but the first of each prompt, the same on all ranks."""
-        from verl.utils import tensordict_utils as tu
-        from verl.workers.utils.padding import no_padding_2_padding
-
-        engine, nested = self._engine, partial(torch.nested.as_nested_tensor, layout=torch.jagged)
-        whole = [torch.tensor(tokens) for tokens in self._tokens]
-        ones = [torch.ones(len(tokens) - 1, dtype=torch.int64) for tokens in whole]
-        batch = tu.get_tensordict(
-            {
-                "prompts": nested([tokens[:1] for tokens in whole]),
-                "responses": nested([tokens[1:] for tokens in whole]),
-                "input_ids": nested(whole),
-                "position_ids": nested([torch.arange(len(tokens)) for tokens in whole]),
-                "response_mask": nested(ones),
-                "loss_mask": nested(ones),
-            },
-            non_tensor_dict=dict(
-                temperature=1.0,
-                use_dynamic_bsz=False,
-                # All at once: with shards every micro-batch gathers the model again.
-                micro_batch_size_per_gpu=len(whole),
-                use_remove_padding=bool(engine.engine_config.use_remove_padding),
-                use_fused_kernels=bool(engine.engine_config.use_fused_kernels),
-                global_batch_size=len(whole),
-                calculate_entropy=False,
-            ),
-        )
+        engine = self._engine
         with engine.eval_mode(), engine.disable_adapter() if base else nullcontext():
-            output = engine.infer_batch(batch, loss_function=None)
-        answer: list[list[list[float]]] = [[]]
-        if "model_output" in output:  # with sequence parallelism only one rank of a group has the outputs
-            padded = no_padding_2_padding(output["model_output"]["log_probs"], batch).float()
-            answer = [[row[: len(mask)].tolist() for row, mask in zip(padded, ones, strict=True)]]
-        if torch.distributed.is_initialized():
-            # One text on all ranks: verl's relays derive the layout of a bucket from their own stream.
-            torch.distributed.broadcast_object_list(answer)
-        return answer[0]
+            # All at once: with shards every micro-batch gathers the model again.
+            return row_log_probs(engine, self._tokens, packed=bool(engine.model_config.use_remove_padding))
 
 
 def header_entry(
