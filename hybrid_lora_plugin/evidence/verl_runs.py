@@ -197,7 +197,11 @@ class VerlProtocol(Protocol):
 
     def _probed(self, config: ProbeCommandConfig, criterion: Criterion) -> Path:
         """A folder with what the criterion reads: of an earlier probe by its method, or of one made now."""
-        start = _digest([criterion.method, dataclasses.asdict(config.probe), config.model.path, config.lora.rank])
+        settings = [criterion.method, dataclasses.asdict(config.probe), config.model.path, config.lora.rank]
+        if criterion.method == "trial":
+            # What it measures follows from these too.
+            settings += [dataclasses.asdict(config.trial), dataclasses.asdict(config.budget), config.lora.alpha]
+        start = _digest(settings)
         for folder in sorted((self._folder / "probes" / start).glob("*")):
             if folder.suffix != ".partial" and (folder / _ALLOCATION).exists():
                 held = load_measurements(folder, load_allocation(folder))

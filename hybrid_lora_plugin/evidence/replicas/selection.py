@@ -18,10 +18,13 @@ from hybrid_lora_plugin.evidence.selection_options import selection_config
 from hybrid_lora_plugin.probing.forward import IGNORED, Batch
 from hybrid_lora_plugin.probing.in_memory import measure_in_memory
 from hybrid_lora_plugin.probing.method import warmup_steps
+from hybrid_lora_plugin.probing.trial.in_memory import trial_in_memory
 from hybrid_lora_plugin.scoring import Measured, get_criterion, score_modules
 
 #: Methods that measure, bit for bit, all that another one does, and more.
 _ALSO_MEASURED_BY = {"svd_lora": ("lookahead",)}
+#: Number of the first batches of a trial, of both kinds.
+TRIAL_FROM = 1_000_000
 
 
 def batch_of(problems: Tensor, answer_tokens: int) -> Batch:
@@ -92,6 +95,18 @@ class Probes:
         first = sorted(arms, key=lambda arm: get_criterion(configs[arm.name].criterion).method not in more)
         return {arm.name: self.choose(arm, probe, rank, seed) for arm in first}
 
+    def _by_trial(self, config: ProbeCommandConfig) -> tuple[str, ...]:
+        modules, _ = trial_in_memory(
+            copy.deepcopy(self._model).to(self._device),
+            self.candidates,
+            config,
+            self.measurements,
+            # Numbers that no probe asks for, so that the rows are others than those of its warm-up and its scores.
+            lambda step, rows: self._warmup(TRIAL_FROM + step, rows),
+            lambda number, rows: self._validation(TRIAL_FROM + number, rows),
+        )
+        return modules
+
     def choose(self, arm: Arm, probe: ProbeConfig, rank: int, seed: int) -> tuple[str, ...]:
         """The modules that an arm tunes fully, in the model's order.
 
@@ -100,6 +115,8 @@ class Probes:
         """
         config = selection_config(arm, probe, rank, seed)
         criterion = get_criterion(config.criterion)
+        if criterion.method == "trial":
+            return self._by_trial(config)
         measured: Mapping[str, Tensor] = self.measurements(config)
         direction = criterion.direction if config.direction == "auto" else config.direction
         scored = score_modules(config.criterion, Measured(self.candidates, measured, config.control, config.normalise))
