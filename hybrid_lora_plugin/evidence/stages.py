@@ -319,12 +319,14 @@ class _Work:
         pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin, made)
         try:
             yield pool
-        finally:
+        except BaseException:
             # Before the pool forgets them: what they are at would keep an interrupted command for minutes.
             processes = list((pool._processes or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:
                 process.terminate()
+            raise
+        pool.shutdown()
 
 
 def alike(runs: Sequence[Run], size: int) -> list[list[Run]]:
