@@ -159,7 +159,7 @@ class _Work:
         done = len(study.results)
         # The steps of some arms follow from what came of the others.
         for which in ("first", "second"):
-            self._train(study.untuned(which), "tuning rates" if which == "first" else "tuning rates, steps matched")
+            self._train(study.untuned(which), "tuning rates" if which == "first" else "tuning rates at matched steps")
         if len(study.results) == done:
             self._watch.say("tune: nothing is left to do")
 
