@@ -124,7 +124,7 @@ class EvidencePlanConfig:
     name: str = documented("", "Title of the report.", source="none: must be given")
     protocol: str = documented(
         "",
-        "What makes, probes and trains models: `sft`, `policy`, or your own as `module:callable`.",
+        "What makes, probes and trains models: `sft`, `policy`, `rl` (runs of verl), or your own as `module:callable`.",
         source="none: must be given",
     )
     settings: dict[str, Any] = documented(
