@@ -49,7 +49,8 @@ class EvidenceCommandConfig:
     )
     workers: int = documented(
         1,
-        "Processes that choose modules at once, of one thread each, each for other starts.",
+        "Processes of one thread each that choose modules at once, each for other starts, and that train small "
+        "replicas on the CPU, if the command itself has one thread (`OMP_NUM_THREADS=1`).",
         source="own choice",
         unit="processes",
         bound=at_least(1, "at least 1 process"),
@@ -123,7 +124,7 @@ class EvidencePlanConfig:
     name: str = documented("", "Title of the report.", source="none: must be given")
     protocol: str = documented(
         "",
-        "What makes, probes and trains models: `sft`, `policy`, or your own as `module:callable`.",
+        "What makes, probes and trains models: `sft`, `policy`, `rl` (runs of verl), or your own as `module:callable`.",
         source="none: must be given",
     )
     settings: dict[str, Any] = documented(

@@ -86,7 +86,8 @@ class LookaheadConfig:
         None,
         "Steps of full fine-tuning to look ahead; null: half of `trainer.total_training_steps` in a run that gives "
         "it, else 100.",
-        source="own measurement on a toy: half of the run was better than a tenth, and than more than the run",
+        source="own measurement on a toy, where half of the run was better than a tenth and than more than the run; on "
+        "another a tenth was ahead",
         unit="steps",
         bound=at_least(1, "at least 1 step, or null"),
     )

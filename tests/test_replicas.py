@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import json
 import math
 
 import pytest
@@ -15,6 +16,7 @@ from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.select import select_modules
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.config import ProbeCommandConfig
+from hybrid_lora_plugin.config_evidence import EvidenceCommandConfig
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.evidence.protocol import Arm, Choice, Run, Start
 from hybrid_lora_plugin.evidence.replicas import SftProtocol
@@ -25,6 +27,7 @@ from hybrid_lora_plugin.evidence.replicas.selection import batch_of
 from hybrid_lora_plugin.evidence.replicas.settings import ReplicaSettings, read_settings
 from hybrid_lora_plugin.evidence.replicas.tasks import TASKS, Layout, Problems, renaming
 from hybrid_lora_plugin.evidence.replicas.updates import BETAS, EPSILON, Replicas, adapter_init
+from hybrid_lora_plugin.evidence.stages import run_stages
 from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.probing.provenance import model_identity
 from hybrid_lora_plugin.training.apply import apply_allocation, trainable_groups
@@ -225,6 +228,31 @@ def test_an_outcome_does_not_depend_on_the_runs_beside_it(protocol):
     assert mixed["asked"] == alone
     assert mixed["wild"].diverged and mixed["wild"].curve[0] == alone.curve[0]
     assert math.isfinite(mixed["wild"].curve[-1][1]) and len(mixed["wild"].curve) < 4
+
+
+def test_processes_train_to_the_same_bits_as_one(tmp_path):
+    """The command of a user: two bases and kinds of arms, trained in one process and then in two."""
+    plan = {
+        "name": "processes", "protocol": "sft", "settings": BLOCK, "bases": ["tiny"], "tasks": ["subtract"], "steps": 4,
+        "arms": ["random", "lora", "full"], "seeds": {"tune": [100], "compare": [0, 1, 2]}, "draws": 2,
+        "rates": {"full": [1e-3, 3e-3], "lora": [1e-2]}, "primary": [{"arm": "random", "against": ["lora"]}],
+        "resamples": 1000,
+    }  # fmt: skip
+    (tmp_path / "plan.yaml").write_text(json.dumps(plan))
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        for name, workers in (("one", 1), ("two", 2)):
+            run_stages(
+                EvidenceCommandConfig(
+                    plan=str(tmp_path / "plan.yaml"), output_dir=str(tmp_path / name), workers=workers, device="cpu"
+                )
+            )
+    finally:
+        torch.set_num_threads(threads)
+    one, two = ((tmp_path / name / "runs.jsonl").read_text().splitlines() for name in ("one", "two"))
+    assert len(one) == 19 and sorted(one) == sorted(two)
+    assert (tmp_path / "one/report.md").read_bytes() == (tmp_path / "two/report.md").read_bytes()
 
 
 def test_every_step_of_the_runs_that_were_asked_for_is_told_as_it_is_taken(protocol, monkeypatch):

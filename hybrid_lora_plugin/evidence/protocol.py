@@ -115,6 +115,8 @@ class Protocol(abc.ABC):
     Attributes:
         measure: name of the held-out value in a curve.
         lower_is_better: whether a smaller one is the better one.
+        trains_in_processes: whether ``train`` may be called in several processes at once, for different runs; where it
+            may not, as a run takes the whole machine, ``workers`` choose alone.
         stepped: call it with a number of optimizer steps, over all runs, that ``train`` has taken since it was called
             last, so that the user sees how far it is; where it is not called, a run counts once it is kept.
         knows_zeroth_order: whether it trains choices with ``zeroth``.
@@ -122,6 +124,7 @@ class Protocol(abc.ABC):
 
     measure: str
     lower_is_better: bool
+    trains_in_processes: bool = False
     stepped: Callable[[int], None] = staticmethod(lambda steps: None)
     knows_zeroth_order: bool = False
 

@@ -26,6 +26,8 @@ from hybrid_lora_plugin.evidence.tuning import grid, tuning_draws
 from hybrid_lora_plugin.files import complete_file
 
 PLAN = "plan.yaml"
+#: Runs that a process trains before it gives its outcomes: a multiple of what a replica protocol trains at once.
+PART = 16
 #: for what the protocol keeps
 _KEPT = "protocol"
 
@@ -157,7 +159,7 @@ class _Work:
         done = len(study.results)
         # The steps of some arms follow from what came of the others.
         for which in ("first", "second"):
-            self._train(study.untuned(which), "tuning rates" if which == "first" else "tuning rates, steps matched")
+            self._train(study.untuned(which), "tuning rates" if which == "first" else "tuning rates at matched steps")
         if len(study.results) == done:
             self._watch.say("tune: nothing is left to do")
 
@@ -278,8 +280,12 @@ class _Work:
             if said < kept:
                 stepped(kept - said)
 
-        protocol.stepped = stepped
-        protocol.train(runs, keep)
+        if self._config.workers > 1 and protocol.trains_in_processes:
+            for run, outcome in self._trained(runs):
+                keep(run, outcome)
+        else:
+            protocol.stepped = stepped
+            protocol.train(runs, keep)
         if missing := [run for run in runs if study.results.get(run) is None]:
             raise HybridLoraError(
                 f"the protocol gave no outcome of {len(missing)} runs, {missing[0].arm} at {missing[0].start} the first"
@@ -290,22 +296,50 @@ class _Work:
             for start, arms in asked:
                 yield start, _named(arms, self._open("choose").choose(start, arms))
             return
-        plan = self._plan
-        made = (plan.protocol, plan.settings, self._folder / _KEPT, self._config.device, plan.bases, plan.tasks)
-        count = min(self._config.workers, len(asked))
-        # A forked process would have torch's threads without the threads.
-        pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin, made)
-        try:
+        with self._workers(len(asked)) as pool:
             waiting = {pool.submit(_choose, start, arms): (start, arms) for start, arms in asked}
             for done in as_completed(waiting):
                 start, arms = waiting[done]
                 yield start, _named(arms, done.result())
-        finally:
+
+    def _trained(self, runs: Sequence[Run]) -> Iterator[tuple[Run, Outcome]]:
+        """Outcomes from several processes, in the order in which they come."""
+        parts = alike(runs, PART)
+        with self._workers(len(parts)) as pool:
+            for done in as_completed([pool.submit(_train, part) for part in parts]):
+                yield from done.result()
+
+    @contextmanager
+    def _workers(self, parts: int) -> Iterator[ProcessPoolExecutor]:
+        """Processes with a protocol of their own each, which end with this."""
+        plan = self._plan
+        made = (plan.protocol, plan.settings, self._folder / _KEPT, self._config.device, plan.bases, plan.tasks)
+        count = min(self._config.workers, parts)
+        # A forked process would have torch's threads without the threads.
+        pool = ProcessPoolExecutor(count, multiprocessing.get_context("spawn"), _begin, made)
+        try:
+            yield pool
+        except BaseException:
             # Before the pool forgets them: what they are at would keep an interrupted command for minutes.
             processes = list((pool._processes or {}).values())
             pool.shutdown(wait=False, cancel_futures=True)
             for process in processes:
                 process.terminate()
+            raise
+        pool.shutdown()
+
+
+def alike(runs: Sequence[Run], size: int) -> list[list[Run]]:
+    """Parts of at most ``size`` runs that can train at once: of one base and task, and of one kind.
+
+    A part that is smaller than a protocol's group costs as much as a whole one, so they are not cut finer.
+    """
+    found: dict[tuple, list[Run]] = {}
+    for run in runs:
+        choice = run.choice
+        kind = run.start.base, run.start.task, choice.rank, choice.dora, bool(choice.full)
+        found.setdefault(kind, []).append(run)
+    return [members[at : at + size] for members in found.values() for at in range(0, len(members), size)]
 
 
 def _refuse_unknown_kinds(protocol: Protocol, plan: EvidencePlanConfig) -> None:
@@ -324,7 +358,7 @@ _of_this_process: Protocol | None = None
 
 
 def _begin(*made: Any) -> None:
-    """In a process that chooses: the protocol, one thread, and no word on Ctrl-C, which ends the parent."""
+    """In a process that chooses or trains: the protocol, one thread, and no word on Ctrl-C, which ends the parent."""
     global _of_this_process
     import torch
 
@@ -332,6 +366,12 @@ def _begin(*made: Any) -> None:
     torch.set_num_threads(1)
     _of_this_process = open_protocol(*made)
     _of_this_process.prepare(lambda line: None)
+
+
+def _train(runs: Sequence[Run]) -> list[tuple[Run, Outcome]]:
+    kept: list[tuple[Run, Outcome]] = []
+    _of_this_process.train(runs, lambda run, outcome: kept.append((run, outcome)))
+    return kept
 
 
 def _choose(start: Start, arms: Sequence[Arm]) -> dict[str, tuple[str, ...]]:

@@ -12,7 +12,7 @@ from hybrid_lora_plugin.scoring.registry import register_criterion
     direction="highest",
     needs=(LOOKAHEAD,),
     method="lookahead",
-    source="own; beat random and LoRA of the same size in a registered confirmation on a toy",
+    source="own; beat random and LoRA of the same size in one registered study on a toy, and not in three later ones",
 )
 def score_lookahead(measured: Measured) -> ModuleScores:
     """Mean over T of ``L − L(weight moved)``, highest first: the loss saved, and not per parameter.

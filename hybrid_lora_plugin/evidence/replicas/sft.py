@@ -84,6 +84,8 @@ class SftProtocol(Protocol):
         # For a life of the protocol: a base is a few megabytes.
         self.model, self._shared, self._candidates = cache(self._load), cache(self._share), cache(self._find)
         self._origin_model = cache(self._load_origin)
+        #: one GPU holds one process's groups, and a process of one thread has the bits of one thread
+        self.trains_in_processes = self.device.type == "cpu" and torch.get_num_threads() == 1
 
     def identity(self) -> dict[str, Any]:
         """Versions, device, dtype, group size, and a digest of each base."""
