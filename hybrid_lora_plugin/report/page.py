@@ -63,7 +63,7 @@ def _lines(allocation: Allocation) -> list[str]:
         "",
         *_budget(allocation),
         "",
-        "## ParameterCounts of the model to train",
+        "## Parameters of the model to train",
         "",
         "| group | parameters |",
         "| --- | ---: |",
