@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import importlib.util
+import json
 import math
+import shutil
 
 import pytest
 import torch
 
 from hybrid_lora_plugin.candidates import find_candidates
 from recipes.demo import shifted_sums, task
-from recipes.evidence import gap_search
+from recipes.evidence import gap_report, gap_search
 from tests.support.verl_processes import ROOT
 
 
@@ -84,3 +86,27 @@ def test_each_arm_of_a_run_trains_its_own_weights_and_the_same_run_gives_the_sam
     assert all([step for step, _ in one["accuracy"]] == [0, 1, 2] for one in found.values())
     again = run("lora")
     assert {**again, "seconds": 0} == {**found["lora"], "seconds": 0}
+
+
+def test_the_published_report_follows_from_its_runs_byte_for_byte(tmp_path):
+    published = ROOT / "docs" / "evidence" / "gap-search"
+    shutil.copy(published / gap_report.RESULTS, tmp_path)
+    assert gap_report.main([str(tmp_path)]) == 0
+    assert (tmp_path / gap_report.REPORT).read_bytes() == (published / gap_report.REPORT).read_bytes()
+
+
+def test_a_gap_is_of_the_best_rate_with_the_most_seeds():
+    def row(arm, rate, seed, value):
+        rates = {"full_lr": rate, "lora_lr": 0.0} if arm == "full" else {"full_lr": 0.0, "lora_lr": rate}
+        more = {"task": "t", "steps": 2, "form": 1, "trainable": 9, "rank": int(arm == "lora")}
+        return {"arm": arm, "seed": seed, "accuracy": [[0, 0.0], [2, value]], **rates, **more}
+
+    rows = [row("full", 1e-3, 0, 0.5), row("full", 1e-3, 1, 0.25), row("full", 1e-4, 0, 0.9)]
+    rows += [
+        row("lora", 1e-2, 0, 0.25),
+        row("lora", 1e-2, 1, 0.5),
+        row("lora", 1e-3, 0, 0.0),
+        row("lora", 1e-3, 1, 0.1),
+    ]
+    said = gap_report.report(json.loads(json.dumps(rows)))
+    assert "each at its best rate: +0.250, −0.250, mean +0.000." in said and "0: 0.500, 1: 0.250 | 0.375 |" in said

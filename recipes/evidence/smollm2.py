@@ -220,7 +220,8 @@ class SmolLm2Protocol(Protocol):
             lambda step, rows: batch("probe warm-up", step, rows),
             lambda number, rows: batch("probe score", number, rows),
         )
-        return {arm.name: probes.choose(arm, self.settings.probe, arm.rank, start.seed) for arm in arms}
+        rank = max(arm.rank for arm in arms)
+        return probes.choose_all(arms, self.settings.probe, rank, start.seed)
 
     def _trained_model(self, choice: Choice, seed: int) -> tuple[torch.nn.Module, dict[str, list[torch.nn.Parameter]]]:
         """A copy of the base with the adapters of a choice, and what trains: ``full`` and ``lora``."""
@@ -282,6 +283,7 @@ class SmolLm2Protocol(Protocol):
             optimizer.step()
             losses.append(loss.detach())
             tokens += batch.input_ids.numel()
+            self.stepped(1)
             if step % settings.eval_every == 0 or step == run.steps:
                 curve.append((step, self._loss(model, run.start.task)))
         diverged = not bool(torch.stack(losses).isfinite().all())
