@@ -20,7 +20,7 @@ from hybrid_lora_plugin.cli.arguments import help_text, options, parse
 from hybrid_lora_plugin.config import ProbeCommandConfig
 from hybrid_lora_plugin.config_field import documented
 from hybrid_lora_plugin.errors import UsageError
-from hybrid_lora_plugin.probing import prepare, runner
+from hybrid_lora_plugin.probing import prepare, stages
 
 
 def run(*arguments):
@@ -211,7 +211,7 @@ def test_a_day_later_an_unfinished_probe_continues_and_a_new_one_says_so(argumen
     monkeypatch.setattr(prepare, "date", Today)
     line = arguments(model__path=dated(tiny_qwen2, tmp_path / "dated"))
     with monkeypatch.context() as stopped:
-        stopped.setattr(runner._Probe, "_score", lambda self, stop: (_ for _ in ()).throw(KeyboardInterrupt()))
+        stopped.setattr(stages.Probe, "_score", lambda self, stop: (_ for _ in ()).throw(KeyboardInterrupt()))
         assert run(*line)[0] == 130
     status, _, err = run(*line)
     assert status == 0 and "prints the date: 2026-07-26" in err

@@ -21,7 +21,7 @@ from hybrid_lora_plugin.config import (
     ProbeConfig,
 )
 from hybrid_lora_plugin.errors import ProbeError
-from hybrid_lora_plugin.probing import runner
+from hybrid_lora_plugin.probing import stages
 from hybrid_lora_plugin.probing.interrupt import ProbeInterrupted
 from hybrid_lora_plugin.probing.progress import LineProgress, Progress, clock
 from hybrid_lora_plugin.probing.runner import run_probe
@@ -87,7 +87,7 @@ def test_an_interrupted_run_continues_to_the_bytes_of_an_uninterrupted_one(tiny_
 
 
 def test_the_state_is_saved_by_time_as_well(tiny_qwen2, tmp_path, monkeypatch):
-    monkeypatch.setattr(runner, "SAVE_EVERY_SECONDS", 0.0)
+    monkeypatch.setattr(stages, "SAVE_EVERY_SECONDS", 0.0)
     config = probe_config(tiny_qwen2, tmp_path)
 
     class Crash(Progress):

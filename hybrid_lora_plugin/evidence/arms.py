@@ -23,7 +23,7 @@ LORA_PASSES = "lora_passes"
 #: roles whose steps follow from the FLOPs of other runs
 MATCHED_STEPS = (LORA_FLOPS, LORA_PASSES)
 REVERSED, ONLY = ":reversed", "only:"
-#: Criteria with no arm of their own: ``explicit`` needs names, ``spread`` is ``only:TYPE`` here, and ``trial`` trains.
+#: Criteria with no arm out of the box: ``explicit`` needs names, ``spread`` is ``only:TYPE`` here, and ``trial`` rates.
 _NO_ARM = ("explicit", "spread", "trial")
 
 

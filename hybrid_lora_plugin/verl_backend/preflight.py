@@ -120,9 +120,9 @@ def _local_model(config: DictConfig) -> tuple[Any, list] | None:
 def _check_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     """A run that probes first: where the artifact goes, what it needs, and that no older one is ignored."""
     from hybrid_lora_plugin.allocation.storage import refuse_existing
+    from hybrid_lora_plugin.probing.checks import check_budget, check_shapes
     from hybrid_lora_plugin.probing.data.files import absolute
     from hybrid_lora_plugin.probing.resume import remove_finished
-    from hybrid_lora_plugin.probing.runner import check_budget, check_shapes
     from hybrid_lora_plugin.scoring import get_criterion
     from hybrid_lora_plugin.verl_backend.probe.resume import (
         allocation_of_checkpoint,

@@ -84,7 +84,7 @@ def files(folder: Path) -> Contents:
 def probe_trials(folder: Path, count: int, seed: int) -> tuple[int, int]:
     """Of ``run_probe``, which saves its state after every step here."""
     from hybrid_lora_plugin.allocation import AllocationError, load_allocation
-    from hybrid_lora_plugin.probing import runner
+    from hybrid_lora_plugin.probing import runner, stages
     from tests.test_probe_run import probe_config
 
     model = make_tiny_qwen2(folder / "model")
@@ -93,7 +93,7 @@ def probe_trials(folder: Path, count: int, seed: int) -> tuple[int, int]:
     probe_config(model, rows)
 
     def work(place: Path) -> None:
-        runner.SAVE_EVERY_SECONDS = 0.0
+        stages.SAVE_EVERY_SECONDS = 0.0
         config = probe_config(model, rows)
         config.output_dir = str(place / "out")
         try:

@@ -26,6 +26,7 @@ from hybrid_lora_plugin.base_identity import weights_identity
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.probing.checks import check_budget, check_shapes
 from hybrid_lora_plugin.probing.distributed import Ranks
 from hybrid_lora_plugin.probing.layers import SvdLoraLinear, attach
 from hybrid_lora_plugin.probing.loading import checkpoint_fingerprint, parameter_count
@@ -33,7 +34,6 @@ from hybrid_lora_plugin.probing.measure import draw_partition, sensitivities_of
 from hybrid_lora_plugin.probing.method import warmup_rate
 from hybrid_lora_plugin.probing.methods.svd_lora import check_trained, results_of
 from hybrid_lora_plugin.probing.provenance import environment, model_identity, probe_record
-from hybrid_lora_plugin.probing.runner import check_budget, check_shapes
 from hybrid_lora_plugin.report.artifact import save_allocation
 from hybrid_lora_plugin.training.dtensor import whole
 from hybrid_lora_plugin.verl_backend import requirements
