@@ -83,7 +83,7 @@ INTERNAL = {
     # The probe's readers of files, which know every form that rows come in.
     "preparation": GROUND | {"config_validation", "tasks", "rewards", "probing"},
     "evaluation": GROUND | MODELS | {"config_validation", "tasks", "rewards", "preparation", "report", "training"},
-    "plan": GROUND | MODELS | {"config_validation", "allocation", "training", "sync", "report"},
+    "plan": GROUND | MODELS | {"config_validation", "scoring", "allocation", "training", "sync", "report", "probing"},
     "evidence": GROUND
     | MODELS
     | CONFIG_CHECKS

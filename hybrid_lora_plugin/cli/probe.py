@@ -6,7 +6,8 @@ import os
 import shlex
 import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -102,7 +103,7 @@ def probe(config: ProbeCommandConfig, *, resume_command: str, program: str) -> i
     try:
         if config.probe.dry_run:
             return _show_rows(config, progress, ranks)
-        allocation = probe_model(config, progress, ranks)
+        allocation = probe_model(config, progress, ranks, _memory_teller(config, progress, ranks))
     except ConfigurationError as error:
         progress.close()
         return 2 if getattr(error, "reported_by_first_rank", False) else report_error(program, error)
@@ -118,6 +119,30 @@ def probe(config: ProbeCommandConfig, *, resume_command: str, program: str) -> i
         print_result(Path(config.output_dir), allocation)
     processes.finish(ranks)
     return 0
+
+
+def _memory_teller(config: ProbeCommandConfig, progress: Progress, ranks: Ranks) -> Callable[[int], None]:
+    """Says what the probe will need; it ends nothing, since every token of a row is taken to be trained."""
+
+    def tell(longest: int) -> None:
+        from hybrid_lora_plugin.plan.probe_memory import GIB, probe_memory, what_fits
+        from hybrid_lora_plugin.probing.distributed import device_bytes
+        from hybrid_lora_plugin.probing.loading import load_model_config, probed_dtype
+
+        model_config, there = load_model_config(config.model), device_bytes(ranks.device)
+        rows = replace(config, probe=replace(config.probe, max_length=longest))
+        given = model_config, rows, probed_dtype(config.model, ranks.device), ranks.size
+        memory = probe_memory(*given)
+        progress.note(memory.line(there, ranks.device.type))
+        if memory.needed > there:
+            fits = what_fits(*given, there)
+            way_out = f"it fits with {fits}" if fits else "use more GPUs, or a shorter probe.max_length"
+            progress.note(
+                f"{(memory.needed - there) / GIB:.2f} GiB too many, if every token of a row of {longest:,} is trained; "
+                f"{way_out}"
+            )
+
+    return tell
 
 
 def _show_rows(config: ProbeCommandConfig, progress: Progress, ranks: Ranks) -> int:

@@ -8,6 +8,8 @@ logits        what the loss holds of [tokens, vocabulary]
 training      what each GPU holds of weights, gradients and optimizer, and what FSDP gathers
 rollout       vLLM: weights, keys and values, copies in the host's memory while it sleeps
 sync_bytes    what a weight sync sends, by mode
+probe_memory  what a probe holds on each device and on the host, by moment
+probe_passes  its layers, run like those of activations
 compute       operations of a step, of the probe, and time under stated assumptions
 planner       all of it: one plan
 changes       what to change where it does not fit, each planned anew

@@ -57,8 +57,8 @@ class _FusedAttention(torch.autograd.Function):
         return torch.zeros_like(query), torch.zeros_like(key), torch.zeros_like(value)
 
 
-def _attention(module, query, key, value, mask, **options):
-    # As transformers wants it: [rows, tokens, heads, head size], and no weights.
+def fused_attention(module, query, key, value, mask, **options):
+    """As transformers wants it: ``[rows, tokens, heads, head size]``, and no weights."""
     return _FusedAttention.apply(query, key, value).transpose(1, 2), None
 
 
@@ -66,7 +66,7 @@ def register_attention() -> str:
     """Make it known to transformers; returns its name for ``attn_implementation``."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(_ATTENTION, _attention)
+    AttentionInterface.register(_ATTENTION, fused_attention)
     return _ATTENTION
 
 
@@ -94,24 +94,24 @@ def layer_activations(config: Any, run: Run, tokens: int, gradient: bool) -> Act
 
 def _of_few(config, layers, training, rank, checkpointing, dtype, tokens, gradient) -> Activations:
     key = (training, rank, checkpointing, dtype, tokens, gradient)
-    return _cached(config.to_json_string(use_diff=False), layers, *key, _Config(config))
+    return _cached(config.to_json_string(use_diff=False), layers, *key, KeyedConfig(config))
 
 
-class _Config:
+class KeyedConfig:
     """A config that the cache's key already describes."""
 
     def __init__(self, config: Any):
         self.config = config
 
     def __eq__(self, other: object) -> bool:
-        return isinstance(other, _Config)
+        return isinstance(other, KeyedConfig)
 
     def __hash__(self) -> int:
         return 0
 
 
 @lru_cache(maxsize=256)
-def _cached(_, layers, training, rank, checkpointing, dtype, tokens, gradient, kept_out: _Config) -> Activations:
+def _cached(_, layers, training, rank, checkpointing, dtype, tokens, gradient, kept_out: KeyedConfig) -> Activations:
     model = few_layers(kept_out.config, layers, training, rank).to(getattr(torch, dtype))
     return measured(model, tokens, checkpointing, gradient)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from hybrid_lora_plugin.config import ProbeCommandConfig
 from hybrid_lora_plugin.parameter_counts import ParameterCounts
 from hybrid_lora_plugin.plan.activations import layer_activations
 from hybrid_lora_plugin.plan.compute import Compute, compute
 from hybrid_lora_plugin.plan.logits import logits_bytes
 from hybrid_lora_plugin.plan.model import PlannedModel
+from hybrid_lora_plugin.plan.probe_memory import ProbeMemory, probe_memory, what_fits
 from hybrid_lora_plugin.plan.rollout import (
     RolloutMemory,
     asleep_bytes,
@@ -23,6 +25,8 @@ from hybrid_lora_plugin.plan.training import gathered_bytes, itemsize, state_byt
 from hybrid_lora_plugin.training.memory import TrainingBytes
 
 GIB = 1 << 30
+#: of the base of a probe on an accelerator
+PROBE_DTYPE = "bfloat16"
 #: parts of a GPU's memory in the order in which they are shown
 PARTS = {
     "frozen": "frozen weights",
@@ -96,6 +100,8 @@ class Plan:
         at_once: sequences of full length that one engine generates at once.
         syncs: of each mode.
         compute: operations.
+        probe: memory of the probe that the run begins with; None where it begins with none, or with one of its own
+            objective.
         problems: why it cannot run, each a line; empty where it fits.
     """
 
@@ -113,6 +119,7 @@ class Plan:
     at_once: int
     syncs: list[SyncBytes]
     compute: Compute
+    probe: ProbeMemory | None = None
     problems: list[str] = field(default_factory=list)
 
     @property
@@ -153,6 +160,15 @@ class Plan:
             "syncs": [asdict(sync) for sync in self.syncs],
             "compute": asdict(self.compute)
             | {"probe_in_steps": self.compute.probe_in_steps, "probe_share": self.compute.probe_share},
+            "probe": None
+            if self.probe is None
+            else {
+                "moments": [
+                    {"stage": moment.stage, "total": moment.total, "parts": moment.parts}
+                    for moment in self.probe.moments
+                ],
+                "host_bytes": self.probe.host,
+            },
             "problems": self.problems,
         }
 
@@ -186,9 +202,34 @@ def make_plan(model: PlannedModel, run: Run, machine: Machine, name: str) -> Pla
         at_once=at_once,
         syncs=syncs,
         compute=compute(model, run),
+        probe=_probe(model, run),
     )
     plan.problems.extend(_problems(plan))
+    plan.problems.extend(_probe_problems(plan, model))
     return plan
+
+
+def _probe_command(run: Run) -> ProbeCommandConfig:
+    return ProbeCommandConfig(criterion=run.hybrid.criterion, probe=run.hybrid.probe, lora=run.hybrid.lora)
+
+
+def _probe(model: PlannedModel, run: Run) -> ProbeMemory | None:
+    if run.training != HYBRID or not model.drawn or run.hybrid.probe.objective != "sft":
+        return None
+    return probe_memory(model.config, _probe_command(run), PROBE_DTYPE, run.gpus)
+
+
+def _probe_problems(plan: Plan, model: PlannedModel) -> list[str]:
+    machine, run = plan.machine, plan.run
+    room = machine.gpu_bytes - machine.reserve_bytes
+    if plan.probe is None or plan.probe.needed <= room:
+        return []
+    fits = what_fits(model.config, _probe_command(run), PROBE_DTYPE, run.gpus, room)
+    way_out = f"it fits with {fits}" if fits else "give a shorter probe.max_length or more GPUs"
+    return [
+        f"probe ({plan.probe.fullest.stage}): {plan.probe.needed / GIB:.1f} GiB on a GPU of "
+        f"{machine.gpu_bytes / GIB:.1f} GiB, of which {machine.reserve_bytes / GIB:.1f} are kept; {way_out}"
+    ]
 
 
 def chosen_sync(syncs: list[SyncBytes], run: Run) -> SyncBytes:

@@ -22,7 +22,7 @@ def plan_text(plan: Plan, changes: Sequence[Change] = (), after: Plan | None = N
     sections = [_head(plan), _memory(plan), _verdict(plan)]
     if not plan.fits:
         sections.append(["What to change, each on top of those before it:", *change_lines(changes, after or plan)])
-    sections += [_rollout(plan), _host(plan), _syncs(plan), _compute(plan), _assumed(plan)]
+    sections += [_rollout(plan), _host(plan), _probe(plan), _syncs(plan), _compute(plan), _assumed(plan)]
     return "\n\n".join("\n".join(lines) for lines in sections if lines)
 
 
@@ -88,6 +88,10 @@ def _host(plan: Plan) -> list[str]:
     total = sum(plan.host.values())
     parts = ", ".join(f"{name} {size / GIB:.1f}" for name, size in plan.host.items())
     return [f"Host: {total / GIB:.1f} GiB of each machine: {parts}."]
+
+
+def _probe(plan: Plan) -> list[str]:
+    return [] if plan.probe is None else [f"Probe: {plan.probe.line(plan.machine.gpu_bytes)}."]
 
 
 def _syncs(plan: Plan) -> list[str]:

@@ -9,6 +9,7 @@
     loading        model and tokenizer                   optimizer      AdamW that resumes bit for bit
     distributed    the processes, the sharded base       data/          from files to batches
     trial/         allocations that are trained and compared
+    shared_base    read by one rank, sent to the others
 
 Nothing here needs verl.
 """

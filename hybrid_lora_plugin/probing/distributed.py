@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from typing import TypeVar
 
 import torch
@@ -45,6 +46,14 @@ class Ranks:
         """Add up a tensor over all ranks, in place."""
         if self.size > 1:
             distributed.all_reduce(tensor, group=self._group)
+        return tensor
+
+    def give_(self, tensor: Tensor) -> Tensor:
+        """Overwrite a tensor with that of rank 0, in place."""
+        if self.size > 1:
+            distributed.broadcast(
+                tensor, distributed.get_global_rank(self._group or distributed.group.WORLD, 0), self._group
+            )
         return tensor
 
     def sum_gradients_(self, gradients: list[Tensor]) -> None:
@@ -147,7 +156,20 @@ def finish(ranks: Ranks) -> None:
         distributed.destroy_process_group()
 
 
-def place(model: nn.Module, candidates: Sequence[Candidate], replicated: Sequence[nn.Parameter], ranks: Ranks) -> None:
+def device_bytes(device: torch.device) -> int:
+    """Memory of a device; of the CPU that of the machine."""
+    if device.type == "cpu":
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return torch.get_device_module(device).mem_get_info(device)[1]
+
+
+def place(
+    model: nn.Module,
+    candidates: Sequence[Candidate],
+    replicated: Sequence[nn.Parameter],
+    ranks: Ranks,
+    around: Callable[[nn.Module], AbstractContextManager[None]] = lambda module: nullcontext(),
+) -> None:
     """Bring a model that was loaded on the CPU to the ranks' devices, sharded if there are several.
 
     One FSDP2 unit per decoder layer and one for the rest. The probe's parameters are replicated: they and their Adam
@@ -158,6 +180,7 @@ def place(model: nn.Module, candidates: Sequence[Candidate], replicated: Sequenc
         candidates: tell where the decoder layers are.
         replicated: the probe's parameters, equal on every rank.
         ranks: who shares the model.
+        around: entered while a module is sharded, one after the other, the whole model last.
     """
     if ranks.size == 1:
         model.to(ranks.device)
@@ -166,9 +189,9 @@ def place(model: nn.Module, candidates: Sequence[Candidate], replicated: Sequenc
         parameter.data = parameter.data.to(ranks.device)
     mesh = init_device_mesh(ranks.device.type, (ranks.size,))
     ignored = set(replicated)
-    for layer in decoder_layers(model, candidates):
-        fully_shard(layer, mesh=mesh, ignored_params=ignored)
-    fully_shard(model, mesh=mesh, ignored_params=ignored)
+    for module in (*decoder_layers(model, candidates), model):
+        with around(module):
+            fully_shard(module, mesh=mesh, ignored_params=ignored)
 
 
 def decoder_layers(model: nn.Module, candidates: Sequence[Candidate]) -> list[nn.Module]:

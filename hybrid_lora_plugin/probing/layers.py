@@ -39,7 +39,8 @@ class SvdLoraLinear(nn.Module):
         super().__init__()
         self.base = base
         self.active = True
-        device = base.weight.device
+        # A base whose values are still to come has values here.
+        device = "cpu" if base.weight.is_meta else base.weight.device
         # Drawn as [r, d_in], for which kaiming's fan-in is d_in.
         a, b, e = torch.empty(rank, base.in_features), torch.zeros(rank, base.out_features), torch.ones(rank)
         if init == "adalora":

@@ -93,13 +93,18 @@ def load_model(config: ModelConfig, device: torch.device) -> nn.Module:
     """
     from transformers import AutoModelForCausalLM
 
-    name = config.dtype
-    if name == "auto":
-        name = "float32" if device.type == "cpu" else "bfloat16"
-    model, report = _load(AutoModelForCausalLM, config, "model", dtype=getattr(torch, name), output_loading_info=True)
+    dtype = getattr(torch, probed_dtype(config, device))
+    model, report = _load(AutoModelForCausalLM, config, "model", dtype=dtype, output_loading_info=True)
     refuse_loaded_adapter(config.path, model)
     refuse_report(config.path, report)
     return model
+
+
+def probed_dtype(config: ModelConfig, device: torch.device) -> str:
+    """Name of the dtype that the base is held and computed in on ``device``."""
+    if config.dtype != "auto":
+        return config.dtype
+    return "float32" if device.type == "cpu" else "bfloat16"
 
 
 def _load(factory: Any, config: ModelConfig, what: str, **options: Any) -> Any:

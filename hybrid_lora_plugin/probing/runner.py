@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
 
@@ -65,13 +66,20 @@ def run_probe(config: ProbeCommandConfig, progress: Progress | None = None, rank
     return Path(config.output_dir)
 
 
-def probe_model(config: ProbeCommandConfig, progress: Progress | None = None, ranks: Ranks | None = None) -> Allocation:
+def probe_model(
+    config: ProbeCommandConfig,
+    progress: Progress | None = None,
+    ranks: Ranks | None = None,
+    before_loading: Callable[[int], None] | None = None,
+) -> Allocation:
     """Probe a model and write its allocation.
 
     Args:
         config: what ``hybrid-lora-probe`` takes.
         progress: where to report; silent by default.
         ranks: the processes that share the work, each making this same call; by default this one alone.
+        before_loading: called on the first rank with the tokens of the longest row, once all is checked and before
+            weights are read.
 
     Returns:
         What was written to ``config.output_dir``.
@@ -90,14 +98,19 @@ def probe_model(config: ProbeCommandConfig, progress: Progress | None = None, ra
     if method == "trial":
         return _trial().run_trial(config, output_dir, progress, ranks, METHODS)
     if config.probe.seeds:
-        return _probe_seeds(config, method, output_dir, progress, ranks)
-    probe = Probe(config, method, METHODS[method], output_dir, progress, ranks)
+        return _probe_seeds(config, method, output_dir, progress, ranks, before_loading)
+    probe = Probe(config, method, METHODS[method], output_dir, progress, ranks, before_loading=before_loading)
     measurements = probe.measure()
     return ranks.from_first(lambda: probe.save(probe.record(), measurements))
 
 
 def _probe_seeds(
-    config: ProbeCommandConfig, method: str, output_dir: Path, progress: Progress, ranks: Ranks
+    config: ProbeCommandConfig,
+    method: str,
+    output_dir: Path,
+    progress: Progress,
+    ranks: Ranks,
+    before_loading: Callable[[int], None] | None,
 ) -> Allocation:
     """A probe for each seed, one after the other, each with the state and the measurements of a probe of that seed."""
     ranks.from_first(lambda: PartialState(output_dir, seeds_settings(config)))
@@ -105,7 +118,8 @@ def _probe_seeds(
     for number, seed in enumerate(seeds):
         progress.note(f"seed {seed}, {number + 1} of {len(seeds)}")
         one = dataclasses.replace(config, probe=dataclasses.replace(config.probe, seed=seed, seeds=[]))
-        probe = Probe(one, method, METHODS[method], output_dir, progress, ranks, f"seed_{number}")
+        probe = Probe(one, method, METHODS[method], output_dir, progress, ranks, f"seed_{number}", before_loading)
+        before_loading = None
         measured.append(probe.measure())
         records.append(ranks.from_first(probe.record))
         if number + 1 < len(seeds):

@@ -12,6 +12,7 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -36,7 +37,6 @@ from hybrid_lora_plugin.probing.loading import (
     CheckpointWatch,
     check_model,
     checkpoint_fingerprint,
-    load_model,
     parameter_count,
     weights_digest,
 )
@@ -53,6 +53,7 @@ from hybrid_lora_plugin.probing.settling import (
     chosen_modules,
     scoring_within_warmup,
 )
+from hybrid_lora_plugin.probing.shared_base import load_base, sent_by_first
 from hybrid_lora_plugin.report.artifact import save_allocation
 
 SAVE_EVERY_SECONDS = 30.0
@@ -71,6 +72,7 @@ class Probe:
         ranks: Ranks,
         part: str = "",
         data: ProbeData | None = None,
+        before_loading: Callable[[int], None] | None = None,
     ) -> None:
         self.config, self.method_name, self.output_dir, self.progress, self.ranks = (
             config,
@@ -86,8 +88,10 @@ class Probe:
         for sentence in () if data else self.data.told:
             progress.note(sentence)
         ranks.from_first(lambda: check_model(config.model))
+        if before_loading is not None:
+            ranks.from_first(lambda: before_loading(self.data.longest))
         self.watch = CheckpointWatch(config.model.path)
-        self.model = load_model(config.model, ranks.device)
+        self.model = load_base(config.model, ranks)
         self.candidates = find_candidates(self.model)
         check_shapes(self.candidates, config.lora.rank)
         check_budget(self.candidates, config.budget, config.lora.rank)
@@ -108,7 +112,8 @@ class Probe:
         self.method = make(self.model, self.candidates, config)
         if config.probe.gradient_checkpointing:
             recompute_activations(decoder_layers(self.model, self.candidates))
-        place(self.model, self.candidates, self.method.replicated, ranks)
+        sent = partial(sent_by_first, replicated=self.method.replicated, ranks=ranks)
+        place(self.model, self.candidates, self.method.replicated, ranks, sent)
 
     def _take_up_state(self) -> None:
         # The files, for who continues a probe, and their content, for who trains under its allocation.

@@ -180,6 +180,11 @@ class ProbeData:
         return told + tokens_of.findings.lines()
 
     @property
+    def longest(self) -> int:
+        """Tokens of the longest row."""
+        return max(len(example.input_ids) for example in self._validation + self._training)
+
+    @property
     def first_held_out(self) -> Example:
         """The first row of the first validation batch."""
         return self._validation[0]
