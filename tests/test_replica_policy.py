@@ -12,7 +12,12 @@ from hybrid_lora_plugin.evidence.protocol import Choice, Run, Start
 from hybrid_lora_plugin.evidence.replicas import PolicyProtocol
 from hybrid_lora_plugin.evidence.replicas.base import answer_logits, random_base
 from hybrid_lora_plugin.evidence.replicas.forward import SharedParts, Weights, answer_log_probs
-from hybrid_lora_plugin.evidence.replicas.policy import answers_logits, group_advantages, sample_answers, surrogate_loss
+from hybrid_lora_plugin.evidence.replicas.policy import (
+    answers_logits,
+    group_advantages,
+    sample_answers,
+    surrogate_loss,
+)
 from hybrid_lora_plugin.evidence.replicas.settings import ReplicaSettings, read_settings
 from hybrid_lora_plugin.evidence.replicas.tasks import Layout, task_of
 from hybrid_lora_plugin.evidence.replicas.updates import Replicas

@@ -7,8 +7,7 @@ For T tokens that go into the model, with a product of n weights counted as 2·n
 - gradients of activations: the same again, for the layers from the lowest one with anything trained upwards;
 - gradients of weights: 2·T over the weights of fully tuned modules;
 - adapters: 6·T·r·(d_in + d_out) each, forward and both gradients; with DoRA 6·r·d_in·d_out more a step, for the norm of
-  W + s·B·A and its gradient.
-
+  W + s·B·A and its gradient;
 - zeroth order: two forward passes a direction more, adapters included (2·T·r·(d_in + d_out) each). Making the signs of
   a direction, a few whole-number operations a weight, is left out.
 
