@@ -37,6 +37,13 @@ def check_policy_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
         ConfigurationError: naming the setting and the way out.
     """
     criterion = get_criterion(hybrid.criterion)
+    if criterion.method == "trial":
+        raise ConfigurationError(
+            "hybrid_lora.criterion: 'trial' trains by supervised fine-tuning and not with objective policy; give "
+            "hybrid_lora.probe.objective=sft with hybrid_lora.probe.files=[rows.jsonl], or compare runs of your "
+            "command with hybrid-lora-evidence (protocol rl) and give hybrid_lora.allocation",
+            see="policy-probe-not-possible",
+        )
     missing = [name for name in criterion.needs if name not in MEASURED]
     if criterion.method != "svd_lora" or missing:
         raise ConfigurationError(
