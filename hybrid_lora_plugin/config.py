@@ -8,6 +8,7 @@ generated from or checked against these files, so a field is documented there an
     config.py             what a run and each command take
     config_selection.py   which modules are fully tuned: criterion, budget, controls
     config_probe.py       the probe
+    config_trial.py       criterion `trial`
     config_sync.py        the weight sync of a run
     config_checkpoint.py  its checkpoints
     config_evaluation.py  an evaluation
@@ -41,6 +42,7 @@ from hybrid_lora_plugin.config_selection import (
     SelectionConfig,
 )
 from hybrid_lora_plugin.config_sync import ROUNDINGS, SYNC_MODES, SyncConfig
+from hybrid_lora_plugin.config_trial import TrialConfig
 
 __all__ = [
     "AUTO",
@@ -169,6 +171,7 @@ class TrainingConfig(SelectionConfig):
         source="own choice",
     )
     probe: ProbeConfig = documented(ProbeConfig, "Probing run.", source="paper Algorithm 1")
+    trial: TrialConfig = documented(TrialConfig, "Criterion trial.", source="own choice")
     full_lr: float | None = documented(
         None,
         "Learning rate of the fully fine-tuned modules; null follows `actor_rollout_ref.actor.optim.lr` (in SFT "
@@ -236,8 +239,11 @@ class ProbeCommandConfig(SelectionConfig):
         None, "Folder for the artifact; must not hold another one.", source="none: must be given"
     )
     probe: ProbeConfig = documented(ProbeConfig, "Probing run.", source="paper Algorithm 1")
+    trial: TrialConfig = documented(TrialConfig, "Criterion trial.", source="own choice")
     lora: AdapterConfig = documented(
-        AdapterConfig, "Adapters of the probe: the rank, and alpha with criterion adalora.", source="paper §4.3"
+        AdapterConfig,
+        "Adapters of the probe: the rank, and alpha with criteria adalora and trial.",
+        source="paper §4.3",
     )
 
 

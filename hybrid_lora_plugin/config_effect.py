@@ -8,7 +8,10 @@ from typing import Any, NamedTuple
 
 from hybrid_lora_plugin.config_probe import AUTO, AdaLoraConfig
 from hybrid_lora_plugin.config_selection import NAMING, WITHOUT_PROBE, WITHOUT_WARMUP
+from hybrid_lora_plugin.config_trial import criterion_of
 from hybrid_lora_plugin.errors import ConfigurationError
+
+TRIAL = "trial"
 
 
 class Effect(NamedTuple):
@@ -29,20 +32,36 @@ def _criterion(*names: str) -> Callable[[Any], bool]:
     return lambda config: config.criterion in names
 
 
+def _asked(config: Any) -> tuple[str, ...]:
+    """The criteria that a probe measures for: of a trial, those of its portfolio."""
+    if config.criterion == TRIAL:
+        return tuple(criterion_of(str(entry)) for entry in config.trial.portfolio)
+    return (config.criterion,)
+
+
+def _asks_for(*names: str) -> Callable[[Any], bool]:
+    return lambda config: any(name in names for name in _asked(config))
+
+
+def _asks_beside(*names: str) -> Callable[[Any], bool]:
+    return lambda config: any(name not in names for name in _asked(config))
+
+
+_probed_by_svd_lora = _asks_beside(*WITHOUT_PROBE, *WITHOUT_WARMUP, "adalora", "autolora", "full_pruning")
+_measures_controls = _asks_beside(
+    *WITHOUT_PROBE, *WITHOUT_WARMUP, "adalora", "autolora", "full_pruning", "residual_gradient"
+)
+_warms_up = _asks_beside(*WITHOUT_PROBE, *WITHOUT_WARMUP)
+
+
 def _initialised_by_adalora(config: Any) -> bool:
-    return config.criterion == "adalora" or (_probed_by_svd_lora(config) and config.probe.init == "adalora")
+    return "adalora" in _asked(config) or (_probed_by_svd_lora(config) and config.probe.init == "adalora")
 
 
-def _probed_by_svd_lora(config: Any) -> bool:
-    return config.criterion not in (*WITHOUT_PROBE, *WITHOUT_WARMUP, "adalora", "autolora", "full_pruning")
-
-
-def _measures_controls(config: Any) -> bool:
-    return _probed_by_svd_lora(config) and config.criterion != "residual_gradient"
-
-
-def _warms_up(config: Any) -> bool:
-    return config.criterion not in (*WITHOUT_PROBE, *WITHOUT_WARMUP)
+def _reads_the_plain_rate(config: Any) -> bool:
+    if config.probe.init == "adalora":
+        return "autolora" in _asked(config)
+    return _asks_beside(*WITHOUT_PROBE, *WITHOUT_WARMUP, "full_pruning", "adalora")(config)
 
 
 #: of whoever selects modules
@@ -51,7 +70,9 @@ SELECTION = (
     Effect("control.type", _criterion("spread"), "with criterion=spread"),
     Effect("control.depth", _criterion("spread"), "with criterion=spread"),
     Effect("control.modules", _criterion("explicit"), "with criterion=explicit"),
-    Effect("direction", lambda config: config.criterion not in NAMING, "with a criterion that orders the modules"),
+    Effect(
+        "direction", lambda config: config.criterion not in (*NAMING, TRIAL), "with a criterion that orders the modules"
+    ),
     Effect("budget.", lambda config: config.criterion not in NAMING, "with a criterion that orders the modules"),
     Effect("budget.total", lambda config: config.budget.mode == "total_trainable", "with budget.mode=total_trainable"),
     Effect(
@@ -61,6 +82,7 @@ SELECTION = (
 #: of whoever probes
 PROBE = (
     Effect("probe.", lambda config: config.criterion not in WITHOUT_PROBE, "with a criterion that needs a probe"),
+    Effect("trial.", _criterion(TRIAL), "with criterion=trial"),
     *(
         Effect(f"probe.{name}", lambda config: config.probe.warmup_steps == AUTO, "with probe.warmup_steps=auto")
         for name in ("max_warmup_steps", "warmup_check_steps", "warmup_check_partitions", "warmup_agreement")
@@ -72,22 +94,22 @@ PROBE = (
     Effect("probe.seed", lambda config: not config.probe.seeds, "without probe.seeds"),
     Effect("probe.adalora.lr", _initialised_by_adalora, "with criterion=adalora or probe.init=adalora"),
     *(
-        Effect(f"probe.adalora.{spec.name}", _criterion("adalora"), "with criterion=adalora")
+        Effect(f"probe.adalora.{spec.name}", _asks_for("adalora"), "with criterion=adalora")
         for spec in dataclasses.fields(AdaLoraConfig)
         if spec.name != "lr"
     ),
     Effect("probe.warmup_steps", _warms_up, "with another criterion, as this one reads the model as it is"),
-    Effect("probe.autolora.", _criterion("autolora"), "with criterion=autolora"),
-    Effect("probe.lookahead.", _criterion("lookahead"), "with criterion=lookahead"),
+    Effect("probe.autolora.", _asks_for("autolora"), "with criterion=autolora"),
+    Effect("probe.lookahead.", _asks_for("lookahead"), "with criterion=lookahead"),
     Effect(
         "probe.micro_batch_size",
         lambda config: config.probe.micro_batch_tokens is None,
         "without probe.micro_batch_tokens, which takes its place",
     ),
-    Effect("probe.full_lr", _criterion("full_pruning"), "with criterion=full_pruning"),
+    Effect("probe.full_lr", _asks_for("full_pruning"), "with criterion=full_pruning"),
     Effect(
         "probe.lr",
-        lambda config: _warms_up(config) and config.criterion != "full_pruning" and not _initialised_by_adalora(config),
+        _reads_the_plain_rate,
         "with another criterion and probe.init=default; give probe.full_lr or probe.adalora.lr",
     ),
     Effect("probe.init", _probed_by_svd_lora, "with another criterion, as this one has its own"),
@@ -97,8 +119,9 @@ PROBE = (
 COMMAND = (
     Effect(
         "lora.alpha",
-        _criterion("adalora"),
-        "with criterion=adalora; else the probe has a scale of its own (Eq. 7), and a run takes hybrid_lora.lora.alpha",
+        lambda config: config.criterion == TRIAL or "adalora" in _asked(config),
+        "with criterion=adalora or trial; else the probe has a scale of its own (Eq. 7), and a run takes "
+        "hybrid_lora.lora.alpha",
     ),
     Effect("model.dtype", lambda config: config.criterion not in WITHOUT_PROBE, "with a criterion that needs a probe"),
 )

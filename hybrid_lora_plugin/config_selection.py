@@ -78,7 +78,7 @@ class ControlConfig:
     )
 
 
-#: Every criterion by name; `trial` (successive halving over allocations) has its place but is not built yet.
+#: Every criterion by name.
 CRITERIA = (
     "hybrid",
     "hybrid_ratio",
@@ -101,6 +101,7 @@ CRITERIA = (
     "sign_consistency",
     "residual_gradient",
     "plop",
+    "trial",
 )
 #: of these, those that read nothing of a probe, and those that name the modules, so that no budget applies
 WITHOUT_PROBE = ("random", "lora_ffn", "explicit", "spread")

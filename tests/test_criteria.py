@@ -36,7 +36,7 @@ SERIES = (
     "sensitivities", "full_sensitivities", "lora_output", "gradient_norm", "snip", "gradient_energy", "feature_norm",
     *SIGNED_SERIES,
 )  # fmt: skip
-VALUES = ("alpha", "delta_norm", "adalora_rank", "adalora_importance", "autolora_alpha")
+VALUES = ("alpha", "delta_norm", "adalora_rank", "adalora_importance", "autolora_alpha", "trial")
 MEASURING = [name for name in CRITERIA if get_criterion(name).needs]
 
 
@@ -78,6 +78,7 @@ REFERENCE = {
     "autolora": lambda t: [abs(value) for value in t["autolora_alpha"].tolist()],
     "lora_drop": drop_shares,
     "alpha": lambda t: [abs(value) for value in t["alpha"].tolist()],
+    "trial": lambda t: t["trial"].tolist(),
     "perturbation": lambda t: [mean(c) for c in columns(t["perturbation"])],
     "gradient_norm": lambda t: [mean(c) for c in columns(t["gradient_norm"])],
     "snip": lambda t: [mean(c) for c in columns(t["snip"])],

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import yaml
 
 from hybrid_lora_plugin.candidates import find_candidates_from_config
 from hybrid_lora_plugin.cli.evidence import main
+from hybrid_lora_plugin.cli.evidence_progress import LineWatch
 from hybrid_lora_plugin.config_evidence import EvidenceCommandConfig, EvidenceRatesConfig
 from hybrid_lora_plugin.evidence.arms import planned_arms
 from hybrid_lora_plugin.evidence.draws import stratified_draw
@@ -27,7 +29,7 @@ from hybrid_lora_plugin.evidence.protocol import Outcome, Start
 from hybrid_lora_plugin.evidence.protocols import open_protocol
 from hybrid_lora_plugin.evidence.replicas.base import base_config
 from hybrid_lora_plugin.evidence.selection_options import selection_config
-from hybrid_lora_plugin.evidence.stages import run_stages
+from hybrid_lora_plugin.evidence.stages import Watch, run_stages
 from hybrid_lora_plugin.evidence.tuning import Rates, choose_rates, grid
 from tests.support.analytic_protocol import CHOOSE_SECONDS, STOP_AFTER, AnalyticProtocol
 from tests.support.verl_processes import ROOT, environment_of
@@ -281,6 +283,13 @@ def test_the_report_is_made_again_bit_for_bit_and_so_is_the_study(finished, tmp_
     lines = (again / "runs.jsonl").read_text().splitlines(keepends=True)
     (again / "runs.jsonl").write_text("".join(reversed(lines)))
     assert run(again, capsys, "stage=report")[0] == 0
+    # Whatever machine it is on: nothing is left that its threads could change.
+    status, said, _ = run(again, capsys, "stage=all")
+    assert status == 0 and [line.partition(":")[0] for line in said.splitlines() if "nothing is left" in line] == [
+        "choose",
+        "tune",
+        "compare",
+    ]
     anew = tmp_path / "anew"
     assert run(anew, capsys, f"plan={finished / 'plan.yaml'}", "workers=2")[0] == 0
     for folder in (again, anew):
@@ -556,6 +565,55 @@ def test_a_value_that_is_no_number_ends_the_curve(tmp_path):
     results.close()
     kept = RunResults(tmp_path).get(run_)
     assert (kept.curve, kept.diverged, kept.measures) == (((0, 1.0),), True, {"x": None})
+
+
+def test_how_far_a_stage_is_how_fast_and_how_long_still_is_said(tmp_path, monkeypatch):
+    now = [100.0]
+    monkeypatch.setattr("hybrid_lora_plugin.cli.evidence_progress.time.monotonic", lambda: now[0])
+    stream = io.StringIO()
+    watch = LineWatch(stream)
+    watch.stage("tuning rates, steps", 40_000)
+    for seconds, parts in ((9, 900), (1, 100), (3990, 19_000), (10, 20_000)):
+        now[0] += seconds
+        watch.advance(parts)
+    watch.stage("choosing at 2 starts", 2)
+    now[0] += 90
+    watch.advance(1)
+    assert stream.getvalue().splitlines() == [
+        "tuning rates, steps: 1,000 of 40,000, 100.0 a second, ETA 6:30",
+        "tuning rates, steps: 20,000 of 40,000, 5.0 a second, ETA 1:06:40",
+        "tuning rates, steps: 40,000 of 40,000, 10.0 a second, ETA 0:00",
+        "choosing at 2 starts: 1 of 2, 90.0 s each, ETA 1:30",
+    ]
+
+    class Counts(Watch):
+        stages, parts = {}, 0
+
+        def stage(self, text, total):
+            self.text, self.stages[text] = text, [total, 0]
+
+        def advance(self, parts):
+            self.stages[self.text][1] += parts
+
+    # Of a protocol that does not say when it takes a step, and of one that does and keeps a run before that.
+    for name, says in (("silent", False), ("says", True)):
+        train = AnalyticProtocol.train
+
+        def trains(self, runs, keep, train=train):
+            def kept(run, outcome):
+                self.stepped(run.steps // 2)
+                keep(run, outcome)
+
+            train(self, runs, kept)
+
+        monkeypatch.setattr(AnalyticProtocol, "train", trains if says else train)
+        counts = Counts()
+        plan = write_plan(tmp_path / "plan.yaml", tasks=["sum"], bases=["narrow"])
+        run_stages(EvidenceCommandConfig(plan=str(plan), output_dir=str(tmp_path / name)), counts)
+        assert {text.split()[0] for text in counts.stages} == {"choosing", "tuning", "comparing"}
+        assert all(total == done > 0 for total, done in counts.stages.values())
+        counts.stages.clear()
+        monkeypatch.undo()
 
 
 def test_a_report_on_thousands_of_runs_takes_seconds(tmp_path):

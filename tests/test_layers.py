@@ -34,6 +34,7 @@ CONFIG_PARTS = {
     "config_field",
     "config_selection",
     "config_probe",
+    "config_trial",
     "config_sync",
     "config_checkpoint",
     "config_data",
@@ -58,7 +59,7 @@ MODELS = {
 INTERNAL = {
     **{
         f"config_{part}.py": {"config_field", "errors"}
-        for part in ("selection", "probe", "sync", "checkpoint", "data", "evaluation", "plan", "evidence")
+        for part in ("selection", "probe", "trial", "sync", "checkpoint", "data", "evaluation", "plan", "evidence")
     },
     "config.py": CONFIG_PARTS | {"errors"},
     "config_validation.py": CONFIG_PARTS | {"config", "errors"},
@@ -73,7 +74,8 @@ INTERNAL = {
     "scoring": GROUND | {"candidates"},
     "allocation": GROUND | {"candidates", "linear_account", "scoring"},
     "report": GROUND | {"candidates", "linear_account", "scoring", "allocation"},
-    "probing": GROUND | MODELS | {"config_validation", "scoring", "allocation", "report"},
+    # A trial trains the hybrid model.
+    "probing": GROUND | MODELS | {"config_validation", "scoring", "allocation", "report", "training"},
     "training": GROUND | MODELS | {"allocation"},
     "sync": GROUND | {"training"},
     "tasks": {"errors"},

@@ -16,7 +16,8 @@ from hybrid_lora_plugin.scoring import Measured, get_criterion, score_modules
 from tests.support.tiny_models import sums, write_jsonl
 from tests.support.tiny_probe import ragged_batch, tiny_model
 
-ONE_A_METHOD = {get_criterion(name).method: name for name in reversed(CRITERIA)}
+#: A trial trains allocations and measures no module; ``probing/trial/in_memory.py`` is for that.
+ONE_A_METHOD = {get_criterion(name).method: name for name in reversed(CRITERIA) if name != "trial"}
 
 
 def configured(criterion, **probe):

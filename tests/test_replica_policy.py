@@ -10,10 +10,11 @@ import torch
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.evidence.protocol import Choice, Run, Start
 from hybrid_lora_plugin.evidence.replicas import PolicyProtocol
-from hybrid_lora_plugin.evidence.replicas.base import answer_logits
-from hybrid_lora_plugin.evidence.replicas.forward import SharedParts
-from hybrid_lora_plugin.evidence.replicas.policy import group_advantages, on_policy_loss, sample_answers
-from hybrid_lora_plugin.evidence.replicas.tasks import task_of
+from hybrid_lora_plugin.evidence.replicas.base import answer_logits, random_base
+from hybrid_lora_plugin.evidence.replicas.forward import SharedParts, Weights, answer_log_probs
+from hybrid_lora_plugin.evidence.replicas.policy import answers_logits, group_advantages, on_policy_loss, sample_answers
+from hybrid_lora_plugin.evidence.replicas.settings import ReplicaSettings, read_settings
+from hybrid_lora_plugin.evidence.replicas.tasks import Layout, task_of
 from hybrid_lora_plugin.evidence.replicas.updates import Replicas
 from hybrid_lora_plugin.verl_backend.advantages import group_advantage
 from hybrid_lora_plugin.verl_backend.losses import gspo_sequence_losses
@@ -81,9 +82,9 @@ def test_answers_are_drawn_from_the_policys_own_distribution(protocol):
     replicas = Replicas(shared, [full_run(protocol)], 2.0, 0.0, 1.0)
     rows, layout = 4000, protocol.layout
     problem = protocol.problems.held_out(TASK)[:1].long()
-    prompts = problem[None, :, : layout.prompt_tokens].expand(1, rows, -1)
-    uniform = torch.rand(1, rows, layout.answer_tokens, generator=torch.Generator().manual_seed(1))
-    answers = sample_answers(replicas, replicas.weights(), prompts, uniform)[0, :, layout.prompt_tokens :]
+    prompts = problem[None, :, : layout.prompt_tokens].expand(1, rows // 8, -1)
+    uniform = torch.rand(1, rows // 8, 8, layout.answer_tokens, generator=torch.Generator().manual_seed(1))
+    answers = sample_answers(shared, replicas.weights(), prompts, uniform)[0].flatten(0, 1)
     with torch.no_grad():
         first = answer_logits(model, problem, layout.answer_tokens)[0, 0].softmax(-1)
     shares = torch.bincount(answers[:, 0], minlength=16) / rows
@@ -96,6 +97,49 @@ def test_answers_are_drawn_from_the_policys_own_distribution(protocol):
     after = answers[answers[:, 0] == likely, 1]
     shares = torch.bincount(after, minlength=16) / len(after)
     assert (shares - second).abs().max() < 4 * (0.25 / len(after)) ** 0.5
+
+
+def test_answers_that_share_their_prompt_are_those_of_rows_of_their_own():
+    """Logits, gradients and draws of one row with all answers to a problem, and of a row for each, in float64."""
+    block = BASE | {"hidden_size": 32, "heads": 4, "kv_heads": 2}
+    (settings,) = read_settings(ReplicaSettings, {"bases": [block], "digits": 3}).bases
+    layout, draws = Layout(3, False), torch.Generator().manual_seed(5)
+    base = SharedParts(random_base(settings), layout.tokens - 1, torch.device("cpu"), torch.float64)
+    matrices = {
+        type_: (4 * torch.randn(2, 3, *found.shape[1:], generator=draws, dtype=torch.float64) / found.shape[-1] ** 0.5)
+        for type_, found in base.matrices.items()
+    }
+    matrices = {type_: found.requires_grad_(True) for type_, found in matrices.items()}
+    biases = {type_: found.unsqueeze(1).repeat(1, 3, 1) for type_, found in base.biases.items()}
+    weights, answers, kept = Weights(matrices, biases), 5, layout.answer_tokens
+    prompts = torch.randint(0, 14, (3, 4, layout.prompt_tokens), generator=draws)
+    uniform = torch.rand(3, 4, answers, kept, generator=draws, dtype=torch.float64)
+
+    def of_rows(written):
+        """Logits ``[R, B, G, P, V]`` of prompts with ``written`` ``[R, B, G, Q]``, the last P = Q + 1 places."""
+        rows = torch.cat([prompts.unsqueeze(2).expand(-1, -1, answers, -1), written], dim=-1).flatten(1, 2)
+        return base.logits(weights, rows, written.shape[-1] + 1).unflatten(1, (4, answers))
+
+    sampled = sample_answers(base, weights, prompts, uniform)
+    assert len(sampled.flatten(0, 2).unique(dim=0)) > 40
+    for place in range(kept):
+        with torch.no_grad():
+            sums = of_rows(sampled[..., :place])[..., -1, :].softmax(-1).cumsum(-1)
+        expected = (sums <= uniform[..., place, None]).sum(-1).clamp(max=15)
+        assert torch.equal(sampled[..., place], expected)
+
+    found, expected = answers_logits(base, weights, prompts, sampled), of_rows(sampled[..., :-1])
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-11)
+    advantages = torch.randn(3, 4, answers, kept, generator=draws, dtype=torch.float64)
+
+    def gradients_of(logits):
+        values = answer_log_probs(logits.flatten(1, 2), sampled.flatten(1, 2)).view_as(advantages)
+        return torch.autograd.grad((values * advantages).sum(), [*matrices.values()])
+
+    gradients = gradients_of(found), gradients_of(expected)
+    for one, other in zip(*gradients, strict=True):
+        assert other.abs().max() > 1e-3
+        torch.testing.assert_close(one, other, rtol=1e-9, atol=1e-11)
 
 
 def test_the_reward_rises_and_does_not_depend_on_the_runs_beside(protocol, monkeypatch):

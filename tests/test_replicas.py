@@ -21,6 +21,7 @@ from hybrid_lora_plugin.evidence.replicas import SftProtocol
 from hybrid_lora_plugin.evidence.replicas.base import answer_logits, random_base
 from hybrid_lora_plugin.evidence.replicas.flops import trainable_parameters
 from hybrid_lora_plugin.evidence.replicas.forward import SharedParts, answer_log_probs
+from hybrid_lora_plugin.evidence.replicas.selection import batch_of
 from hybrid_lora_plugin.evidence.replicas.settings import ReplicaSettings, read_settings
 from hybrid_lora_plugin.evidence.replicas.tasks import TASKS, Layout, Problems, renaming
 from hybrid_lora_plugin.evidence.replicas.updates import BETAS, EPSILON, Replicas, adapter_init
@@ -202,6 +203,16 @@ def test_an_outcome_does_not_depend_on_the_runs_beside_it(protocol):
     assert math.isfinite(mixed["wild"].curve[-1][1]) and len(mixed["wild"].curve) < 4
 
 
+def test_every_step_of_the_runs_that_were_asked_for_is_told_as_it_is_taken(protocol, monkeypatch):
+    make_run.candidates = protocol.candidates("tiny")
+    told, kept = [], []
+    monkeypatch.setattr(protocol, "stepped", told.append)
+    runs = [make_run(f"run{i}", seed=i, steps=STEPS + i) for i in range(6)] + [make_run("full", full=14, rank=0)]
+    protocol.train(runs, lambda run, outcome: kept.append(sum(told)))
+    assert sum(told) == sum(run.steps for run in runs) and max(told) == 4
+    assert 0 < kept[0] < sum(told), "the first group is told before it is kept, and the others after"
+
+
 def test_the_curve_begins_at_the_base_and_learns(protocol):
     make_run.candidates = protocol.candidates("tiny")
     runs = [make_run(task, task=task, full=14, rank=0, steps=30) for task in ("double_add", "subtract", "add")]
@@ -259,6 +270,29 @@ def test_arms_choose_by_the_projects_probe_and_share_it(tmp_path, monkeypatch):
         assert list(modules) == sorted(modules, key=order.index)
         assert name == "named" or sum(sizes[m] for m in modules) <= 0.3 * sum(sizes.values())
     assert protocol.choose(start, arms) == chosen
+
+    # The look ahead measures what the paper's probe does, bit for bit, so one probe serves both, asked in any order.
+    looking = Arm("lookahead", "hybrid", {"criterion": "lookahead", **share}, rank=RANK)
+    begun.clear()
+    together = protocol.choose(start, [*arms[:3], looking])
+    assert begun == ["lookahead"]
+    assert together == {name: chosen[name] for name in criteria[:3]} | protocol.choose(start, [looking])
+    measured = []
+    for asked in (arms[:3], [looking, *arms[:3]]):
+        probes = Counted(
+            protocol.model("tiny"),
+            protocol.device,
+            *(
+                lambda at, rows, of=of: batch_of(protocol.problems.drawn("subtract", at, of, 1, rows)[0], 3)
+                for of in "ab"
+            ),
+        )
+        probes.choose_all(asked, protocol.settings.probe, RANK, 4)
+        config = selection.selection_config(arms[0], protocol.settings.probe, RANK, 4)
+        measured.append(probes.measurements(config))
+    for name, values in measured[0].items():
+        assert torch.equal(values, measured[1][name])
+
     for name, value in protocol.model("tiny").state_dict().items():
         assert torch.equal(value, before[name])
     with pytest.raises(ConfigurationError, match="arm wrong: selection.budget.share is no option"):

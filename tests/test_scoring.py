@@ -94,7 +94,7 @@ def test_every_criterion_of_the_configuration_is_registered_with_direction_run_a
 
 def test_scores_of_what_full_tuning_would_gain_keep_the_highest():
     highest = {name for name in CRITERIA if get_criterion(name).direction == "highest"}
-    assert highest == {"full_pruning", "gradient_norm", "snip", "lookahead"} | {
+    assert highest == {"full_pruning", "gradient_norm", "snip", "lookahead", "trial"} | {
         "signal_to_noise", "sign_consistency", "residual_gradient"
     }  # fmt: skip
 
@@ -109,23 +109,21 @@ def test_each_criterion_names_the_probe_method_it_needs():
         "lookahead": 1,
         "weight_gradient": 3,
         "features": 1,
+        "trial": 1,
         None: 4,
     }
     assert (runs["full_pruning"], runs["adalora"], runs["autolora"]) == ("full_delta", "adalora", "autolora")
 
 
-def test_an_unknown_criterion_is_refused_with_all_names_and_a_reserved_one_with_what_to_use():
+def test_an_unknown_criterion_is_refused_with_all_names():
     with pytest.raises(ConfigurationError, match="criterion: 'hybird' is unknown; choose one of ") as caught:
         get_criterion("hybird")
     assert all(name in str(caught.value) for name in CRITERIA)
-    with pytest.raises(ConfigurationError, match="criterion: 'trial' is not available yet; use "):
-        get_criterion("trial")
 
 
 def test_a_criterion_cannot_be_registered_twice_or_without_a_direction_or_method_there_is():
-    for name in ("hybrid", "trial"):
-        with pytest.raises(ValueError, match="registered already"):
-            register_criterion(name, direction="lowest", source="test")
+    with pytest.raises(ValueError, match="registered already"):
+        register_criterion("trial", direction="lowest", source="test")
     with pytest.raises(ValueError, match="give 'lowest' or 'highest'"):
         register_criterion("other", direction="auto", source="test")
     with pytest.raises(ValueError, match="method 'gpu'; give None or one of svd_lora, full_delta"):

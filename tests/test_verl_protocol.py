@@ -132,6 +132,30 @@ def test_a_run_that_fails_or_lacks_the_measure_says_where_to_look(settings, tmp_
         ours.train([run((), 4)], lambda *_: None)
 
 
+def test_a_measure_that_is_misspelt_is_told_after_the_first_validation(settings, tmp_path, monkeypatch):
+    monkeypatch.setattr("hybrid_lora_plugin.evidence.verl_runs.LOOK_EVERY", 0.1)
+    first = json.dumps({"step": 0, "data": {"val-core/sums/reward/mean@1": 0.1, "val-aux/sums": 0.0}})
+    writes = (
+        "import os, time\n"
+        "file = open(os.environ['VERL_FILE_LOGGER_PATH'], 'w')\n"
+        # A line is written in two parts, and looked at in between.
+        f"line = {first!r}\n"
+        "for part in (line[:20], line[20:] + '\\n'):\n"
+        "    file.write(part); file.flush(); time.sleep(0.5)\n"
+        "{then}"
+    )
+    command = ["python", "-c", writes.replace("{then}", "time.sleep(300)")]
+    ours = protocol(settings | {"measure": "val-core/sums/reward/mean@4", "command": command}, tmp_path / "misspelt")
+    with pytest.raises(ConfigurationError) as refused:
+        ours.train([run((), 4)], lambda *_: None)
+    assert "settings.measure: 'val-core/sums/reward/mean@4' is not in the first step of" in str(refused.value)
+    assert "which has val-aux/sums, val-core/sums/reward/mean@1; give one of these" in str(refused.value)
+    # One that is there goes on, and is ended when its minutes are over.
+    ours = protocol(settings | {"command": command, "minutes": 0.03}, tmp_path / "slow")
+    with pytest.raises(ConfigurationError, match="a run ended with status none after 0.03 minutes"):
+        ours.train([run((), 4)], lambda *_: None)
+
+
 @pytest.mark.parametrize(
     ("changes", "words"),
     [

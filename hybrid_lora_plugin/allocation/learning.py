@@ -17,7 +17,7 @@ def rate_option(method: str, init: str) -> str:
     """
     if method == "full_delta":
         return "probe.full_lr"
-    initialised = method in ("svd_lora", "lookahead", "weight_gradient") and init == "adalora"
+    initialised = method in ("svd_lora", "lookahead", "weight_gradient", "trial") and init == "adalora"
     return "probe.adalora.lr" if method == "adalora" or initialised else "probe.lr"
 
 

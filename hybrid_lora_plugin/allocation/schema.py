@@ -209,6 +209,77 @@ class StabilityRecord:
 
 
 @dataclass(frozen=True)
+class LossDifference:
+    """One candidate's held-out loss minus another's, of the same rows.
+
+    Attributes:
+        mean: in nats a token; below 0 the first is better.
+        low, high: 95 % interval, by a bootstrap over the rows that keeps each row's pair together.
+    """
+
+    mean: float
+    low: float
+    high: float
+
+
+@dataclass(frozen=True)
+class TrialCandidate:
+    """An allocation that was trained in a trial.
+
+    Attributes:
+        name: the entry of ``trial.portfolio`` that chose it, ``random:N``, or ``lora``.
+        also: other entries that chose the same modules, and share its run.
+        modules: names of the fully tuned ones, in model order.
+        rank: of the adapters on the others.
+        trainable_parameters: of both.
+        losses: held-out loss after each round that it took part in, in nats a token.
+        dropped: number of the round, from 1, after which it was dropped; 0 where it stayed to the end.
+        diverged: step, from 1, whose loss was no number; 0 where none was. Then the last round has no loss.
+        difference: to the best candidate of its last round; None of that one, and of one that diverged.
+    """
+
+    name: str
+    also: list[str]
+    modules: list[str]
+    rank: int
+    trainable_parameters: int
+    losses: list[float]
+    dropped: int = 0
+    diverged: int = 0
+    difference: LossDifference | None = None
+
+
+@dataclass(frozen=True)
+class TrialRecord:
+    """Successive halving of candidate allocations from one start.
+
+    Attributes:
+        rounds: optimizer steps of a candidate at the end of each round.
+        start: held-out loss before the first step, the same for all.
+        rows, tokens: that candidates were compared on.
+        batch_size: rows of a step.
+        steps: optimizer steps of all candidates together.
+        candidates: in the order of the portfolio, random draws behind it.
+        chosen: name of the one that the allocation is of.
+        alike: names of the candidates of the last round that the rows cannot tell from the best, that one included.
+        lora: LoRA of the same trainable size, as a control.
+        against_lora: the chosen one's loss minus that control's.
+    """
+
+    rounds: list[int]
+    start: float
+    rows: int
+    tokens: int
+    batch_size: int
+    steps: int
+    candidates: list[TrialCandidate]
+    chosen: str
+    alike: list[str]
+    lora: TrialCandidate | None = None
+    against_lora: LossDifference | None = None
+
+
+@dataclass(frozen=True)
 class Allocation:
     """A checked allocation, as written to and read from ``allocation.json``.
 
@@ -218,6 +289,7 @@ class Allocation:
         probe: None where nothing was probed; then the file has no such key.
         agreement: of several seeds; None where there was one; likewise.
         stability: None where there were no batches to draw from, and in artifacts that do not record it; likewise.
+        trial: of criterion ``trial``; likewise.
     """
 
     model: ModelIdentity
@@ -228,6 +300,7 @@ class Allocation:
     probe: ProbeRecord | None = None
     stability: StabilityRecord | None = None
     agreement: AgreementRecord | None = None
+    trial: TrialRecord | None = None
     schema_version: int = SCHEMA_VERSION
 
     @property

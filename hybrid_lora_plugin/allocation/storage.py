@@ -31,7 +31,7 @@ ALLOCATION_FILE = "allocation.json"
 def allocation_text(allocation: Allocation) -> str:
     """The text of ``allocation.json``."""
     payload = {"schema_version": allocation.schema_version} | asdict(allocation)
-    for name in ("probe", "stability", "agreement"):
+    for name in ("probe", "stability", "agreement", "trial"):
         if payload[name] is None:
             del payload[name]
     if allocation.probe is not None:
@@ -39,6 +39,11 @@ def allocation_text(allocation: Allocation) -> str:
         payload["probe"] = _without_none(payload["probe"])
         if allocation.probe.seeds is not None:
             payload["probe"]["seeds"] = [_without_none(seed) for seed in payload["probe"]["seeds"]]
+    if allocation.trial is not None:
+        trial = payload["trial"] = _without_none(payload["trial"])
+        trial["candidates"] = [_without_none(one) for one in trial["candidates"]]
+        if "lora" in trial:
+            trial["lora"] = _without_none(trial["lora"])
     return json.dumps(payload, indent=1, ensure_ascii=False, allow_nan=False) + "\n"
 
 

@@ -65,6 +65,7 @@ def validate_allocation(allocation: Allocation, where: str) -> None:
     _check_held_out(allocation, where)
     _check_auto(allocation, where)
     _check_agreement(allocation, where)
+    _check_trial(allocation, where)
 
 
 def _check_budget(allocation: Allocation, where: str) -> None:
@@ -137,6 +138,24 @@ def _check_agreement(allocation: Allocation, where: str) -> None:
         _require(unknown is None, where, f"agreement.chosen[{index}]", f"{unknown!r} is no module")
     wanted = overlaps_of(found.chosen)
     _require(found.overlaps == wanted, where, "agreement.overlaps", f"{found.overlaps} but the choices give {wanted}")
+
+
+def _check_trial(allocation: Allocation, where: str) -> None:
+    trial = allocation.trial
+    if trial is None:
+        return
+    found = {one.name: one for one in trial.candidates}
+    count = len(found)
+    _require(count == len(trial.candidates), where, "trial.candidates", f"{len(trial.candidates)} of {count} names")
+    _require(trial.chosen in found, where, "trial.chosen", f"{trial.chosen!r} is none of {', '.join(found)}")
+    chosen = found[trial.chosen].modules
+    full = allocation.full_names
+    _require(chosen == full, where, "trial.chosen", f"{trial.chosen!r} has {len(chosen)} modules, not the {len(full)}")
+    for index, one in enumerate(trial.candidates):
+        places = len(trial.rounds)
+        _require(
+            len(one.losses) <= places, where, f"trial.candidates[{index}].losses", f"{len(one.losses)} of {places}"
+        )
 
 
 def _check_stability(allocation: Allocation, where: str) -> None:

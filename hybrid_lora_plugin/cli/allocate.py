@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -25,6 +26,7 @@ from hybrid_lora_plugin.errors import ConfigurationError
 
 if TYPE_CHECKING:
     from hybrid_lora_plugin.allocation import Allocation
+    from hybrid_lora_plugin.allocation.schema import TrialRecord
 
 PROGRAM = "hybrid-lora-allocate"
 SUMMARY = (
@@ -82,9 +84,26 @@ def reallocate(config: AllocateCommandConfig) -> tuple[Allocation, Allocation]:
         probe=source.probe,
         environment=source.environment,
     )
+    if config.criterion == "trial":
+        allocation = dataclasses.replace(allocation, trial=_same_trial(source, allocation))
     with writing():
         save_allocation(config.output_dir, allocation, measurements)
     return source, allocation
+
+
+def _same_trial(source: Allocation, allocation: Allocation) -> TrialRecord | None:
+    """The trial of the artifact that was read, if what it chose is what was selected."""
+    from hybrid_lora_plugin.errors import AllocationError
+
+    if source.trial is not None:
+        chosen = next(one.modules for one in source.trial.candidates if one.name == source.trial.chosen)
+        if chosen != allocation.full_names:
+            raise AllocationError(
+                f"budget.mode: the trial compared allocations of {len(chosen)} modules, and this budget "
+                f"admits {len(allocation.full_names)} of them, which nobody trained; give the budget of the artifact, "
+                "or another criterion"
+            )
+    return source.trial
 
 
 if __name__ == "__main__":

@@ -7,6 +7,7 @@ import time
 from typing import TextIO
 
 from hybrid_lora_plugin.evidence.stages import Watch
+from hybrid_lora_plugin.probing.progress import clock
 
 
 class LineWatch(Watch):
@@ -37,20 +38,39 @@ class LineWatch(Watch):
         now = time.monotonic()
         if now - self._shown >= self._interval or self._done == self._total:
             self._shown = now
-            left = (now - self._begun) / self._done * (self._total - self._done)
-            said = f"{self._text}: {self._done:,} of {self._total:,}, {left:,.0f} s left"
+            each = max(now - self._begun, 1e-6) / self._done
+            said = f"{self._text}: {self._done:,} of {self._total:,}, {rate(each)}"
+            said += f", ETA {clock(each * (self._total - self._done))}"
             print(said, file=self._stream, flush=True)
 
 
+def rate(each: float) -> str:
+    """How fast parts come that take ``each`` seconds."""
+    return f"{1 / each:,.1f} a second" if each < 1 else f"{each:,.1f} s each"
+
+
 class BarWatch(Watch):
-    """A bar with parts done and time left, by rich."""
+    """A bar with parts done, their rate and time left, by rich."""
 
     def __init__(self) -> None:
         from rich.console import Console
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            Progress,
+            ProgressColumn,
+            Task,
+            TextColumn,
+            TimeRemainingColumn,
+        )
+        from rich.text import Text
 
-        columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeRemainingColumn())
-        self._bars = Progress(*columns, console=Console(stderr=True))
+        class RateColumn(ProgressColumn):
+            def render(self, task: Task) -> Text:
+                return Text(rate(1 / task.speed) if task.speed else "")
+
+        columns = TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), RateColumn()
+        self._bars = Progress(*columns, TextColumn("ETA"), TimeRemainingColumn(), console=Console(stderr=True))
         self._task = None
 
     def say(self, line: str) -> None:

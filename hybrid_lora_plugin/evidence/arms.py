@@ -19,7 +19,7 @@ from hybrid_lora_plugin.scoring import get_criterion
 RANDOM, STRATIFIED = "random", "random_stratified"
 LORA, LORA_MATCHED, LORA_FLOPS, DORA, FULL = "lora", "lora_matched", "lora_flops", "dora", "full"
 REVERSED, ONLY = ":reversed", "only:"
-#: Criteria with no arm of their own: ``explicit`` needs names, ``spread`` is ``only:TYPE`` here, and ``trial`` trains.
+#: Criteria with no arm out of the box: ``explicit`` needs names, ``spread`` is ``only:TYPE`` here, and ``trial`` rates.
 _NO_ARM = ("explicit", "spread", "trial")
 
 

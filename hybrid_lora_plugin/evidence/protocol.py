@@ -110,10 +110,13 @@ class Protocol(abc.ABC):
     Attributes:
         measure: name of the held-out value in a curve.
         lower_is_better: whether a smaller one is the better one.
+        stepped: call it with a number of optimizer steps, over all runs, that ``train`` has taken since it was called
+            last, so that the user sees how far it is; where it is not called, a run counts once it is kept.
     """
 
     measure: str
     lower_is_better: bool
+    stepped: Callable[[int], None] = staticmethod(lambda steps: None)
 
     @abc.abstractmethod
     def identity(self) -> dict[str, Any]:

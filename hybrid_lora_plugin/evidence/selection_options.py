@@ -10,6 +10,7 @@ from hybrid_lora_plugin.config import ProbeCommandConfig, ProbeConfig
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.evidence.protocol import Arm
+from hybrid_lora_plugin.probing.trial.options import check_trial
 from hybrid_lora_plugin.scoring import get_criterion
 
 
@@ -29,6 +30,8 @@ def selection_config(arm: Arm, probe: ProbeConfig, rank: int, seed: int) -> Prob
         config.control.seed = 1000 * seed + arm.draw
     try:
         validate(config)
+        if config.criterion == "trial":
+            check_trial(config)
     except ConfigurationError as error:
         raise ConfigurationError(f"arm {arm.name}: {error}") from error
     return config

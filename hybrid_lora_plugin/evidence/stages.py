@@ -124,7 +124,9 @@ class _Work:
 
     def prepare(self) -> None:
         """The bases, and what is known of them."""
-        self._open("choose")
+        # Of what is there already, the stages that need a base open it: a folder without work is no business of theirs.
+        if self._config.stage == "prepare" or Prepared.read(self._folder) is None:
+            self._open("choose")
 
     def cost(self) -> None:
         """Only say what there is to do."""
@@ -135,23 +137,29 @@ class _Work:
 
     def choose(self) -> None:
         """What each selecting arm tunes at each start."""
-        self._open("choose")
+        self.prepare()
         study = self._made()
         for line in costs(study) if not len(study.results) else ():
             self._watch.say(line)
         asked = study.unchosen()
+        if not asked:
+            self._watch.say("choose: nothing is left to do")
+            return
+        self._open("choose")
         self._watch.stage(f"choosing at {len(asked):,} starts", len(asked))
-        if asked:
-            for start, chosen in self._chosen(asked):
-                study.choices.keep(start, chosen)
-                self._watch.advance(1)
+        for start, chosen in self._chosen(asked):
+            study.choices.keep(start, chosen)
+            self._watch.advance(1)
 
     def tune(self) -> None:
         """Runs at every rate, on the tuning starts."""
         study = self._chosen_already()
+        done = len(study.results)
         # The steps of some arms follow from what came of the others.
         for which in ("first", "second"):
             self._train(study.untuned(which), "tuning rates" if which == "first" else "tuning rates, steps matched")
+        if len(study.results) == done:
+            self._watch.say("tune: nothing is left to do")
 
     def freeze(self) -> None:
         """Fix plan and rates under a digest."""
@@ -169,7 +177,10 @@ class _Work:
         if read_frozen(self._folder) is None:
             raise ConfigurationError(f"stage: nothing is frozen in {self._folder} yet; run stage=freeze first")
         freeze(study)
-        self._train(study.uncompared(), "comparing arms")
+        if runs := study.uncompared():
+            self._train(runs, "comparing arms")
+        else:
+            self._watch.say("compare: nothing is left to do")
 
     def report(self) -> None:
         """``report.md`` and its pictures, from the raw results alone."""
@@ -239,9 +250,10 @@ class _Work:
     def _refuse_other(self, before: Mapping[str, Any], now: Mapping[str, Any], what: str) -> None:
         for name in sorted({*before, *now}):
             if before.get(name) != now.get(name):
+                how = f"set OMP_NUM_THREADS={before.get(name)}" if name == "threads" else "put it back"
                 raise ConfigurationError(
                     f"{what}{name}: is {now.get(name)!r} and was {before.get(name)!r} when results were made in "
-                    f"{self._folder}; put it back, or give another output_dir"
+                    f"{self._folder}; {how}, or give another output_dir"
                 )
 
     def _train(self, runs: Sequence[Run], text: str) -> None:
@@ -250,12 +262,22 @@ class _Work:
         protocol, study = self._open("train"), self._made()
         steps = sum(run.steps for run in runs)
         self._watch.say(f"{text}: {len(runs):,} runs, {steps:,} steps")
-        self._watch.stage(text, len(runs))
+        self._watch.stage(f"{text}, steps", steps)
+        kept = said = 0
+
+        def stepped(steps: int) -> None:
+            nonlocal said
+            said += steps
+            self._watch.advance(steps)
 
         def keep(run: Run, outcome: Outcome) -> None:
+            nonlocal kept
             study.results.keep(run, outcome)
-            self._watch.advance(1)
+            kept += run.steps
+            if said < kept:
+                stepped(kept - said)
 
+        protocol.stepped = stepped
         protocol.train(runs, keep)
         if missing := [run for run in runs if study.results.get(run) is None]:
             raise HybridLoraError(

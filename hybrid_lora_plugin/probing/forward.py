@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -48,33 +49,37 @@ class Batch:
         return Batch(self.input_ids[rows, :length], self.attention_mask[rows, :length], self.labels[rows, :length])
 
 
-def negative_log_likelihood(model: nn.Module, batch: Batch) -> Tensor:
+def negative_log_likelihood(model: Callable[..., Any], batch: Batch) -> Tensor:
     """Negative log-likelihood summed over all response tokens of the batch.
 
     Args:
-        model: a Hugging Face causal language model.
+        model: a Hugging Face causal language model, or what calls one.
         batch: ``[B, S]``; without any response token the sum is 0, with a gradient of 0.
 
     Returns:
         A scalar, float32 (float64 for a float64 model).
     """
+    logits, targets = response_logits(model, batch)
+    if (targets == IGNORED).all():
+        return logits.sum() * 0
+    return functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), ignore_index=IGNORED, reduction="sum")
+
+
+def response_logits(model: Callable[..., Any], batch: Batch) -> tuple[Tensor, Tensor]:
+    """Logits ``[B, P, V]``, at least float32, at the P positions that predict a response token in some row, and the
+    token behind each, ``[B, P]``, ``IGNORED`` where it is none of its row. Without any such token P is 1.
+    """
     targets = batch.labels[:, 1:]  # [B, S-1], the token after each position
     # Only positions that predict a response token in some row need logits: with 150k tokens of vocabulary
     # the rest would be most of the memory.
     positions = (targets != IGNORED).any(dim=0).nonzero().squeeze(1)  # [P]
-    empty = not len(positions)
-    if empty:
+    if not len(positions):
         positions = positions.new_zeros(1)
     logits = model(
         input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False, logits_to_keep=positions
     ).logits  # [B, P, V]
     # At least float32: a sum over a vocabulary in bfloat16 keeps two digits.
-    logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-    if empty:
-        return logits.sum() * 0
-    return functional.cross_entropy(
-        logits.flatten(0, 1), targets[:, positions].flatten(), ignore_index=IGNORED, reduction="sum"
-    )
+    return logits.to(torch.promote_types(logits.dtype, torch.float32)), targets[:, positions]
 
 
 #: Tokens of a micro-batch, padding included, unless the user says how many rows: one row of the default max_length
@@ -95,7 +100,7 @@ class Passes:
 
     def __init__(
         self,
-        model: nn.Module,
+        model: Callable[..., Any],
         ranks: Ranks,
         micro_batch_size: int | None = None,
         micro_batch_tokens: int | None = None,
@@ -127,11 +132,13 @@ class Passes:
                 micro = Batch(micro.input_ids, micro.attention_mask, torch.full_like(micro.labels, IGNORED))
             yield micro.to(self.ranks.device), end == ends[-1]
 
+    def rows_at_once(self, batch: Batch) -> int:
+        """Most rows of a micro-batch that is not bound by its tokens; from the whole batch, as every rank has it."""
+        return self._micro_batch_size or max(1, MICRO_BATCH_TOKENS // batch.input_ids.shape[1])
+
     def _as_they_come(self, batch: Batch) -> tuple[list[int], list[int]]:
         """Rows in an order that the ranks take turns in, and where the micro-batches of a rank's rows end."""
-        longest = -(-batch.rows // self.ranks.size)
-        # From the whole batch, so that it is the same on every rank.
-        size = self._micro_batch_size or max(1, MICRO_BATCH_TOKENS // batch.input_ids.shape[1])
+        longest, size = -(-batch.rows // self.ranks.size), self.rows_at_once(batch)
         return list(range(batch.rows)), [min(start + size, longest) for start in range(0, longest, size)]
 
     def _by_length(self, batch: Batch) -> tuple[list[int], list[int]]:

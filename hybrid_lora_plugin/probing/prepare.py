@@ -8,8 +8,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from hybrid_lora_plugin.config import ModelConfig, ProbeCommandConfig
-from hybrid_lora_plugin.probing.data.batches import ProbeData
+from hybrid_lora_plugin.config import WITHOUT_PROBE, ModelConfig, ProbeCommandConfig, ProbeConfig
+from hybrid_lora_plugin.probing.data.batches import ProbeData, TrialRows
 from hybrid_lora_plugin.probing.loading import load_model_config, load_tokenizer
 from hybrid_lora_plugin.probing.method import warmup_steps
 from hybrid_lora_plugin.probing.progress import Progress
@@ -24,14 +24,31 @@ def prepare_data(config: ProbeCommandConfig, progress: Progress) -> ProbeData:
     """
     tokenizer, model_config = load_tokenizer(config.model), load_model_config(config.model)
     return ProbeData(
-        # Rows for a warm-up are read where there is one.
-        dataclasses.replace(config.probe, warmup_steps=warmup_steps(config)),
+        needed_rows(config),
         tokenizer,
         vocabulary=getattr(model_config.get_text_config(), "vocab_size", None),
         stops=_stop_tokens(config.model, model_config),
         day=_day(config),
         progress=progress,
+        trial=trial_rows(config) if config.criterion == "trial" else None,
     )
+
+
+def needed_rows(config: ProbeCommandConfig) -> ProbeConfig:
+    """The probe's settings without the rows that no criterion of it reads."""
+    if config.criterion != "trial":
+        # Rows for a warm-up are read where there is one.
+        return dataclasses.replace(config.probe, warmup_steps=warmup_steps(config))
+    asked = [dataclasses.replace(config, criterion=name) for name in config.trial.criteria if name not in WITHOUT_PROBE]
+    steps = max((warmup_steps(one) for one in asked), default=0)
+    return dataclasses.replace(config.probe, warmup_steps=steps, partitions=config.probe.partitions if asked else 0)
+
+
+def trial_rows(config: ProbeCommandConfig) -> TrialRows:
+    """What a trial needs of the rows: those of its longest run, and those that it compares on."""
+    trial = config.trial
+    size = trial.batch_size or config.probe.batch_size
+    return TrialRows(trial.held_out_rows, round(trial.steps / trial.keep ** (trial.rounds - 1)) * size, size)
 
 
 def seeds_settings(config: ProbeCommandConfig) -> dict[str, Any]:

@@ -16,6 +16,7 @@ from hybrid_lora_plugin.candidates import Candidate, architecture_of, model_fing
 from hybrid_lora_plugin.config import WITHOUT_WARMUP, ProbeCommandConfig
 from hybrid_lora_plugin.linear_account import frozen_linear
 from hybrid_lora_plugin.probing.data.batches import ProbeData
+from hybrid_lora_plugin.probing.trial.options import recorded
 
 # These change memory and speed, not what is measured.
 _WITHOUT_EFFECT = ("files", "micro_batch_size", "micro_batch_tokens", "gradient_checkpointing", "dry_run")
@@ -86,6 +87,11 @@ def probe_record(
     """
     probe = config.probe
     own = {"adalora": probe.adalora, "autolora": probe.autolora, "lookahead": probe.lookahead.settled}
+    options = {method: asdict(own[method])} if method in own else {}
+    if method == "trial":
+        # What its portfolio may read of the probe, and what it trains with.
+        asked = [name for name in own if name in config.trial.criteria]
+        options = {name: asdict(own[name]) for name in asked} | {method: recorded(config)}
     return ProbeRecord(
         method=method,
         objective=probe.objective,
@@ -100,7 +106,7 @@ def probe_record(
         dtype=str(dtype).removeprefix("torch."),
         seed=probe.seed,
         data=data,
-        options={method: asdict(own[method])} if method in own else {},
+        options=options,
     )
 
 

@@ -9,6 +9,7 @@ import dataclasses
 import gc
 from collections.abc import Callable
 from pathlib import Path
+from types import ModuleType
 
 import torch
 
@@ -52,6 +53,13 @@ METHODS: dict[str, type[ProbeMethod]] = {
 }
 
 
+def _trial() -> ModuleType:
+    """The trial, which trains with PEFT: imported where there is one."""
+    from hybrid_lora_plugin.probing.trial import runner
+
+    return runner
+
+
 def run_probe(config: ProbeCommandConfig, progress: Progress | None = None, ranks: Ranks | None = None) -> Path:
     """As ``probe_model``; returns the artifact's folder, ``config.output_dir``."""
     probe_model(config, progress, ranks)
@@ -87,6 +95,8 @@ def probe_model(
     method = get_criterion(config.criterion).method
     if method is None:
         return ranks.from_first(lambda: _choose_without_probe(config, output_dir, progress))
+    if method == "trial":
+        return _trial().run_trial(config, output_dir, progress, ranks, METHODS)
     if config.probe.seeds:
         return _probe_seeds(config, method, output_dir, progress, ranks, before_loading)
     probe = Probe(config, method, METHODS[method], output_dir, progress, ranks, before_loading=before_loading)
@@ -108,7 +118,8 @@ def _probe_seeds(
     for number, seed in enumerate(seeds):
         progress.note(f"seed {seed}, {number + 1} of {len(seeds)}")
         one = dataclasses.replace(config, probe=dataclasses.replace(config.probe, seed=seed, seeds=[]))
-        probe = Probe(one, method, METHODS[method], output_dir, progress, ranks, f"seed_{number}", before_loading)
+        part = f"seed_{number}"
+        probe = Probe(one, method, METHODS[method], output_dir, progress, ranks, part, before_loading=before_loading)
         before_loading = None
         measured.append(probe.measure())
         records.append(ranks.from_first(probe.record))
@@ -136,8 +147,11 @@ def _check(config: ProbeCommandConfig, output_dir: Path, processes: int) -> None
                 f"probe.objective: {config.probe.objective!r} needs rollouts, which only a verl run makes; give "
                 f"hybrid_lora.probe.objective={config.probe.objective} there, or probe.objective=sft here"
             )
-        METHODS[method].check_ranks(processes)
-        check_auto(config)
+        if method == "trial":
+            _trial().check(config, METHODS, processes)
+        else:
+            METHODS[method].check_ranks(processes)
+            check_auto(config)
     remove_finished(output_dir)
     refuse_existing(output_dir)
     check_model_files(config.model, loads=method is not None)

@@ -28,6 +28,7 @@ from hybrid_lora_plugin.config import AUTO, ProbeCommandConfig
 from hybrid_lora_plugin.errors import ProbeError
 from hybrid_lora_plugin.linear_account import account_text
 from hybrid_lora_plugin.probing.checks import check_budget, check_shapes
+from hybrid_lora_plugin.probing.data.batches import ProbeData
 from hybrid_lora_plugin.probing.distributed import Ranks, decoder_layers, place
 from hybrid_lora_plugin.probing.forward import Passes
 from hybrid_lora_plugin.probing.held_out import HeldOutLosses
@@ -70,6 +71,7 @@ class Probe:
         progress: Progress,
         ranks: Ranks,
         part: str = "",
+        data: ProbeData | None = None,
         before_loading: Callable[[int], None] | None = None,
     ) -> None:
         self.config, self.method_name, self.output_dir, self.progress, self.ranks = (
@@ -81,9 +83,9 @@ class Probe:
         )
         # Of several seeds each keeps its state in a part of the folder.
         self.part = part
-        # The data first: a mistake there is found before the weights are read.
-        self.data = ranks.from_first(lambda: prepare_data(config, progress))
-        for sentence in self.data.told:
+        # The data first: a mistake there is found before the weights are read. Several probes may share theirs.
+        self.data = data or ranks.from_first(lambda: prepare_data(config, progress))
+        for sentence in () if data else self.data.told:
             progress.note(sentence)
         ranks.from_first(lambda: check_model(config.model))
         if before_loading is not None:
@@ -123,7 +125,7 @@ class Probe:
 
     def measure(self) -> dict[str, Tensor]:
         """Take the steps that are missing: what was measured, ``[T, M]`` or ``[M]`` float64 by name."""
-        with _deterministic(self.ranks.device), StopRequest() as stop, self._memory_explained():
+        with deterministic(self.ranks.device), StopRequest() as stop, self._memory_explained():
             probe = self.config.probe
             passes = Passes(self.model, self.ranks, probe.micro_batch_size, probe.micro_batch_tokens)
             self.method.start(passes)
@@ -294,7 +296,7 @@ class Probe:
 
 
 @contextlib.contextmanager
-def _deterministic(device: torch.device) -> Iterator[None]:
+def deterministic(device: torch.device) -> Iterator[None]:
     """Deterministic kernels on an accelerator; those of the CPU are so already."""
     if device.type == "cpu":
         yield

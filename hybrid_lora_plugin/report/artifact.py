@@ -1,7 +1,7 @@
 """The whole artifact of a selection: what training reads, and what people read.
 
 allocation.json  sensitivities.safetensors    see ``allocation.storage``
-heatmap.png  scores.png  report.md            for people
+heatmap.png  scores.png  trial.png  report.md    for people
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from hybrid_lora_plugin.files import complete_folder
 from hybrid_lora_plugin.report.heatmap import draw_heatmap
 from hybrid_lora_plugin.report.page import write_report
 from hybrid_lora_plugin.report.score_plot import draw_scores
+from hybrid_lora_plugin.report.trial_plot import draw_trial
 
 
 def save_allocation(folder: str | Path, allocation: Allocation, measurements: Mapping[str, Tensor]) -> Path:
@@ -42,6 +43,7 @@ def save_allocation(folder: str | Path, allocation: Allocation, measurements: Ma
             write_allocation(unfinished, allocation, measurements)
             draw_heatmap(allocation, unfinished / "heatmap.png")
             draw_scores(allocation, unfinished / "scores.png")
+            draw_trial(allocation.trial, unfinished / "trial.png")
             write_report(allocation, unfinished / "report.md")
     except OSError as error:
         raise AllocationError(f"output_dir: {folder} cannot be written ({error}); give another folder") from error

@@ -46,6 +46,8 @@ def caveats_text(allocation: Allocation) -> str:
         return "A control chosen by rule: which modules are full follows from their type; nothing was measured."
     if name == "spread":
         return _spread(allocation)
+    if name == "trial":
+        return _trial(allocation)
     if name == "explicit":
         return "The fully fine-tuned modules were listed by the user; nothing was measured to choose them."
     if name == "gradient_norm":
@@ -73,6 +75,17 @@ def _hybrid(direction: str, normalise: str) -> str:
     return (
         f"The Hybrid-Score is the paper's criterion, and it is unproven: in the study behind this project ({_TOY}) "
         f"{finding}. That refutes nothing at your scale, and it is no evidence in favour. {_COMPARE}"
+    )
+
+
+def _trial(allocation: Allocation) -> str:
+    if allocation.trial is None:
+        return "All candidates chose the same modules, so that nothing was trained and nothing compared."
+    return (
+        "Each candidate was trained for a short while under the rates of the run, and the best one on held-out rows is "
+        "used. What leads after so few steps need not lead at the end of a run, one run of each says nothing of "
+        "another seed, and the best of several is better here than it will be on other rows. Whether such a trial "
+        "chooses better than a random draw has not been measured."
     )
 
 

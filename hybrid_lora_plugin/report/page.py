@@ -14,9 +14,10 @@ from hybrid_lora_plugin.allocation.budget import FULL
 from hybrid_lora_plugin.allocation.budget_modes import budget_mode
 from hybrid_lora_plugin.allocation.consensus import agreement_in_words, times_chosen
 from hybrid_lora_plugin.allocation.learning import learned_in_words
-from hybrid_lora_plugin.allocation.schema import Allocation, ModuleRecord, ProbeRecord
+from hybrid_lora_plugin.allocation.schema import Allocation, ModuleRecord, ProbeRecord, TrialRecord
 from hybrid_lora_plugin.allocation.stability import DECIDED, EDGE, by_standing, in_words, shares_of
 from hybrid_lora_plugin.allocation.stopping import stopping_in_words
+from hybrid_lora_plugin.allocation.trial_words import trial_in_words, trial_markdown
 from hybrid_lora_plugin.linear_account import account_markdown
 from hybrid_lora_plugin.report.caveats import CONTROLS, caveats_text, caveats_title
 from hybrid_lora_plugin.report.groups import depth_thirds, present_types
@@ -51,6 +52,7 @@ def _lines(allocation: Allocation) -> list[str]:
         "",
         *_learning(allocation.probe),
         *([f"{agreed[0].upper()}{agreed[1:]}.", ""] if (agreed := agreement_in_words(allocation)) else []),
+        *(line for said in trial_in_words(allocation.trial) for line in (_sentence(said), "")),
         *(line for said in stopping_in_words(allocation.probe) for line in (f"{said[0].upper()}{said[1:]}.", "")),
         "## What was probed" if allocation.probe else "## How it was chosen",
         "",
@@ -77,6 +79,7 @@ def _lines(allocation: Allocation) -> list[str]:
         "",
         *_full_modules(allocation, full),
         "",
+        *_trial(allocation.trial),
         "## Does the score separate?",
         "",
         *_separation(allocation),
@@ -92,6 +95,31 @@ def _lines(allocation: Allocation) -> list[str]:
         "Add two arguments to your verl command, with PATH the folder of this report:",
         "",
         "    python -m verl.trainer.main_ppo YOUR_ARGUMENTS +hybrid_lora=enabled hybrid_lora.allocation=PATH",
+    ]
+
+
+def _sentence(said: str) -> str:
+    said = said.removeprefix("trial: ")
+    return f"{said[0].upper()}{said[1:]}."
+
+
+def _trial(record: TrialRecord | None) -> list[str]:
+    """Every candidate of a trial, its losses and when it was dropped."""
+    if record is None:
+        return []
+    return [
+        "## The trial",
+        "",
+        f"{len(record.candidates)} candidates were trained from one start, on the same rows in the same order, and "
+        f"compared on {record.rows} held-out rows ({record.tokens:,} response tokens). The loss before the first step "
+        f"was {record.start:.4f} nats a token. All of them together took {record.steps:,} steps of {record.batch_size} "
+        "rows. Differences are to the best candidate of the last round that one took part in, with 95 % intervals by a "
+        "bootstrap over the rows.",
+        "",
+        *trial_markdown(record),
+        "",
+        "![held-out loss of each candidate](trial.png)",
+        "",
     ]
 
 

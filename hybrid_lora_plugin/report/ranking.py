@@ -20,8 +20,9 @@ FEWEST_FOR_RANKS = 3
 
 def chosen_by_rule(allocation: Allocation) -> bool:
     """Whether a rule or a list chose the modules, so that what stands in ``score`` rates none of them."""
-    # `spread` is held to the budget, but its scores are only places in an even order over the depth.
-    return not budget_mode(allocation.budget.mode).limits or allocation.selection.criterion == "spread"
+    # These are held to the budget, but the scores of `spread` are only places in an even order over the depth, and
+    # those of `trial` say which modules the best candidate has.
+    return not budget_mode(allocation.budget.mode).limits or allocation.selection.criterion in ("spread", "trial")
 
 
 def by_preference(allocation: Allocation) -> list[ModuleRecord]:

@@ -9,6 +9,7 @@
     controls        what any claim about a score needs beside it
     lookahead       what moving one module's weight saves
     weight_gradient what the gradients of a weight have in common over the batches
+    trial           what a trial of candidate allocations chose
 
 To add one, write a function ``score_NAME(measured)`` with ``@register_criterion("NAME", direction=..., source=...)``
 into one of these files or a new one, and add the name to ``CRITERIA`` in ``config_selection``.
@@ -29,5 +30,5 @@ from hybrid_lora_plugin.scoring.registry import (  # noqa: F401
 )
 
 # isort: split
-from hybrid_lora_plugin.scoring import baselines, controls, hybrid, lookahead, weight_gradient  # noqa: F401
+from hybrid_lora_plugin.scoring import baselines, controls, hybrid, lookahead, trial, weight_gradient  # noqa: F401
 from hybrid_lora_plugin.scoring.hybrid import hybrid_score  # noqa: F401

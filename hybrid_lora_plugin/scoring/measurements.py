@@ -32,6 +32,7 @@ DELTA_NORM = "delta_norm"  # ||α A diag(e) B||_F after the warm-up, or ||D||_F 
 ADALORA_RANK = "adalora_rank"  # rank left after AdaLoRA's pruning
 ADALORA_IMPORTANCE = "adalora_importance"  # Σ_j S_j of AdaLoRA's triplets
 AUTOLORA_ALPHA = "autolora_alpha"  # selection scalar learned on validation batches, signed
+TRIAL = "trial"  # 1 in the modules of the candidate that a trial chose, 0 in the others
 
 
 @dataclass(frozen=True)

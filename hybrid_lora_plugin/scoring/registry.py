@@ -13,11 +13,9 @@ from hybrid_lora_plugin.scoring.measurements import SENSITIVITIES, Measured
 from hybrid_lora_plugin.scoring.module_scores import ModuleScores
 from hybrid_lora_plugin.scoring.normalise import type_zscore
 
-METHODS = ("svd_lora", "full_delta", "adalora", "autolora", "lookahead", "weight_gradient", "features")
+METHODS = ("svd_lora", "full_delta", "adalora", "autolora", "lookahead", "weight_gradient", "features", "trial")
 
 _CRITERIA: dict[str, Criterion] = {}
-# Names with a place in the configuration that are not built yet, and what to use until then.
-_RESERVED = {"trial": "use spread, random or hybrid, and compare them on your own validation data"}
 
 
 @dataclass(frozen=True)
@@ -73,7 +71,7 @@ def register_criterion(
         raise ValueError(f"criterion {name!r}: direction {direction!r}; give 'lowest' or 'highest'")
     if method is not None and method not in METHODS:
         raise ValueError(f"criterion {name!r}: method {method!r}; give None or one of {', '.join(METHODS)}")
-    if name in _CRITERIA or name in _RESERVED:
+    if name in _CRITERIA:
         raise ValueError(f"criterion {name!r} is registered already; choose another name")
 
     def keep(score: Callable[[Measured], ModuleScores]) -> Callable[[Measured], ModuleScores]:
@@ -87,10 +85,8 @@ def get_criterion(name: str) -> Criterion:
     """The criterion of that name.
 
     Raises:
-        ConfigurationError: there is none, or it is reserved; the message lists those there are.
+        ConfigurationError: there is none; the message lists those there are.
     """
-    if name in _RESERVED:
-        raise ConfigurationError(f"criterion: {name!r} is not available yet; {_RESERVED[name]}")
     if name not in _CRITERIA:
         raise ConfigurationError(f"criterion: {name!r} is unknown; choose one of {', '.join(sorted(_CRITERIA))}")
     return _CRITERIA[name]

@@ -18,6 +18,7 @@ from omegaconf.errors import OmegaConfBaseException
 from hybrid_lora_plugin.config import HybridLoraConfig, SelectionConfig, SyncConfig
 from hybrid_lora_plugin.config_effect import PROBE, SELECTION, without_effect
 from hybrid_lora_plugin.config_probe import LOOKAHEAD_STEPS
+from hybrid_lora_plugin.config_trial import criterion_of
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.sync.base_weights import stored_dtypes
 from hybrid_lora_plugin.training.learning_rates import Rate, learning_rates
@@ -74,6 +75,7 @@ def settle(config: DictConfig) -> list[str]:
         _put(config, strategy, "fsdp2")
     lines.append(_settle_rates(config, given, trained, rate))
     lines.append(_settle_lookahead(config))
+    lines.append(_settle_trial(config, kind))
     if not kind.samples:
         lines.append(_without_effect(given))
     lines.append(_unread(config, given))
@@ -173,7 +175,7 @@ def _unread(config: DictConfig, given: dict[str, Given]) -> str:
     names = [name.removeprefix(group) for name in given if name.startswith(group)]
     if options.get("allocation"):
         # Kept by a command that probed when it was first started.
-        choosing = {spec.name for spec in dataclasses.fields(SelectionConfig)} | {"probe", "output_dir"}
+        choosing = {spec.name for spec in dataclasses.fields(SelectionConfig)} | {"probe", "trial", "output_dir"}
         unread = sorted(group + name for name in names if name.partition(".")[0] in choosing)
         return f"without effect, as hybrid_lora.allocation is given: {', '.join(unread)}" if unread else ""
     if options.get("phase") == "probe":
@@ -258,7 +260,10 @@ def _settle_rates(config: DictConfig, given: dict[str, Given], trained: str, own
 
 def _settle_lookahead(config: DictConfig) -> str:
     """How far ``lookahead`` looks: by this run's rate of full modules, and to the middle of it where it has an end."""
-    if config.hybrid_lora.criterion != "lookahead" or config.hybrid_lora.allocation:
+    asked = [config.hybrid_lora.criterion]
+    if asked == ["trial"]:
+        asked = [criterion_of(str(entry)) for entry in config.hybrid_lora.trial.portfolio]
+    if "lookahead" not in asked or config.hybrid_lora.allocation:
         return ""
     probe = "hybrid_lora.probe.lookahead."
     if OmegaConf.select(config, probe + "lr") is None:
@@ -270,6 +275,40 @@ def _settle_lookahead(config: DictConfig) -> str:
         source = "half of trainer.total_training_steps" if total else "no trainer.total_training_steps to halve"
         return f"{probe}steps={steps} ({source})"
     return ""
+
+
+def _settle_trial(config: DictConfig, kind: RunKind) -> str:
+    """How ``trial`` trains its candidates: at the rates and with the optimizer of this run."""
+    if config.hybrid_lora.criterion != "trial" or config.hybrid_lora.allocation:
+        return ""
+    trial, optim = "hybrid_lora.trial.", kind.place(ACTOR + "optim.")
+    own = {
+        "full_lr": "hybrid_lora.full_lr",
+        "lora_lr": "hybrid_lora.lora.lr",
+        "full_lr_factors": "hybrid_lora.full_lr_factors",
+        "weight_decay": optim + "weight_decay",
+        "betas": optim + "betas",
+        "clip_grad": optim + "clip_grad",
+        "run_steps": "trainer.total_training_steps",
+    }
+    if not kind.samples:
+        own["batch_size"] = "data.train_batch_size"
+    taken = []
+    for name, source in own.items():
+        value = _selected(config, source)
+        if _selected(config, trial + name) in (None, []) and value not in (None, []):
+            _put(config, trial + name, value)
+            taken.append(f"{name}={value} ({source})")
+    said = f"hybrid_lora.trial: {', '.join(taken)}" if taken else ""
+    left = []
+    if (optimizer := _selected(config, optim + "optimizer")) not in (None, "AdamW"):
+        left.append(f"{optim}optimizer={optimizer}, in place of which it takes AdamW")
+    if steps := _selected(config, "hybrid_lora.full_warmup_steps"):
+        left.append(f"hybrid_lora.full_warmup_steps={steps}")
+    for name, nothing in (("lr_warmup_steps_ratio", 0), ("lr_scheduler_type", "constant")):
+        if (value := _selected(config, optim + name)) not in (None, nothing):
+            left.append(f"{optim}{name}={value}")
+    return "; ".join(part for part in (said, f"left out of the trial: {', '.join(left)}" if left else "") if part)
 
 
 def _positive(given: Given | None) -> bool:

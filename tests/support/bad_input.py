@@ -300,7 +300,8 @@ COMMANDS = {
     "an unknown initialisation": given("probe.init: 'svd'", "choose one of default, adalora", probe__init="svd"),
     "an unknown type": given("model.dtype: 'float16'", "choose one of auto, float32, bfloat16", model__dtype="float16"),
     "an unknown criterion": given("criterion: 'hybird'", "choose one of hybrid", criterion="hybird"),
-    "a criterion to come": given("criterion: 'trial'", "choose one of hybrid", criterion="trial"),
+    "a trial without rates": given("trial.full_lr: nothing given", "give trial.full_lr", criterion="trial"),
+    "steps of a trial without one": given("trial.steps: 5 has no effect", "with criterion=trial", trial__steps=5),
     "an unknown direction": given("direction: 'up'", "choose one of auto, lowest, highest", direction="up"),
     "an unknown normalisation": given("normalise: 'l2'", "choose one of none", normalise="l2"),
     "a normalisation without meaning": given(

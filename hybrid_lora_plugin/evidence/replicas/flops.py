@@ -66,7 +66,7 @@ def rollout_flops(
     """Operations of sampling: a forward pass of each prompt once and of each sampled token but the last.
 
     As a rollout engine has it, which keeps keys and values and lets the answers to a problem share those of its prompt;
-    attention is left out. The replicas themselves compute every prompt again for every token.
+    attention is left out. The replicas themselves compute prompts and earlier tokens again for every token.
     """
     sampled = problems * answers * answer_tokens
     tokens = problems * prompt_tokens + sampled - problems * answers

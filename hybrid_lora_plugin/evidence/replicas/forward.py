@@ -1,7 +1,8 @@
 """Qwen2's forward pass for R models at once, which share all but their linear layers.
 
 The same formulas as ``transformers`` (``models/qwen2/modeling_qwen2.py``), with a batched product where that has a
-linear layer. All problems have one length, so attention is causal and nothing else.
+linear layer. All problems have one length, so attention is causal and nothing else; continuations of one prompt that
+stand in one row do not see each other.
 """
 
 from __future__ import annotations
@@ -22,6 +23,23 @@ _PART = {**dict.fromkeys(TYPES[:4], "self_attn"), **dict.fromkeys(TYPES[4:], "ml
 def module_name(layer: int, type_: str) -> str:
     """Name of a candidate in the plain model."""
     return f"model.layers.{layer}.{_PART[type_]}.{type_}"
+
+
+@dataclass
+class Branches:
+    """Where G continuations of a prompt stand behind it in one row, so that the prompt is computed once for all.
+
+    The row holds the S tokens of the prompt, then the first token of each continuation, then the second of each. A row
+    of which less is written is the beginning of it.
+
+    Attributes:
+        cos, sin: of the place of each token in its own text, ``[S + G·Q, head_dim]``.
+        mask: ``[S + G·Q, S + G·Q]``, 0 where a token sees another and −inf elsewhere.
+    """
+
+    cos: Tensor
+    sin: Tensor
+    mask: Tensor
 
 
 @dataclass
@@ -89,18 +107,39 @@ class SharedParts:
         """Width."""
         return self.embedding.shape[1]
 
-    def logits(self, weights: Weights, tokens: Tensor, kept: int) -> Tensor:
+    def branches(self, prompt: int, continuations: int, length: int) -> Branches:
+        """G continuations of up to Q tokens behind prompts of S.
+
+        Args:
+            prompt: S.
+            continuations: G.
+            length: Q, with S at most ``positions`` together.
+        """
+        device = self.cos.device
+        at = torch.arange(prompt + continuations * length, device=device)
+        of_prompt = at < prompt
+        place = torch.where(of_prompt, at, prompt + (at - prompt) // continuations)
+        which = torch.where(of_prompt, -1, (at - prompt) % continuations)
+        own = of_prompt | (which[:, None] == which)
+        seen = own & (place <= place[:, None])
+        mask = torch.zeros(seen.shape, device=device, dtype=self.mask.dtype).masked_fill(~seen, float("-inf"))
+        return Branches(self.cos[place], self.sin[place], mask)
+
+    def logits(self, weights: Weights, tokens: Tensor, kept: int, branches: Branches | None = None) -> Tensor:
         """What R models say of the last positions.
 
         Args:
             weights: of the R models.
-            tokens: ``[R, B, S]`` int64, S at most ``positions``.
+            tokens: ``[R, B, S]`` int64, S at most ``positions``; with ``branches`` the beginning of such rows.
             kept: P, positions from the end of which logits are wanted.
+            branches: what the rows are, if not one text each.
 
         Returns:
             ``[R, B, P, V]``.
         """
         replicas, rows, length = tokens.shape
+        order = branches or Branches(self.cos, self.sin, self.mask)
+        order = Branches(order.cos[:length], order.sin[:length], order.mask[:length, :length])
         matrices = {type_: stack.unbind(0) for type_, stack in weights.matrices.items()}
         biases = {type_: stack.unbind(0) for type_, stack in weights.biases.items()}
         x = functional.embedding(tokens.reshape(replicas, rows * length), self.embedding)  # [R, B·S, H]
@@ -113,7 +152,7 @@ class SharedParts:
                 return torch.bmm(values, matrix)
 
             y = functional.rms_norm(x, (x.shape[-1],), self.before_attention[layer], self.epsilon)
-            attended = self._attention(*(project(type_, y) for type_ in BIASED), rows, length)
+            attended = self._attention(*(project(type_, y) for type_ in BIASED), rows, order)
             x = x + project("o_proj", attended)
             y = functional.rms_norm(x, (x.shape[-1],), self.before_mlp[layer], self.epsilon)
             x = x + project("down_proj", functional.silu(project("gate_proj", y)) * project("up_proj", y))
@@ -123,16 +162,16 @@ class SharedParts:
         flat = x.reshape(replicas, rows * kept, -1)
         return torch.bmm(flat, self.head.T.expand(replicas, -1, -1)).view(replicas, rows, kept, -1)
 
-    def _attention(self, q: Tensor, k: Tensor, v: Tensor, rows: int, length: int) -> Tensor:
-        """Causal attention of ``[R, B·S, heads · D]``; ``[R, B·S, heads · D]``."""
-        replicas = q.shape[0]
+    def _attention(self, q: Tensor, k: Tensor, v: Tensor, rows: int, order: Branches) -> Tensor:
+        """Attention of ``[R, B·S, heads · D]`` to what ``order`` lets each see; ``[R, B·S, heads · D]``."""
+        replicas, length = q.shape[0], len(order.mask)
 
         def split(values: Tensor, heads: int) -> Tensor:
             return values.view(replicas * rows, length, heads, self.head_dim).transpose(1, 2)
 
         def rotated(values: Tensor) -> Tensor:
             first, second = values.chunk(2, dim=-1)
-            return values * self.cos[:length] + torch.cat((-second, first), dim=-1) * self.sin[:length]
+            return values * order.cos + torch.cat((-second, first), dim=-1) * order.sin
 
         def repeated(values: Tensor) -> Tensor:
             return values.repeat_interleave(self.heads // self.kv_heads, dim=1)
@@ -140,7 +179,7 @@ class SharedParts:
         q, k, v = rotated(split(q, self.heads)), rotated(split(k, self.kv_heads)), split(v, self.kv_heads)
         if self.heads != self.kv_heads:
             k, v = repeated(k), repeated(v)
-        scores = torch.matmul(q, k.transpose(2, 3)) * self.head_dim**-0.5 + self.mask[:length, :length]
+        scores = torch.matmul(q, k.transpose(2, 3)) * self.head_dim**-0.5 + order.mask
         mixed = torch.matmul(scores.softmax(dim=-1), v)  # [R·B, heads, S, D]
         return mixed.transpose(1, 2).reshape(replicas, rows * length, self.heads * self.head_dim)
 

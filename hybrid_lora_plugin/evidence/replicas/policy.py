@@ -21,7 +21,7 @@ from hybrid_lora_plugin.config_field import Bound, above, at_least, documented
 from hybrid_lora_plugin.evidence.protocol import Choice, Start
 from hybrid_lora_plugin.evidence.replicas.base import digest_of, load_base, save_base, train_policy
 from hybrid_lora_plugin.evidence.replicas.flops import rollout_flops
-from hybrid_lora_plugin.evidence.replicas.forward import Weights, answer_log_probs
+from hybrid_lora_plugin.evidence.replicas.forward import SharedParts, Weights, answer_log_probs
 from hybrid_lora_plugin.evidence.replicas.settings import ReplicaSettings
 from hybrid_lora_plugin.evidence.replicas.sft import SftProtocol
 from hybrid_lora_plugin.evidence.replicas.updates import Replicas
@@ -63,6 +63,8 @@ class PolicyProtocol(SftProtocol):
     name = "policy"
     settings_kind = PolicySettings
     settings: PolicySettings
+    #: 2: the answers to a problem share their prompt, which rounds otherwise.
+    version = 2
     measure = "expected_reward"
     lower_is_better = False
 
@@ -138,40 +140,65 @@ class PolicyProtocol(SftProtocol):
 
     def _train_step(self, replicas: Replicas, problems: Tensor, uniform: Tensor) -> Tensor:
         """One step on problems ``[R, B, tokens]``, answers drawn by ``[R, B · G, P]``; returns the losses ``[R]``."""
-        kept, answers = self.layout.answer_tokens, self.settings.answers
-        problems = problems.long().repeat_interleave(answers, dim=1)  # [R, B·G, tokens], a group side by side
+        problems = problems.long()
+        prompts, right = problems.split([self.layout.prompt_tokens, self.layout.answer_tokens], dim=-1)
         weights = replicas.weights()
-        sampled = sample_answers(replicas, weights, problems[..., : self.layout.prompt_tokens], uniform)
-        right = (sampled[..., -kept:] == problems[..., -kept:]).all(-1)
-        advantages = group_advantages(right.to(self.dtype), answers)
-        logits = replicas.base.logits(weights, sampled[..., :-1], kept)
-        losses = on_policy_loss(answer_log_probs(logits, sampled[..., -kept:]), advantages)
+        answers = sample_answers(replicas.base, weights, prompts, uniform.unflatten(1, (-1, self.settings.answers)))
+        rewards = (answers == right.unsqueeze(2)).all(-1).flatten(1)  # [R, B·G], a group side by side
+        advantages = group_advantages(rewards.to(self.dtype), self.settings.answers)
+        logits = answers_logits(replicas.base, weights, prompts, answers)
+        losses = on_policy_loss(answer_log_probs(logits.flatten(1, 2), answers.flatten(1, 2)), advantages)
         replicas.step(losses)
         return losses.detach()
 
 
 @torch.no_grad()
-def sample_answers(replicas: Replicas, weights: Weights, prompts: Tensor, uniform: Tensor) -> Tensor:
-    """Prompts with an answer each, drawn at temperature 1.
+def sample_answers(base: SharedParts, weights: Weights, prompts: Tensor, uniform: Tensor) -> Tensor:
+    """G answers to each prompt, drawn at temperature 1.
 
     Args:
-        replicas, weights: the R models.
+        base, weights: the R models.
         prompts: ``[R, B, S]`` int64.
-        uniform: ``[R, B, P]``, in [0, 1): a token is the first at which the sum of probabilities exceeds it.
+        uniform: ``[R, B, G, P]``, in [0, 1): a token is the first at which the sum of probabilities exceeds it.
 
     Returns:
-        ``[R, B, S + P]``.
+        ``[R, B, G, P]`` int64.
     """
-    tokens = prompts
-    for place in range(uniform.shape[-1]):
-        probabilities = replicas.base.logits(weights, tokens, 1)[:, :, 0].softmax(-1)  # [R, B, V]
-        vocabulary = probabilities.shape[-1]
+    answers, length = uniform.shape[2:]
+    branches = base.branches(prompts.shape[-1], answers, length - 1)
+    rows, drawn = prompts, []
+    for place in range(length):
+        # The first token of all answers to a prompt has one distribution.
+        probabilities = base.logits(weights, rows, answers if place else 1, branches).softmax(-1)  # [R, B, G or 1, V]
+        replicas, problems, kept, vocabulary = probabilities.shape
         # A product, as a running sum has no fixed order on CUDA.
-        up_to = torch.ones(vocabulary, vocabulary, device=tokens.device, dtype=probabilities.dtype).triu()
-        sums = torch.bmm(probabilities, up_to.expand(len(tokens), -1, -1))
-        token = (sums <= uniform[..., place, None]).sum(-1, keepdim=True).clamp(max=vocabulary - 1)
-        tokens = torch.cat([tokens, token], dim=-1)
-    return tokens
+        up_to = torch.ones(vocabulary, vocabulary, device=rows.device, dtype=probabilities.dtype).triu()
+        sums = torch.bmm(probabilities.flatten(1, 2), up_to.expand(replicas, -1, -1))
+        sums = sums.view(replicas, problems, kept, vocabulary)
+        token = (sums <= uniform[..., place, None]).sum(-1).clamp(max=vocabulary - 1)  # [R, B, G]
+        drawn.append(token)
+        rows = torch.cat([rows, token], dim=-1)
+    return torch.stack(drawn, dim=-1)
+
+
+def answers_logits(base: SharedParts, weights: Weights, prompts: Tensor, answers: Tensor) -> Tensor:
+    """Logits of every token of G answers to each prompt; the prompt is computed once for all of them.
+
+    Args:
+        base, weights: the R models.
+        prompts: ``[R, B, S]`` int64.
+        answers: ``[R, B, G, P]`` int64.
+
+    Returns:
+        ``[R, B, G, P, V]``.
+    """
+    count, length = answers.shape[2:]
+    branches = base.branches(prompts.shape[-1], count, length - 1)
+    # The last token of an answer predicts nothing.
+    rows = torch.cat([prompts, answers[..., :-1].transpose(2, 3).flatten(2)], dim=-1)
+    logits = base.logits(weights, rows, 1 + count * (length - 1), branches)
+    first = logits[:, :, :1].unsqueeze(2).expand(-1, -1, count, -1, -1)  # [R, B, G, 1, V]
+    return torch.cat([first, logits[:, :, 1:].unflatten(2, (length - 1, count)).transpose(2, 3)], dim=3)
 
 
 def group_advantages(rewards: Tensor, answers: int) -> Tensor:

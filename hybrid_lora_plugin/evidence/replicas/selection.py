@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,13 @@ from hybrid_lora_plugin.evidence.selection_options import selection_config
 from hybrid_lora_plugin.probing.forward import IGNORED, Batch
 from hybrid_lora_plugin.probing.in_memory import measure_in_memory
 from hybrid_lora_plugin.probing.method import warmup_steps
+from hybrid_lora_plugin.probing.trial.in_memory import trial_in_memory
 from hybrid_lora_plugin.scoring import Measured, get_criterion, score_modules
+
+#: Methods that measure, bit for bit, all that another one does, and more.
+_ALSO_MEASURED_BY = {"svd_lora": ("lookahead",)}
+#: Number of the first batches of a trial, of both kinds.
+TRIAL_FROM = 1_000_000
 
 
 def batch_of(problems: Tensor, answer_tokens: int) -> Batch:
@@ -61,6 +67,10 @@ class Probes:
         if criterion.method is None:
             return {}
         settings = repr((warmup_steps(config), config.probe))
+        for other in _ALSO_MEASURED_BY.get(criterion.method, ()):
+            held = self._measured.get((other, settings), {})
+            if all(need in held for need in criterion.needs):
+                return held
         held = self._measured.setdefault((criterion.method, settings), {})
         if any(need not in held for need in criterion.needs):
             # A method may measure something for one criterion alone; what it measures besides is the same again.
@@ -78,6 +88,25 @@ class Probes:
             lambda number: self._validation(number, size),
         )
 
+    def choose_all(self, arms: Sequence[Arm], probe: ProbeConfig, rank: int, seed: int) -> dict[str, tuple[str, ...]]:
+        """What ``choose`` says of each arm by name, asked in the order that takes the fewest probes."""
+        more = {other for others in _ALSO_MEASURED_BY.values() for other in others}
+        configs = {arm.name: selection_config(arm, probe, rank, seed) for arm in arms}
+        first = sorted(arms, key=lambda arm: get_criterion(configs[arm.name].criterion).method not in more)
+        return {arm.name: self.choose(arm, probe, rank, seed) for arm in first}
+
+    def _by_trial(self, config: ProbeCommandConfig) -> tuple[str, ...]:
+        modules, _ = trial_in_memory(
+            copy.deepcopy(self._model).to(self._device),
+            self.candidates,
+            config,
+            self.measurements,
+            # Numbers that no probe asks for, so that the rows are others than those of its warm-up and its scores.
+            lambda step, rows: self._warmup(TRIAL_FROM + step, rows),
+            lambda number, rows: self._validation(TRIAL_FROM + number, rows),
+        )
+        return modules
+
     def choose(self, arm: Arm, probe: ProbeConfig, rank: int, seed: int) -> tuple[str, ...]:
         """The modules that an arm tunes fully, in the model's order.
 
@@ -86,6 +115,8 @@ class Probes:
         """
         config = selection_config(arm, probe, rank, seed)
         criterion = get_criterion(config.criterion)
+        if criterion.method == "trial":
+            return self._by_trial(config)
         measured: Mapping[str, Tensor] = self.measurements(config)
         direction = criterion.direction if config.direction == "auto" else config.direction
         scored = score_modules(config.criterion, Measured(self.candidates, measured, config.control, config.normalise))

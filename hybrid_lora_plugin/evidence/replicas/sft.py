@@ -26,8 +26,6 @@ from hybrid_lora_plugin.evidence.replicas.updates import Replicas, factor_width
 from hybrid_lora_plugin.files import complete_folder
 from hybrid_lora_plugin.probing.forward import Batch
 
-#: Raised whenever the same settings would give other results.
-VERSION = 1
 GROUP_SIZES = {"cuda": 512, "cpu": 16}
 #: how many times fewer runs a group has of a kind that a plan has few of
 FEWER = 8
@@ -46,6 +44,8 @@ class SftProtocol(Protocol):
 
     name = "sft"
     settings_kind: type[ReplicaSettings] = ReplicaSettings
+    #: Raised whenever the same settings would give other results.
+    version = 1
     measure = "held_out_loss"
     lower_is_better = True
 
@@ -88,7 +88,7 @@ class SftProtocol(Protocol):
         """Versions, device, dtype, group size, and a digest of each base."""
         device = torch.cuda.get_device_name() if self.device.type == "cuda" else "cpu"
         return {
-            "protocol": f"{self.name}/{VERSION}",
+            "protocol": f"{self.name}/{self.version}",
             "torch": torch.__version__,
             "transformers": transformers.__version__,
             "device": device,
@@ -172,7 +172,7 @@ class SftProtocol(Protocol):
             partial(batch, "probe-score"),
         )
         rank = max((arm.rank for arm in arms), default=0) or PROBE_RANK
-        return {arm.name: probes.choose(arm, self.settings.probe, rank, start.seed) for arm in arms}
+        return probes.choose_all(arms, self.settings.probe, rank, start.seed)
 
     def train(self, runs: Sequence[Run], keep: Callable[[Run, Outcome], None]) -> None:
         """Train in groups of one base and kind; the outcomes of a group are known together."""
@@ -182,7 +182,7 @@ class SftProtocol(Protocol):
         with self._precision():
             for group, size in groups_of(runs, self.group_size, self._origin):
                 filled = [*group, *[group[0]] * (size - len(group))]
-                for run, outcome in zip(group, self._train_group(filled)[: len(group)], strict=True):
+                for run, outcome in zip(group, self._train_group(filled, len(group)), strict=True):
                     keep(run, outcome)
 
     @contextlib.contextmanager
@@ -194,7 +194,8 @@ class SftProtocol(Protocol):
         finally:
             torch.backends.cuda.matmul.allow_tf32 = before
 
-    def _train_group(self, runs: Sequence[Run]) -> list[Outcome]:
+    def _train_group(self, runs: Sequence[Run], asked: int) -> list[Outcome]:
+        """Outcomes of the first ``asked`` of the runs; the others only fill the group."""
         shared, settings = self._shared(*self._origin(runs[0].start)), self.settings
         ends = {run.steps for run in runs}
         steps = max(ends)
@@ -207,7 +208,8 @@ class SftProtocol(Protocol):
                 curve[step] = self._evaluate(replicas, held_out, of_task)
             if step < steps:
                 losses.append(self._train_step(replicas, *(values[of_start, step] for values in drawn)))
-        return self._outcomes(runs, losses, curve)
+                self.stepped(sum(step < run.steps for run in runs[:asked]))
+        return self._outcomes(runs, losses, curve)[:asked]
 
     def _drawn_by_start(self, runs: Sequence[Run], steps: int) -> tuple[list[Tensor], Tensor]:
         """What ``_drawn`` gives for each start, ``[starts, steps, ...]``, and the row of each run, ``[R]``."""

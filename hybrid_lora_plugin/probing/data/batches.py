@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Collection, Sequence
 from datetime import date
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 
@@ -25,6 +25,16 @@ from hybrid_lora_plugin.probing.data.tokens import Example, RowTokenizer
 from hybrid_lora_plugin.probing.forward import IGNORED, Batch
 from hybrid_lora_plugin.probing.progress import Progress
 from hybrid_lora_plugin.seeding import generator
+
+
+class TrialRows(NamedTuple):
+    """What a trial needs of the rows beside a probe."""
+
+    #: held out behind those of the validation batches
+    held_out: int
+    #: trained on at most; those of the warm-up are among them
+    training: int
+    batch_size: int
 
 
 class ProbeData:
@@ -51,6 +61,7 @@ class ProbeData:
         stops: Collection[int] = (),
         day: date | None = None,
         progress: Progress | None = None,
+        trial: TrialRows | None = None,
     ) -> None:
         """Read, tokenise and split.
 
@@ -61,6 +72,7 @@ class ProbeData:
             stops: token ids at which a rollout ends, beside the tokenizer's end token.
             day: what a chat template takes for today; today by default.
             progress: where reading is reported.
+            trial: what a trial needs besides.
 
         Raises:
             ProbeError: as ``read_rows`` and ``RowTokenizer``; too few rows; no response fits into ``max_length``.
@@ -72,10 +84,12 @@ class ProbeData:
         # Padding is masked, but its embedding is looked up.
         self._pad = pad if pad is not None and (vocabulary is None or pad < vocabulary) else 0
         self.validation_batches = math.ceil(config.most_partitions / config.partitions_per_batch)
-        held_out = self.validation_batches * config.batch_size
+        self._trial = trial or TrialRows(0, 0, config.batch_size)
+        held_out = self.validation_batches * config.batch_size + self._trial.held_out
+        training = max(config.most_warmup_steps * config.batch_size, self._trial.training)
         tokens_of = RowTokenizer(tokenizer, train_on=config.train_on, day=day, vocabulary=vocabulary, stops=stops)
         order = torch.randperm(len(rows), generator=generator(config.seed, "split")).tolist()
-        chosen = Selection(held_out, config.most_warmup_steps * config.batch_size, config.max_length)
+        chosen = Selection(held_out, training, config.max_length)
         chosen.take(rows, order, tokens_of, progress)
         self.dropped = chosen.dropped
         self._refuse_too_few(config, rows, chosen, held_out)
@@ -113,24 +127,29 @@ class ProbeData:
                 f"probe.max_length: {config.max_length} tokens cut away the response of all {len(rows)} rows; "
                 f"raise it or give shorter prompts"
             )
-        needed = held_out + min(1, config.most_warmup_steps) * config.batch_size
+        trial = f"{self._trial.held_out} rows of the trial and one of its batches, " if self._trial.held_out else ""
+        needed = held_out + max(
+            min(1, config.most_warmup_steps) * config.batch_size, min(1, self._trial.training) * self._trial.batch_size
+        )
         if usable < needed:
             and_warmup = "and one warm-up batch " if config.most_warmup_steps else ""
             repeats = chosen.repeats_of_held_out
             and_repeats = f", {repeats} more have the tokens of a held-out row" if repeats else ""
             raise ProbeError(
                 f"probe.files: {usable} usable rows ({self.dropped} more do not fit probe.max_length{and_repeats}), "
-                f"but {needed} are needed: {self.validation_batches} validation batches {and_warmup}of "
+                f"but {needed} are needed: {trial}{self.validation_batches} validation batches {and_warmup}of "
                 f"{config.batch_size}; give more rows or lower probe.batch_size or "
                 f"{'probe.max_partitions' if config.partitions == AUTO else 'probe.partitions'}"
+                f"{' or trial.held_out_rows' if trial else ''}"
             )
 
     def _sentences(self, config: ProbeConfig, rows: Rows, tokens_of: RowTokenizer) -> list[str]:
         counts = self.record["counts"]
         tokens = sum(len(example.input_ids) for example in self._validation + self._training)
+        purpose = "warm-up and the trial" if self._trial.held_out else "warm-up"
         told = [
             f"{count_of(len(rows), 'row')}: {len(self._validation):,} held out, {len(self._training):,} for the "
-            f"warm-up; {counts['trained_tokens']:,} of their {count_of(tokens, 'token')} are trained"
+            f"{purpose}; {counts['trained_tokens']:,} of their {count_of(tokens, 'token')} are trained"
         ]
         if self.dropped:
             told.append(
@@ -172,9 +191,22 @@ class ProbeData:
 
     def warmup_batch(self, step: int) -> Batch:
         """The batch of warm-up step ``step`` (from 0): ``[B, S]``; rows are shuffled anew in every epoch."""
+        return self._training_batch(step, self._batch_size)
+
+    def trial_batch(self, step: int) -> Batch:
+        """The same of step ``step`` of a trial: ``[B, S]`` with B of the trial."""
+        return self._training_batch(step, self._trial.batch_size)
+
+    def trial_held_out(self) -> list[Batch]:
+        """All rows that a trial compares on, in batches of its B; disjoint from all others."""
+        rows = self._validation[self.validation_batches * self._batch_size :]
+        size = self._trial.batch_size
+        return [self._collate(rows[first : first + size]) for first in range(0, len(rows), size)]
+
+    def _training_batch(self, step: int, rows: int) -> Batch:
         count = len(self._training)
         examples = []
-        for position in range(step * self._batch_size, (step + 1) * self._batch_size):
+        for position in range(step * rows, (step + 1) * rows):
             epoch, offset = divmod(position, count)
             order = torch.randperm(count, generator=generator(self._seed, "epoch", epoch))
             examples.append(self._training[int(order[offset])])

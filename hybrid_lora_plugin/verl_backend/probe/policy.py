@@ -56,6 +56,13 @@ def check_policy_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
         ConfigurationError: naming the setting and the way out.
     """
     criterion = get_criterion(hybrid.criterion)
+    if criterion.method == "trial":
+        raise ConfigurationError(
+            "hybrid_lora.criterion: 'trial' trains by supervised fine-tuning and not with objective policy; give "
+            "hybrid_lora.probe.objective=sft with hybrid_lora.probe.files=[rows.jsonl], or compare runs of your "
+            "command with hybrid-lora-evidence (protocol rl) and give hybrid_lora.allocation",
+            see="policy-probe-not-possible",
+        )
     masked = criterion.method == "svd_lora" and MEASURED.issuperset(criterion.needs)
     if not masked and hybrid.criterion not in GRADIENT_CRITERIA:
         reason = _REASONS.get(criterion.method) or _REASONS.get(hybrid.criterion, "needs passes of its own")

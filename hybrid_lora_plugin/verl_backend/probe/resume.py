@@ -115,6 +115,7 @@ def command_config(hybrid: HybridLoraConfig, path: str, trust_remote_code: bool)
         model=ModelConfig(path=path, trust_remote_code=trust_remote_code),
         output_dir=hybrid.output_dir,
         probe=hybrid.probe,
+        trial=hybrid.trial,
         lora=hybrid.lora,
         **shared,
     )

@@ -16,6 +16,7 @@ from verl.utils.device import get_device_id, get_torch_device
 from hybrid_lora_plugin.allocation.learning import learned_in_words
 from hybrid_lora_plugin.allocation.schema import Allocation
 from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE, load_allocation
+from hybrid_lora_plugin.allocation.trial_words import trial_in_words, trial_table
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.probing.distributed import Ranks
@@ -62,7 +63,12 @@ def probed_allocation(hybrid: HybridLoraConfig, model_config: Any) -> tuple[Allo
         # FSDP's modules refer to each other: without a collection the probe would sit beside the actor.
         gc.collect()
         get_torch_device().empty_cache()
-        # Nothing to say of a criterion that warms nothing up.
-        if ranks.first and (words := learned_in_words(load_allocation(folder).probe)):
-            print(f"hybrid_lora: {words}", flush=True)
+        if ranks.first:
+            allocation = load_allocation(folder)
+            # Nothing to say of a criterion that warms nothing up.
+            said = [words] if (words := learned_in_words(allocation.probe)) else []
+            if allocation.trial is not None:
+                said += [*trial_table(allocation.trial), *trial_in_words(allocation.trial)]
+            for line in said:
+                print(f"hybrid_lora: {line}", flush=True)
     return ranks.from_first(lambda: (load_allocation(folder), (folder / ALLOCATION_FILE).read_text(encoding="utf-8")))
