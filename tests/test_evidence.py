@@ -20,7 +20,8 @@ from hybrid_lora_plugin.candidates import find_candidates_from_config
 from hybrid_lora_plugin.cli.evidence import main
 from hybrid_lora_plugin.cli.evidence_progress import LineWatch
 from hybrid_lora_plugin.config_evidence import EvidenceCommandConfig, EvidenceRatesConfig
-from hybrid_lora_plugin.evidence.arms import planned_arms
+from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.evidence.arms import matched_to, planned_arms
 from hybrid_lora_plugin.evidence.draws import stratified_draw
 from hybrid_lora_plugin.evidence.intervals import difference, student_quantile
 from hybrid_lora_plugin.evidence.matching import matched_rank, matched_steps, trainable_parameters
@@ -28,6 +29,7 @@ from hybrid_lora_plugin.evidence.plan_file import plan_of, read_plan
 from hybrid_lora_plugin.evidence.protocol import Outcome, Start
 from hybrid_lora_plugin.evidence.protocols import open_protocol
 from hybrid_lora_plugin.evidence.replicas.base import base_config
+from hybrid_lora_plugin.evidence.replicas.settings import BaseSettings
 from hybrid_lora_plugin.evidence.selection_options import selection_config
 from hybrid_lora_plugin.evidence.stages import Watch, run_stages
 from hybrid_lora_plugin.evidence.tuning import Rates, choose_rates, grid
@@ -114,6 +116,10 @@ def protocol(tmp_path_factory):
         ({"primary": [{"arm": "hybrd", "against": ["random"]}]}, "primary[0].arm: 'hybrd' is none of the arms"),
         ({"match": "lora"}, "match: lora selects no modules; name an arm that does"),
         ({"without": ["lora"]}, "arms: lora_flops needs lora, whose FLOPs a step it starts from; name it too"),
+        ({"rates": {"full": [1e-3], "lora": [1e-3], "zeroth": [2e-3, 1e-3]}}, "rates.zeroth: [0.002, 0.001] are in no"),
+        ({"arms": [*PLAN["arms"], "lora_passes"]}, "arms: lora_passes is matched to the one arm of kind zeroth_order"),
+        ({"arms": ["random", "zeroth_order"], "rates": PLAN["rates"] | {"zeroth": [1e-3]}},
+         "arms: protocol tests.support.analytic_protocol:AnalyticProtocol does not train zeroth_order; leave"),
         ({"tuning": {"per": "seed"}}, "tuning.per: 'seed' is not supported; choose one of task, base, arm"),
         ({"protocol": "sftt"}, "protocol: 'sftt' is unknown; did you mean 'sft'?"),
         ({"protocol": "nowhere:Here"}, "protocol: 'nowhere:Here' cannot be imported (No module named 'nowhere')"),
@@ -140,7 +146,9 @@ def test_a_key_given_twice_and_a_file_that_is_no_yaml_are_refused(tmp_path, caps
 def test_the_plans_of_this_repository_can_be_run(name, tmp_path):
     plan = read_plan(ROOT / "recipes/evidence" / name)
     protocol = open_protocol(plan.protocol, plan.settings, tmp_path, "cpu", plan.bases, plan.tasks)
-    candidates = {base.name: find_candidates_from_config(base_config(base)) for base in protocol.bases}
+    # Of another protocol neither a model nor rows are there: any candidates will do.
+    shapes = getattr(protocol, "bases", None) or [BaseSettings(name=name) for name in plan.bases]
+    candidates = {base.name: find_candidates_from_config(base_config(base)) for base in shapes}
     arms, start = planned_arms(plan, candidates.values()), Start(plan.bases[0], plan.tasks[0], 0)
     for arm in arms:
         if arm.selects:
@@ -161,6 +169,39 @@ def test_all_arms_are_every_criterion_in_both_directions_with_the_controls(tmp_p
     assert {f"{name}:reversed" for name in scored | {"snip"}} <= set(arms) and "snip" not in arms
     assert {"only:o", "only:up", "only:down", "lora_ffn", "random", "random_stratified"} <= set(arms)
     assert {"lora", "lora_matched", "lora_flops", "dora", "full"} <= set(arms) and "only:q" not in arms
+
+
+def test_zeroth_order_has_rates_of_its_own_and_lora_with_as_many_passes_follows_from_it(protocol):
+    candidates = [protocol.candidates("narrow")]
+    changes = {
+        "arms": ["zeroth_order", "lora", "lora_passes"],
+        "primary": [{"arm": "zeroth_order", "against": ["lora"]}],
+    }
+    with pytest.raises(ConfigurationError, match="rates.zeroth: not given; give learning rates"):
+        planned_arms(plan_of(PLAN | changes), candidates)
+    plan = plan_of(PLAN | changes | {"rates": {"lora": [1e-3, 1e-2], "zeroth": [1e-6, 1e-4, 1e-2], "full": [1e-3]}})
+    arms = planned_arms(plan, candidates)
+    zeroth, lora, passes = arms
+    assert (zeroth.kind, zeroth.rank, zeroth.selects, zeroth.budget) == ("zeroth_order", 2, False, None)
+    assert grid(zeroth.kind, plan.rates) == [Rates(0.0, a, b) for a in plan.rates.lora for b in plan.rates.zeroth]
+    assert grid(lora.kind, plan.rates) == [Rates(0.0, a) for a in plan.rates.lora]
+    assert matched_to(plan, arms, passes) == zeroth and passes.kind == "lora"
+    ended = [Outcome(((0, 5.0), (4, value)), {}, 1, 1.0) for value in (2.0, 1.0)]
+    chosen = choose_rates([(Rates(0.0, 1e-3, 1e-6), ended[:1]), (Rates(0.0, 1e-2, 1e-4), ended[1:])], True, plan.rates)
+    assert chosen.rates.zeroth == 1e-4 and chosen.edges == ("lora",)
+    for missing, said in (("lora", "lora_passes needs lora"), ("zeroth_order", "there are 0; name one")):
+        with pytest.raises(ConfigurationError, match=said):
+            planned_arms(
+                plan_of(
+                    PLAN
+                    | changes
+                    | {
+                        "arms": [n for n in changes["arms"] if n != missing] + ["random"],
+                        "primary": [{"arm": "random", "against": ["lora_passes"]}],
+                    }
+                ),
+                candidates,
+            )
 
 
 # -- draws and matching -----------------------------------------------------------------------------------------------

@@ -19,7 +19,7 @@ import shutil
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -175,7 +175,7 @@ class _Progress:
 def train(
     model, tokenizer, *, seed: int, steps: int, batch_size: int, lr: float, forget_rate: float, quiet: bool
 ) -> None:
-    """Supervised training in place: AdamW, warm-up over a tenth of the steps, then cosine to zero.
+    """Supervised training in place.
 
     The flaw is drawn anew for every row and step. Drawn once per problem it would be a fact to memorise; drawn
     anew, the model learns its rate and so samples right answers at about ``1 - forget_rate``.
@@ -187,6 +187,30 @@ def train(
     if flawed_tokens.shape != tokens.shape:
         raise AssertionError(f"right and flawed rows differ in length: {tokens.shape} and {flawed_tokens.shape}")
     carries = torch.tensor([p.carries for p in problems])
+
+    def batch(_: int) -> tuple[torch.Tensor, torch.Tensor]:
+        picked = torch.randint(len(problems), (batch_size,), generator=generator)  # [B]
+        flawed = carries[picked] & (torch.rand(batch_size, generator=generator) < forget_rate)
+        return (
+            torch.where(flawed[:, None], flawed_tokens[picked], tokens[picked]),  # [B, S]
+            torch.where(flawed[:, None], flawed_labels[picked], labels[picked]),
+        )
+
+    fit(model, batch, steps=steps, lr=lr, quiet=quiet)
+
+
+def fit(
+    model, batch: Callable[[int], tuple[torch.Tensor, torch.Tensor]], *, steps: int, lr: float, quiet: bool
+) -> None:
+    """Supervised training in place: AdamW, warm-up over a tenth of the steps, then cosine to zero.
+
+    Args:
+        model: in float32 on the CPU; left in eval mode.
+        batch: step from 1 -> token ids ``[B, S]`` and labels ``[B, S]``, -100 where nothing is learnt.
+        steps: optimizer steps.
+        lr: peak learning rate.
+        quiet: print no progress.
+    """
     optimizer = torch.optim.AdamW(model.parameters(), lr=lr, betas=(0.9, 0.98), weight_decay=0.01)
     warmup = max(1, steps // 10)
     progress = _Progress(steps, quiet)
@@ -195,12 +219,9 @@ def train(
         rise = step / warmup
         fall = 0.5 * (1 + math.cos(math.pi * (step - warmup) / max(1, steps - warmup)))
         optimizer.param_groups[0]["lr"] = lr * min(rise, fall if step > warmup else 1.0)
-        picked = torch.randint(len(problems), (batch_size,), generator=generator)  # [B]
-        flawed = carries[picked] & (torch.rand(batch_size, generator=generator) < forget_rate)
-        batch = torch.where(flawed[:, None], flawed_tokens[picked], tokens[picked])  # [B, S]
-        wanted = torch.where(flawed[:, None], flawed_labels[picked], labels[picked])
+        tokens, wanted = batch(step)
         # No attention mask: padding is on the right, so a causal model never sees it from a scored position.
-        logits = model(input_ids=batch, use_cache=False).logits  # [B, S, V]
+        logits = model(input_ids=tokens, use_cache=False).logits  # [B, S, V]
         loss = torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), wanted[:, 1:].flatten())
         loss.backward()
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
