@@ -318,8 +318,7 @@ class ProbeConfig:
     )
     seeds: list[int] = documented(
         [],
-        "Several seeds, a probe each: one choice by the mean of a module's ranks, and how far the seeds agree. Not "
-        "with objective policy.",
+        "Several seeds, a probe each: one choice by the mean of a module's ranks, and how far the seeds agree.",
         source="own choice",
         bound=Bound(
             lambda value: len(value) != 1 and len(set(value)) == len(value),

@@ -277,6 +277,65 @@ def test_scoring_moves_nothing_and_writes_the_artifact(policy):
     assert torch.equal(measured["sensitivities"], policy["rows"]["sensitivities"])
 
 
+def losses_of(model):
+    """The policy loss of the batch, as the sum that autograd goes back from."""
+    batch, losses = make_batch(1), []
+    columns = (batch[name].unbind() for name in ("input_ids", "responses", "old_log_probs", "advantages"))
+    for ids, response, old, advantage in zip(*columns, strict=True):
+        log_probs = model(ids[None]).logits[0, -len(response) - 1 : -1].log_softmax(-1)
+        taken = log_probs.gather(1, response[:, None])[None, :, 0].double()
+        mask = torch.ones_like(taken)
+        losses.append(gspo_sequence_losses(taken, old[None].double(), advantage[None].double(), mask, 0.2, 0.2)[0])
+    return torch.stack(losses).sum() / len(losses)
+
+
+@pytest.mark.verl
+def test_gradients_of_the_weights_are_those_of_the_policy_loss(policy, setting):
+    """Against plain autograd; modules this small are their own sketches."""
+    model = AutoModelForCausalLM.from_pretrained(setting[1]).eval()
+    candidates = find_candidates(model)
+    losses_of(model).backward()
+    want = [float(model.get_submodule(one.name).weight.grad.double().square().sum()) for one in candidates]
+    folder = policy["folder"]
+    for criterion in ("signal_to_noise", "residual_gradient"):
+        measured = load_file(folder / f"allocation-{criterion}" / "sensitivities.safetensors")
+        assert {"gradient_signal", "gradient_energy", "sign_agreement"} <= set(measured)
+        for row in measured["gradient_energy"]:
+            assert row.tolist() == pytest.approx(want, rel=1e-3, abs=1e-12)
+        # Every step has the same batch: nothing in it is noise.
+        torch.testing.assert_close(measured["gradient_signal"], measured["gradient_energy"], rtol=1e-3, atol=1e-12)
+        record = load_allocation(folder / f"allocation-{criterion}").probe
+        assert record.method == "weight_gradient" and record.objective == "policy"
+        assert record.warmup_steps == (0 if criterion == "signal_to_noise" else 2)
+    residual = measured["residual_signal"]
+    measured = load_file(folder / "allocation-gradient_norm" / "sensitivities.safetensors")
+    assert set(measured) == {"gradient_norm", "alpha", "delta_norm"}
+    layers = attach(model, candidates, 4, seed=0)
+    assert measured["gradient_norm"].shape[1] == len(layers) and (measured["gradient_norm"] > 0).all()
+    # Both of the policy that the same warm-up moved: what the adapters cannot follow is a part of the gradient.
+    assert (residual > 0).all() and (residual < measured["gradient_norm"].square()).all()
+    norms = torch.tensor(want, dtype=torch.float64).sqrt()
+    assert not torch.allclose(measured["gradient_norm"][0], norms, rtol=1e-2)
+
+
+@pytest.mark.verl
+def test_a_policy_probe_finds_its_own_length_also_if_it_was_interrupted(policy):
+    stages, record = policy["stages"], load_allocation(policy["folder"] / "allocation-auto").probe
+    warm_ups = [number for stage, number in stages if stage == "warm-up"]
+    assert warm_ups == list(range(record.warmup_steps)), "the steps of a warm-up are counted without its checks"
+    assert stages[:6] == [["warm-up", 0], ["warm-up", 1], ["check", 0], ["check", 1], ["warm-up", 2], ["warm-up", 3]]
+    assert policy["stopped"] == 3
+    first = [stage for stage, _ in stages].index("scoring")
+    assert int(policy["note"]) == first, "where the dataset goes on with held-out prompts"
+    assert record.warmup_auto.limit == 7 and record.warmup_auto.every == 2
+    assert len(record.warmup_auto.checks) == record.warmup_steps // 2 - 1
+    scored = len(stages) - first
+    assert record.partitions == min(20, scored * PER_BATCH) and record.partitions_auto.limit == 20
+    assert len(record.partitions_auto.checks) == record.partitions // 8
+    measured = load_file(policy["folder"] / "allocation-auto" / "sensitivities.safetensors")
+    assert len(measured["sensitivities"]) == record.partitions
+
+
 @pytest.mark.verl
 def test_an_interrupted_policy_probe_continues_from_verls_checkpoint(policy):
     assert policy["losses_resumed"] == policy["losses"]

@@ -4,12 +4,14 @@ probe.
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -18,13 +20,22 @@ pytest.importorskip("verl", reason="verl is not installed")
 
 from hydra.core.override_parser.overrides_parser import OverridesParser  # noqa: E402
 from omegaconf import OmegaConf  # noqa: E402
+from safetensors.torch import load_file  # noqa: E402
+from transformers import AutoConfig  # noqa: E402
 
+from hybrid_lora_plugin import load_allocation  # noqa: E402
+from hybrid_lora_plugin.allocation.select import select_modules  # noqa: E402
+from hybrid_lora_plugin.candidates import find_candidates, meta_model  # noqa: E402
+from hybrid_lora_plugin.config import HybridLoraConfig  # noqa: E402
 from hybrid_lora_plugin.errors import ConfigurationError  # noqa: E402
+from hybrid_lora_plugin.probing.provenance import model_identity, probe_record  # noqa: E402
+from hybrid_lora_plugin.report.artifact import save_allocation  # noqa: E402
 from hybrid_lora_plugin.training.checkpoint import CheckpointDescription, save_trained  # noqa: E402
 from hybrid_lora_plugin.verl_backend import preflight  # noqa: E402
 from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
 from hybrid_lora_plugin.verl_backend.probe import policy  # noqa: E402
 from hybrid_lora_plugin.verl_backend.probe.policy import probe_overrides  # noqa: E402
+from hybrid_lora_plugin.verl_backend.probe.resume import command_config  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
 from tests.support.tiny_models import make_char_tokenizer, make_tiny_qwen2, sums, write_jsonl  # noqa: E402
 from tests.test_verl_configuration import composed  # noqa: E402
@@ -63,9 +74,15 @@ REFUSED = {
     "budget": (["hybrid_lora.budget.ratio=1e-5"], ["hybrid_lora.budget.ratio", "give at least"]),
     "criterion": (["hybrid_lora.criterion=best"], ["hybrid_lora.criterion", "'best'", "hybrid"]),
     "policy criterion": ([POLICY, "hybrid_lora.criterion=snip"], ["hybrid_lora.criterion", "'snip'", "objective=sft"]),
-    "policy length": ([POLICY, "hybrid_lora.probe.partitions=auto"], ["hybrid_lora.probe.partitions", "number"]),
-    "policy seeds": ([POLICY, "hybrid_lora.probe.seeds=[0,1]"], ["hybrid_lora.probe.seeds: [0, 1]", "probe.seed"]),
-    "policy run": ([POLICY, "hybrid_lora.criterion=adalora"], ["hybrid_lora.criterion", "'adalora'"]),
+    "policy length": (
+        [POLICY, "hybrid_lora.criterion=alpha", "hybrid_lora.probe.partitions=auto"],
+        ["probe.partitions: 'auto'", "measured once", "give a number"],
+    ),
+    "policy run": ([POLICY, "hybrid_lora.criterion=adalora"], ["hybrid_lora.criterion", "'adalora'", "schedule"]),
+    "policy lookahead": (
+        [POLICY, "hybrid_lora.criterion=lookahead", "hybrid_lora.probe.lookahead.lr=1e-6"],
+        ["hybrid_lora.criterion", "'lookahead'", "once for each module", "objective=sft"],
+    ),
     "policy warm-up": ([POLICY, "hybrid_lora.probe.warmup_steps=0"], ["hybrid_lora.probe.warmup_steps", "at least 1"]),
     "policy refill": (
         [POLICY, "trainer.v1.sampler.sync_refill_failed_groups=true"],
@@ -152,11 +169,26 @@ def test_policy_probe_is_the_runs_own_command_with_a_phase(probing, tmp_path):
     assert kept.save_contents == kept.load_contents == ["model", "optimizer", "extra"], "it must be able to go on"
 
 
+def test_a_policy_probe_that_finds_its_own_length_has_steps_up_to_the_limit(probing):
+    auto = [
+        "hybrid_lora.probe.warmup_steps=auto", "hybrid_lora.probe.max_warmup_steps=50",
+        "hybrid_lora.probe.warmup_check_steps=20", "hybrid_lora.probe.partitions=auto",
+        "hybrid_lora.probe.max_partitions=30", "hybrid_lora.probe.partitions_per_batch=2",
+    ]  # fmt: skip
+    config = composed(*probing, POLICY, *auto)
+    hybrid = check_configuration(config)
+    given = dict(override.partition("=")[::2] for override in probe_overrides(config, hybrid))
+    assert given["trainer.total_training_steps"] == str(50 + 2 * 2 + 15), "two looks of 4 partitions, 2 a step"
+    assert given["data.dataloader_num_workers"] == "0", "no prompt is fetched before its step"
+    assert given["++data.hybrid_lora.check_every"] == "20" and given["++data.hybrid_lora.check_steps"] == "2"
+
+
 def test_a_policy_probe_runs_before_the_run_and_once(probing, tmp_path, tiny_qwen2, monkeypatch):
     """With a stand-in for the probe's process: what the driver does around it."""
     commands = []
 
-    def child(command, environment):
+    def child(command, environment, done=None):
+        assert done is None, "its last step is known"
         commands.append((command, environment))
         assert (tmp_path / "checkpoints" / "allocation.partial" / "settings.json").exists()
         make_allocation(tiny_qwen2, tmp_path / "checkpoints" / "allocation")
@@ -178,14 +210,80 @@ def test_a_policy_probe_runs_before_the_run_and_once(probing, tmp_path, tiny_qwe
         preflight._check_or_exit(other, may_probe=False)
 
 
+def test_policy_probes_of_several_seeds_become_one_choice_and_a_finished_one_is_not_repeated(
+    probing, tmp_path, tiny_qwen2, monkeypatch
+):
+    """With a stand-in for the probes' processes, each of which leaves a real artifact or is interrupted."""
+    commands, outcomes = [], iter(["done", "interrupted", "done"])
+    partial = tmp_path / "checkpoints" / "allocation.partial"
+
+    def child(command, environment, done=None):
+        commands.append(command)
+        if next(outcomes) == "interrupted":
+            return 1, signal.SIGTERM
+        given = dict(word.partition("=")[::2] for word in command)
+        folder, seed = given["hybrid_lora.output_dir"].strip('"'), int(given["hybrid_lora.probe.seed"])
+        # What the engine finds its settings by.
+        assert json.loads(Path(f"{folder}.partial/settings.json").read_text())["hybrid_lora.probe.seed"] == seed
+        values = torch.rand(4, 14, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+        probed_artifact(tiny_qwen2, folder, seed, {"sensitivities": values})
+        return 0, None
+
+    monkeypatch.setattr(policy, "run_child", child)
+    monkeypatch.setattr(sys, "orig_argv", ["python", "-m", "verl.trainer.main_ppo", "+hybrid_lora=enabled"])
+    settings = [*probing, POLICY, "hybrid_lora.probe.seeds=[3,5]", "hybrid_lora.probe.partitions=4"]
+    with pytest.raises(SystemExit) as caught:
+        preflight._check_or_exit(composed(*settings), may_probe=True)
+    assert caught.value.code == 143 and (partial / "seed_0" / "allocation.json").is_file()
+    preflight._check_or_exit(composed(*settings), may_probe=True)
+    assert [command[-2:] for command in commands] == [
+        [f"hybrid_lora.probe.seed={seed}", "hybrid_lora.probe.seeds=[]"] for seed in (3, 5, 5)
+    ]
+    allocation = load_allocation(tmp_path / "checkpoints" / "allocation")
+    assert [one.seed for one in allocation.probe.seeds] == [3, 5] and allocation.agreement is not None
+    assert set(load_file(tmp_path / "checkpoints" / "allocation" / "sensitivities.safetensors")) == {
+        "seed_0/sensitivities", "seed_1/sensitivities",
+    }  # fmt: skip
+    assert not partial.exists()
+    # Another start of the run uses it.
+    preflight._check_or_exit(composed(*settings), may_probe=True)
+    assert len(commands) == 3
+    with pytest.raises(SystemExit, match="hybrid_lora.probe.seeds"):
+        preflight._check_or_exit(composed(*settings, "hybrid_lora.probe.seeds=[3,6]"), may_probe=True)
+
+
+def probed_artifact(model, folder, seed, measurements):
+    """As the engine writes it, with what was measured given."""
+    hybrid = HybridLoraConfig(output_dir=str(folder))
+    hybrid.probe.objective, hybrid.probe.seed, hybrid.probe.partitions = "policy", seed, 4
+    hybrid.lora.rank, hybrid.budget.ratio = 4, 0.3
+    config = command_config(hybrid, str(model), False)
+    plain = meta_model(AutoConfig.from_pretrained(model))
+    candidates = find_candidates(plain)
+    data = {"settings": json.loads(Path(f"{folder}.partial/settings.json").read_text())}
+    allocation = select_modules(
+        config, model_identity(str(model), plain, candidates, 1), candidates, measurements, lora_rank=4,
+        probe=probe_record(config, "svd_lora", torch.float32, data, hybrid.probe.lr), environment={},
+    )  # fmt: skip
+    save_allocation(Path(folder), allocation, measurements)
+
+
+def test_a_probe_that_may_end_early_is_ended_once_its_allocation_is_there(tmp_path):
+    """Real processes: the child would go on for a minute."""
+    child = "import pathlib, sys, time; pathlib.Path(sys.argv[1]).touch(); time.sleep(60)"
+    file, begun = tmp_path / "done", time.monotonic()
+    status = policy.run_child([sys.executable, "-c", child, str(file)], dict(os.environ), done=file.exists)
+    assert status == (policy.ENDED, None) and time.monotonic() - begun < 30
+
+
 def test_a_policy_probe_that_fails_stops_the_run(probing, monkeypatch):
-    monkeypatch.setattr(policy, "run_child", lambda command, environment: (3, None))
+    monkeypatch.setattr(policy, "run_child", lambda command, environment, done=None: (3, None))
     with pytest.raises(SystemExit, match="policy probe ended with exit status 3"):
         preflight._check_or_exit(composed(*probing, POLICY), may_probe=True)
 
 
 def test_an_interrupted_policy_probe_says_how_to_go_on(probing, monkeypatch, capsys):
-    monkeypatch.setattr(policy, "run_child", lambda command, environment: (1, signal.SIGTERM))
+    monkeypatch.setattr(policy, "run_child", lambda command, environment, done=None: (1, signal.SIGTERM))
     with pytest.raises(SystemExit) as caught:
         preflight._check_or_exit(composed(*probing, POLICY), may_probe=True)
     assert caught.value.code == 143 and "the same command continues" in capsys.readouterr().err
@@ -202,7 +300,7 @@ def test_an_interrupted_policy_probe_says_how_to_go_on(probing, monkeypatch, cap
     ],
 )
 def test_an_unfinished_policy_probe_does_not_go_on_under_other_settings(change, probing, monkeypatch):
-    monkeypatch.setattr(policy, "run_child", lambda command, environment: (1, signal.SIGINT))
+    monkeypatch.setattr(policy, "run_child", lambda command, environment, done=None: (1, signal.SIGINT))
     for _ in range(2):
         with pytest.raises(SystemExit) as caught:
             preflight._check_or_exit(composed(*probing, POLICY), may_probe=True)
@@ -212,7 +310,7 @@ def test_an_unfinished_policy_probe_does_not_go_on_under_other_settings(change, 
 
 
 def test_an_unfinished_policy_probe_does_not_go_on_with_another_model(probing, tiny_qwen2, tmp_path, monkeypatch):
-    monkeypatch.setattr(policy, "run_child", lambda command, environment: (1, signal.SIGINT))
+    monkeypatch.setattr(policy, "run_child", lambda command, environment, done=None: (1, signal.SIGINT))
     model = tmp_path / "model"
     shutil.copytree(tiny_qwen2, model)
     same_path = f"actor_rollout_ref.model.path={model}"
@@ -279,6 +377,7 @@ def test_held_out_prompts_wrap_verls_own_dataset(tmp_path):
     import pandas
 
     from hybrid_lora_plugin.verl_backend.probe.policy_dataset import HeldOutPrompts, prompt_order
+    from hybrid_lora_plugin.verl_backend.probe.policy_schedule import write_ended
 
     rows = [
         {"prompt": [{"role": "user", "content": f"{i}+1="}], "data_source": "sums", "extra_info": {"index": i}}
@@ -287,11 +386,26 @@ def test_held_out_prompts_wrap_verls_own_dataset(tmp_path):
     pandas.DataFrame(rows).to_parquet(tmp_path / "train.parquet")
     config = composed(
         "+hybrid_lora=enabled", f"data.train_files={tmp_path / 'train.parquet'}", "data.train_batch_size=4",
-        "++data.hybrid_lora={warmup_steps: 3, scoring_steps: 2, seed: 1, shuffle: false, custom_cls_path: null, "
-        "custom_cls_name: null}",
+        "++data.hybrid_lora={warmup_steps: 3, check_every: 0, check_steps: 0, scoring_steps: 2, seed: 1, "
+        "shuffle: false, custom_cls_path: null, custom_cls_name: null, folder: null}",
     ).data  # fmt: skip
     training = HeldOutPrompts(config.train_files, make_char_tokenizer(), config)
     assert [training[i]["extra_info"]["index"] for i in range(len(training))] == prompt_order(30, 4, 3, 2, 1)
+    # A warm-up that finds its own length: two steps, a look at the first held-out batch, and again.
+    config.hybrid_lora.update(warmup_steps=4, check_every=2, check_steps=1, folder=str(tmp_path / "probe"))
+    training = HeldOutPrompts(config.train_files, make_char_tokenizer(), config)
+    assert len(training) == (4 + 2 + 2) * 4
+    order = prompt_order(30, 4, 4, 2, 1)
+    warmup, held_out = order[:16], order[16:]
+
+    def dealt():
+        return [training[i]["extra_info"]["index"] for i in range(len(training))]
+
+    assert dealt() == warmup[:8] + held_out[:4] + warmup[8:] + held_out[:4] + held_out
+    write_ended(tmp_path / "probe", 3)
+    assert dealt()[12:20] == held_out, "over after the first look: held-out prompts are next"
+    write_ended(tmp_path / "probe", None)
+    assert dealt()[12:20] == warmup[8:], "a probe that continues from before knows nothing of it"
     config.train_files = "another.parquet"
     validation = HeldOutPrompts(str(tmp_path / "train.parquet"), make_char_tokenizer(), config)
     assert [validation[i]["extra_info"]["index"] for i in range(len(validation))] == list(range(30))

@@ -8,6 +8,7 @@ matrix. Decoder layers are alike, so bytes grow by the same amount with each: tw
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from copy import deepcopy
 from dataclasses import dataclass
 from functools import lru_cache
@@ -62,12 +63,12 @@ def fused_attention(module, query, key, value, mask, **options):
     return _FusedAttention.apply(query, key, value).transpose(1, 2), None
 
 
-def register_attention() -> str:
+def register_attention(name: str = _ATTENTION, attention: Callable = fused_attention) -> str:
     """Make it known to transformers; returns its name for ``attn_implementation``."""
     from transformers import AttentionInterface
 
-    AttentionInterface.register(_ATTENTION, fused_attention)
-    return _ATTENTION
+    AttentionInterface.register(name, attention)
+    return name
 
 
 def layer_activations(config: Any, run: Run, tokens: int, gradient: bool) -> Activations:

@@ -216,6 +216,9 @@ def _probe_command(run: Run) -> ProbeCommandConfig:
 def _probe(model: PlannedModel, run: Run) -> ProbeMemory | None:
     if run.training != HYBRID or not model.drawn or run.hybrid.probe.objective != "sft":
         return None
+    if run.hybrid.criterion == "trial":
+        # It trains allocations, each for itself, as the run does.
+        return None
     return probe_memory(model.config, _probe_command(run), PROBE_DTYPE, run.gpus)
 
 

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from hybrid_lora_plugin.candidates import find_candidates, meta_model
-from hybrid_lora_plugin.plan.activations import Activations, KeyedConfig, fused_attention
+from hybrid_lora_plugin.plan.activations import Activations, KeyedConfig, fused_attention, register_attention
 from hybrid_lora_plugin.plan.live_bytes import LiveBytes
 from hybrid_lora_plugin.plan.model import text_config
 from hybrid_lora_plugin.probing.distributed import decoder_layers
@@ -83,9 +83,6 @@ def _repeated(module, query, key, value, mask, **options):
 
 @lru_cache(maxsize=256)
 def _of_few(_, layers: int, of: ProbePass, trust_remote_code: bool, keyed: KeyedConfig) -> Activations:
-    from transformers import AttentionInterface
-
-    AttentionInterface.register(_ATTENTION, _repeated)
     config = deepcopy(keyed.config)
     text = text_config(config)
     text.num_hidden_layers = layers
@@ -93,7 +90,7 @@ def _of_few(_, layers: int, of: ProbePass, trust_remote_code: bool, keyed: Keyed
         # Windows of attention, which is not run.
         text.layer_types = (text.layer_types * layers)[:layers]
     model = meta_model(config, trust_remote_code).to(getattr(torch, of.dtype)).eval().requires_grad_(False)
-    model.set_attn_implementation(_ATTENTION)
+    model.set_attn_implementation(register_attention(_ATTENTION, _repeated))
     candidates = find_candidates(model)
     if of.layers == SVD:
         attach(model, candidates, of.rank, seed=0)

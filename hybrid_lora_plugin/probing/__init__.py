@@ -8,8 +8,7 @@
     progress       what the user sees                    forward        a batch, its loss, and the passes over it
     loading        model and tokenizer                   optimizer      AdamW that resumes bit for bit
     distributed    the processes, the sharded base       data/          from files to batches
-    trial/         allocations that are trained and compared
-    shared_base    read by one rank, sent to the others
+    shared_base    read by one rank, sent to the others  trial/         allocations that are trained and compared
 
 Nothing here needs verl.
 """

@@ -90,10 +90,10 @@ def _described(model: nn.Module) -> dict[str, _Stored]:
 def _tensors(model: nn.Module) -> Iterator[tuple[str, Tensor, Callable[[Tensor], None]]]:
     """Parameters and buffers by name, tied ones under each of theirs, and what puts another tensor in its place."""
     for prefix, module in model.named_modules():
-        for place in (module._parameters, module._buffers):
-            for key, tensor in list(place.items()):
-                if tensor is not None:
-                    yield f"{prefix}.{key}".removeprefix("."), tensor, partial(place.__setitem__, key)
+        own = [*module.named_parameters(recurse=False, remove_duplicate=False)]
+        own += module.named_buffers(recurse=False, remove_duplicate=False)
+        for key, tensor in own:
+            yield f"{prefix}.{key}".removeprefix("."), tensor, partial(setattr, module, key)
 
 
 @contextmanager

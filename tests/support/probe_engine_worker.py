@@ -85,15 +85,47 @@ def policy(arguments: dict, rank: int, ranks: int) -> tuple[dict, dict]:
     steps(engine, arguments["scoring_steps"])
     results["gradients_left"] = [n for n, p in engine.module.named_parameters() if p.grad is not None]
     tensors["scored"] = weights_of(engine)
-    tensors["rows"] = {"sensitivities": torch.stack(engine._rows)}
+    tensors["rows"] = {"sensitivities": torch.stack(engine._rows["sensitivities"])}
 
     hybrid = arguments["hybrid"] | {"output_dir": arguments["hybrid"]["output_dir"] + "-resumed"}
     resumed = build_engine(arguments | {"hybrid": hybrid})
     resumed.load_checkpoint(str(Path(arguments["out"]) / "checkpoint"), del_local_after_load=False)
     results["losses_resumed"] = steps(resumed, 1)
     steps(resumed, arguments["scoring_steps"])
-    tensors["rows_resumed"] = {"sensitivities": torch.stack(resumed._rows)}
+    tensors["rows_resumed"] = {"sensitivities": torch.stack(resumed._rows["sensitivities"])}
     tensors["e"] = {name: whole(layer.e) for name, layer in resumed._layers.items()}
+
+    def more(name, probe, **changes):
+        """Another probe, up to its artifact; its folder is that of the first with a name behind it."""
+        folder = f"{arguments['hybrid']['output_dir']}-{name}"
+        Path(f"{folder}.partial").mkdir(parents=True, exist_ok=True)
+        (Path(f"{folder}.partial") / "settings.json").write_text('{"data.train_batch_size": 8}')
+        hybrid = arguments["hybrid"] | {"output_dir": folder} | changes
+        engine = build_engine(arguments | {"hybrid": hybrid | {"probe": arguments["hybrid"]["probe"] | probe}})
+        return engine
+
+    for criterion in ("signal_to_noise", "residual_gradient", "gradient_norm"):
+        one = more(criterion, {"warmup_steps": 2}, criterion=criterion)
+        while not one._written:
+            steps(one, 1)
+    auto = {
+        "warmup_steps": "auto", "max_warmup_steps": 7, "warmup_check_steps": 2, "warmup_check_partitions": 4,
+        "partitions": "auto", "max_partitions": 20, "warmup_agreement": 0.3, "settled_share": 0.3,
+    }  # fmt: skip
+    engine, stages = more("auto", auto), []
+    stopped = None
+    while not engine._written:
+        stages.append(list(engine._stage))
+        if len(stages) == 4:
+            # In the middle of a check.
+            engine.save_checkpoint(str(Path(arguments["out"]) / "auto-checkpoint"), global_step=3)
+            stopped = len(stages) - 1
+            resumed = more("auto", auto)
+            resumed.load_checkpoint(str(Path(arguments["out"]) / "auto-checkpoint"), del_local_after_load=False)
+            engine = resumed
+        steps(engine, 1)
+    results["stages"], results["stopped"] = stages, stopped
+    results["note"] = (Path(f"{arguments['hybrid']['output_dir']}-auto.partial") / "warmup_ended").read_text()
     return results, tensors
 
 

@@ -6,7 +6,7 @@ their products, so no gradient is stored and no sum of squares is mistaken for a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -101,15 +101,7 @@ class WeightGradientMethod(SvdLoraMethod):
 
     def measurements(self, rows: dict[str, Tensor]) -> dict[str, Tensor]:
         """``gradient_signal``, ``gradient_energy``, ``sign_agreement`` and perhaps ``residual_signal``, ``[T, M]``."""
-        products = products_of(rows["gradient_sketch"])
-        measured = {
-            "gradient_signal": mean_square_of_mean(products),
-            "gradient_energy": products.diagonal(dim1=1, dim2=2).T.contiguous(),
-            "sign_agreement": agreement(rows["gradient_signs"], [sketch.sampled for sketch in self._sketches]),
-        }
-        if "residual_sketch" in rows:
-            measured["residual_signal"] = mean_square_of_mean(products_of(rows["residual_sketch"]))
-        return measured
+        return signals_of(rows, [sketch.sampled for sketch in self._sketches])
 
     def results(self) -> dict[str, Tensor]:
         return super().results() if self._residual else {}
@@ -135,6 +127,24 @@ def span(matrix: Tensor) -> Tensor:
 def without(vectors: Tensor, basis: Tensor) -> Tensor:
     """The part of ``[tokens, d]`` orthogonal to an orthonormal basis ``[d, r]``."""
     return vectors - vectors @ basis @ basis.T
+
+
+def signals_of(rows: Mapping[str, Tensor], sampled: Sequence[int]) -> dict[str, Tensor]:
+    """``gradient_signal``, ``gradient_energy``, ``sign_agreement`` and perhaps ``residual_signal``, ``[T, M]`` float64.
+
+    Args:
+        rows: ``gradient_sketch`` and ``gradient_signs``, ``[T, M, k]``, and perhaps ``residual_sketch``.
+        sampled: how many of the k entries are there, for each module.
+    """
+    products = products_of(rows["gradient_sketch"])
+    measured = {
+        "gradient_signal": mean_square_of_mean(products),
+        "gradient_energy": products.diagonal(dim1=1, dim2=2).T.contiguous(),
+        "sign_agreement": agreement(rows["gradient_signs"], sampled),
+    }
+    if "residual_sketch" in rows:
+        measured["residual_signal"] = mean_square_of_mean(products_of(rows["residual_sketch"]))
+    return measured
 
 
 def products_of(sketches: Tensor) -> Tensor:

@@ -87,6 +87,7 @@ REGISTRATION = Subject(
                     "verl_backend/engine.py",
                     _CHECKPOINTS,
                     "verl_backend/probe/policy_engine.py",
+                    "verl_backend/probe/policy_scoring.py",
                     _SFT,
                 ),
                 "where whole tensors are put together",

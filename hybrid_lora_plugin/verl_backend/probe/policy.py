@@ -15,18 +15,37 @@ import shutil
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 from omegaconf import DictConfig, OmegaConf
 
 from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE
-from hybrid_lora_plugin.config import AUTO, HybridLoraConfig
-from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.config import WITHOUT_WARMUP, HybridLoraConfig
+from hybrid_lora_plugin.errors import ConfigurationError, ProbeError
 from hybrid_lora_plugin.probing.resume import PartialState
+from hybrid_lora_plugin.probing.settling import check_auto
 from hybrid_lora_plugin.scoring import get_criterion
+from hybrid_lora_plugin.verl_backend.probe.policy_schedule import GRADIENT_CRITERIA, PolicySchedule, length_in_words
+from hybrid_lora_plugin.verl_backend.probe.policy_seeds import run_seeds
 from hybrid_lora_plugin.verl_backend.probe.policy_settings import policy_settings
+from hybrid_lora_plugin.verl_backend.probe.resume import command_config
 
 MEASURED = frozenset({"sensitivities", "alpha", "delta_norm"})
+#: status of a child that was ended because its work was done
+ENDED = -1000
+#: why a method, or a criterion, does not fit a step of reinforcement learning
+_REASONS = {
+    "lookahead": "moves each weight and passes every batch once for each module, and a loss on rollouts of another "
+    "policy says little",
+    "adalora": "prunes on a schedule of its own",
+    "autolora": "learns from two batches in a step",
+    "full_delta": "trains full deltas, whose memory is that of full fine-tuning",
+    "features": "reads forward passes of the base, which no objective changes",
+    "perturbation": "passes every batch once for each module",
+    "snip": "reads entries of the whole gradient, of which a sketch is kept",
+    "lora_drop": "reads outputs, which no objective changes",
+}
 _DATASET = "pkg://hybrid_lora_plugin.verl_backend.probe.policy_dataset"
 
 
@@ -44,27 +63,21 @@ def check_policy_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
             "command with hybrid-lora-evidence (protocol rl) and give hybrid_lora.allocation",
             see="policy-probe-not-possible",
         )
-    missing = [name for name in criterion.needs if name not in MEASURED]
-    if criterion.method != "svd_lora" or missing:
+    masked = criterion.method == "svd_lora" and MEASURED.issuperset(criterion.needs)
+    if not masked and hybrid.criterion not in GRADIENT_CRITERIA:
+        reason = _REASONS.get(criterion.method) or _REASONS.get(hybrid.criterion, "needs passes of its own")
         raise ConfigurationError(
-            f"hybrid_lora.criterion: {hybrid.criterion!r} is not measured by objective policy; give "
-            f"hybrid_lora.probe.objective=sft, or a criterion of the masked probe, e.g. hybrid",
+            f"hybrid_lora.criterion: {hybrid.criterion!r} is not measured by objective policy: it {reason}; give "
+            f"hybrid_lora.probe.objective=sft, or a criterion of the masked probe or of the weight's gradient, e.g. "
+            f"hybrid or gradient_norm",
             see="policy-probe-not-possible",
         )
-    for name in ("warmup_steps", "partitions"):
-        if getattr(hybrid.probe, name) == AUTO:
-            raise ConfigurationError(
-                f"hybrid_lora.probe.{name}: 'auto' is not possible with objective policy, whose prompts are dealt out "
-                f"before its first step; give a number, e.g. {20 if name == 'partitions' else 100}",
-                see="policy-probe-not-possible",
-            )
-    if hybrid.probe.seeds:
-        raise ConfigurationError(
-            f"hybrid_lora.probe.seeds: {hybrid.probe.seeds!r} is not possible with objective policy, which is one run; "
-            f"give [] and hybrid_lora.probe.seed",
-            see="policy-probe-not-possible",
-        )
-    if hybrid.probe.warmup_steps < 1:
+    try:
+        check_auto(command_config(hybrid, "", False))
+    except ProbeError as error:
+        # The probe's own command has these options without the prefix.
+        raise ConfigurationError.relayed(f"hybrid_lora.{error}", otherwise="policy-probe-not-possible") from error
+    if hybrid.criterion not in WITHOUT_WARMUP and hybrid.probe.most_warmup_steps < 1:
         raise ConfigurationError(
             f"hybrid_lora.probe.warmup_steps: {hybrid.probe.warmup_steps} steps leave every adapter at 0; give at "
             "least 1",
@@ -103,8 +116,8 @@ def check_policy_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
 def probe_overrides(config: DictConfig, hybrid: HybridLoraConfig) -> list[str]:
     """What the probe's command line has behind that of the run; ``hybrid.output_dir`` is absolute."""
     probe, partial = hybrid.probe, f"{hybrid.output_dir}.partial"
-    warmup, scoring = probe.warmup_steps, -(-probe.partitions // probe.partitions_per_batch)
-    steps, save_freq = warmup + scoring, int(config.trainer.save_freq)
+    schedule, save_freq = PolicySchedule.of(command_config(hybrid, "", False)), int(config.trainer.save_freq)
+    steps = schedule.steps
     overrides: dict[str, str | int | bool | list[str] | None] = {
         "hybrid_lora.phase": "probe",
         # Its adapters are no LoRA that a rollout engine could run.
@@ -138,14 +151,20 @@ def probe_overrides(config: DictConfig, hybrid: HybridLoraConfig) -> list[str]:
         "data.val_max_samples": -1,
         "data.custom_cls.path": _DATASET,
         "data.custom_cls.name": "HeldOutPrompts",
-        "++data.hybrid_lora.warmup_steps": warmup,
-        "++data.hybrid_lora.scoring_steps": scoring,
+        "++data.hybrid_lora.warmup_steps": schedule.warmup,
+        "++data.hybrid_lora.check_every": schedule.every,
+        "++data.hybrid_lora.check_steps": schedule.check,
+        "++data.hybrid_lora.scoring_steps": schedule.scoring,
+        "++data.hybrid_lora.folder": partial,
         "++data.hybrid_lora.seed": probe.seed,
         "++data.hybrid_lora.shuffle": bool(config.data.shuffle),
         "++data.hybrid_lora.custom_cls_path": OmegaConf.select(config, "data.custom_cls.path", default=None),
         "++data.hybrid_lora.custom_cls_name": OmegaConf.select(config, "data.custom_cls.name", default=None),
         "hydra.run.dir": f"{partial}/hydra",
     }
+    if schedule.every:
+        # Prompts that are fetched ahead would be those of a warm-up that is over.
+        overrides["data.dataloader_num_workers"] = 0
     return [f"{key}={_quoted(value)}" for key, value in overrides.items()]
 
 
@@ -171,18 +190,29 @@ def run_policy_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     """
     # Refuses to continue a probe of other settings, and keeps them for the artifact.
     PartialState(Path(hybrid.output_dir), policy_settings(config, hybrid))
-    command = [sys.executable, *sys.orig_argv[1:], *probe_overrides(config, hybrid)]
+    print(
+        f"hybrid_lora: no allocation given, probing first with the policy objective: "
+        f"{length_in_words(command_config(hybrid, '', False))}; the artifact will be in {hybrid.output_dir}",
+        flush=True,
+    )
+    if hybrid.probe.seeds:
+        run_seeds(config, hybrid, _run_one)
+    else:
+        _run_one(config, hybrid)
+    shutil.rmtree(f"{hybrid.output_dir}.partial", ignore_errors=True)
+
+
+def _run_one(config: DictConfig, hybrid: HybridLoraConfig, *overrides: str) -> None:
+    """One probe in a process of its own; ``overrides`` stand behind those of every probe."""
+    command = [sys.executable, *sys.orig_argv[1:], *probe_overrides(config, hybrid), *overrides]
     environment = dict(os.environ)
     if metrics := environment.get("VERL_FILE_LOGGER_PATH"):
         # The file logger would mix the probe's steps into those of the run.
         environment["VERL_FILE_LOGGER_PATH"] = str(Path(metrics).with_suffix(f".probe{Path(metrics).suffix}"))
-    print(
-        f"hybrid_lora: no allocation given, probing first with the policy objective: {hybrid.probe.warmup_steps} "
-        f"warm-up steps, then {hybrid.probe.partitions} partitions; the artifact will be in {hybrid.output_dir}",
-        flush=True,
-    )
-    status, signum = run_child(command, environment)
-    finished = (Path(hybrid.output_dir) / ALLOCATION_FILE).is_file()
+    artifact = Path(hybrid.output_dir) / ALLOCATION_FILE
+    # One that knows no end of its own leaves it to this process, once all is written.
+    done = artifact.is_file if PolicySchedule.may_end_early(hybrid.probe) else None
+    status, signum = run_child(command, environment, done=done)
     if signum:
         print(
             f"hybrid_lora: the policy probe was interrupted; the same command continues from its last checkpoint in "
@@ -190,27 +220,29 @@ def run_policy_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
             file=sys.stderr,
         )
         raise SystemExit(128 + signum)
-    if not finished:
+    if not artifact.is_file():
         raise ConfigurationError(
             f"hybrid_lora.probe.objective: the policy probe ended with exit status {status} and no allocation; its "
             f"messages are above, and the same command continues from its last checkpoint, if it came to one",
             see="policy-probe-failed",
         )
-    if status != 0:
+    if status not in (0, ENDED):
         print(f"hybrid_lora: the policy probe wrote its allocation, then ended with exit status {status}", flush=True)
-    shutil.rmtree(f"{hybrid.output_dir}.partial", ignore_errors=True)
 
 
-def run_child(command: list[str], environment: dict[str, str], grace: float = 60.0) -> tuple[int, int | None]:
+def run_child(
+    command: list[str], environment: dict[str, str], grace: float = 60.0, done: Callable[[], bool] | None = None
+) -> tuple[int, int | None]:
     """Run a command and wait for it; SIGINT and SIGTERM are passed on to it, and it does not outlive this process.
 
     Args:
         command: program and arguments.
         environment: of the child.
         grace: seconds that the child has after a signal to end by itself.
+        done: asked every second whether the child has done its work; it is ended then.
 
     Returns:
-        Its exit status, and the signal that this process was sent meanwhile, if any.
+        Its exit status, ``ENDED`` where ``done`` ended it, and the signal that this process was sent meanwhile, if any.
     """
     received: list[int] = []
 
@@ -221,13 +253,18 @@ def run_child(command: list[str], environment: dict[str, str], grace: float = 60
     # A session of its own: a terminal's Ctrl-C would reach it twice otherwise.
     child = subprocess.Popen(command, env=environment, start_new_session=True, preexec_fn=_end_with_parent)
     before = {number: signal.signal(number, pass_on) for number in (signal.SIGINT, signal.SIGTERM)}
+    ended = False
     try:
         while True:
             try:
-                return child.wait(timeout=grace if received else 1.0), received[-1] if received else None
+                status = child.wait(timeout=grace if received or ended else 1.0)
+                return ENDED if ended and not received else status, received[-1] if received else None
             except subprocess.TimeoutExpired:
-                if received:
+                if received or ended:
                     os.killpg(child.pid, signal.SIGKILL)
+                elif done is not None and done():
+                    ended = True
+                    child.send_signal(signal.SIGTERM)
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)

@@ -1,5 +1,7 @@
 """The training prompts of a policy probe: warm-up prompts first, then prompts that the warm-up never saw.
 
+A warm-up that finds its own length is looked at with the first of these prompts, each time the same ones.
+
 verl has no hook for a sampler, but one for the dataset class (``data.custom_cls``, verl
 ``utils/dataset/rl_dataset.py``). This one wraps the class that the run itself uses and puts its rows in order.
 """
@@ -16,6 +18,7 @@ from verl.utils.import_utils import load_extern_object
 
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.seeding import generator
+from hybrid_lora_plugin.verl_backend.probe.policy_schedule import WARM_UP, PolicySchedule, read_ended
 
 
 def prompt_order(rows: int, batch_size: int, warmup_steps: int, scoring_steps: int, seed: int) -> list[int]:
@@ -61,17 +64,31 @@ class HeldOutPrompts(Dataset):
         self._inner = inner(
             data_files=data_files, tokenizer=tokenizer, processor=processor, config=own, max_samples=max_samples
         )
-        self._order = list(range(len(self._inner)))
+        self._order, self._schedule = list(range(len(self._inner))), None
         if data_files == config.train_files:
+            self._schedule = PolicySchedule(
+                probe.warmup_steps, probe.check_every, probe.check_steps, probe.scoring_steps
+            )
+            self._batch, self._folder = config.train_batch_size, probe.folder
             self._order = prompt_order(
-                len(self._inner), config.train_batch_size, probe.warmup_steps, probe.scoring_steps, probe.seed
+                len(self._inner), self._batch, probe.warmup_steps, probe.scoring_steps, probe.seed
             )
 
     def __len__(self) -> int:
-        return len(self._order)
+        return len(self._order) if self._schedule is None else self._schedule.steps * self._batch
 
     def __getitem__(self, index: int) -> Any:
-        return self._inner[self._order[index]]
+        return self._inner[self._order[index if self._schedule is None else self._place(index)]]
+
+    def _place(self, index: int) -> int:
+        """Where in the order the prompt of a position is: in the warm-up's, or among the held-out ones behind them."""
+        step, within = divmod(index, self._batch)
+        # Asked each time: the engine leaves a note in the middle of an epoch.
+        ended = read_ended(self._folder) if self._schedule.every else None
+        stage, number = self._schedule.stage(step, ended)
+        # A probe that was written goes on until its process is ended.
+        number = number if stage == WARM_UP else self._schedule.warmup + number % self._schedule.scoring
+        return number * self._batch + within
 
     def __getattr__(self, name: str) -> Any:
         # Whatever else a trainer asks of a dataset of the run's own class.
