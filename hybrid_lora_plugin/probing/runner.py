@@ -118,7 +118,8 @@ def _probe_seeds(
     for number, seed in enumerate(seeds):
         progress.note(f"seed {seed}, {number + 1} of {len(seeds)}")
         one = dataclasses.replace(config, probe=dataclasses.replace(config.probe, seed=seed, seeds=[]))
-        probe = Probe(one, method, METHODS[method], output_dir, progress, ranks, f"seed_{number}", before_loading)
+        part = f"seed_{number}"
+        probe = Probe(one, method, METHODS[method], output_dir, progress, ranks, part, before_loading=before_loading)
         before_loading = None
         measured.append(probe.measure())
         records.append(ranks.from_first(probe.record))
