@@ -63,6 +63,15 @@ REFUSED = {
     "budget": (["hybrid_lora.budget.ratio=1e-5"], ["hybrid_lora.budget.ratio", "give at least"]),
     "criterion": (["hybrid_lora.criterion=best"], ["hybrid_lora.criterion", "'best'", "hybrid"]),
     "policy criterion": ([POLICY, "hybrid_lora.criterion=snip"], ["hybrid_lora.criterion", "'snip'", "objective=sft"]),
+    "policy trial": ([POLICY, "hybrid_lora.criterion=trial"], ["hybrid_lora.criterion: 'trial'", "hybrid-lora-trial"]),
+    "trial": (
+        ["hybrid_lora.criterion=trial", "hybrid_lora.trial.portfolio=[hybird]"],
+        ["hybrid_lora.trial.portfolio: 'hybird' is no candidate", "lookahead"],
+    ),
+    "trial length": (
+        ["hybrid_lora.criterion=trial", "hybrid_lora.probe.partitions=auto"],
+        ["hybrid_lora.probe.partitions: 'auto'", "20"],
+    ),
     "policy length": ([POLICY, "hybrid_lora.probe.partitions=auto"], ["hybrid_lora.probe.partitions", "number"]),
     "policy seeds": ([POLICY, "hybrid_lora.probe.seeds=[0,1]"], ["hybrid_lora.probe.seeds: [0, 1]", "probe.seed"]),
     "policy run": ([POLICY, "hybrid_lora.criterion=adalora"], ["hybrid_lora.criterion", "'adalora'"]),
