@@ -84,6 +84,7 @@ def test_the_worse_ones_are_dropped_and_the_others_resumed_and_the_result_is_an_
     assert record["chosen"] == "a" and record["alike"] == ["a", "b"] and record["prompts"] == 40
     assert [one["dropped"] for one in record["candidates"]] == [0, 0, 1]
     assert "trainer.total_training_steps=200" not in record["command"] and "+hybrid_lora=enabled" in record["command"]
+    assert "data.seed=1" in record["command"] and "trial: data.seed=1, so that all runs have one order" in said
     worst = record["candidates"][2]["difference"]
     assert worst["high"] < -0.3 and len(record["candidates"][2]["scores"]) == 1
     assert "Not distinguished: after 8 steps 40 validation prompts cannot tell a and b apart; a is used" in said
@@ -105,7 +106,8 @@ def test_what_is_done_is_not_run_again_and_another_trial_is_not_continued(trial)
 
 
 def test_a_clear_winner_is_one(trial):
-    said = trial(names="ac").out
+    said = trial("data.seed=7", names="ac").out
+    assert "data.seed=1" not in said
     assert "After 8 steps a has the highest score on 40 validation prompts" in said
 
 

@@ -41,6 +41,8 @@ OWN = (
     "trainer.test_freq",
     "trainer.validation_data_dir",
 )
+#: where the command gives none
+SEED = "data.seed=1"
 _TOTAL = "trainer.total_training_steps="
 Scores = dict[str, float]
 
@@ -116,6 +118,8 @@ class TrialRuns:
                 f"candidate {one.name}: {len(one.allocation.full_names)} of {len(one.allocation.modules)} modules "
                 f"fully tuned, {one.allocation.parameter_counts().trainable:,} trainable parameters{same}"
             )
+        if SEED in self.command:
+            self.say(f"trial: {SEED}, so that all runs have one order of the data; give another one in your command")
         self.say(
             "trial: a schedule of learning rates that depends on trainer.total_training_steps is that of a run as "
             "short as its round"
@@ -222,8 +226,8 @@ class TrialRuns:
         for name in names:
             if self.scores[name][number].keys() != first.keys():
                 raise ConfigurationError(
-                    f"allocations: {name} was validated on other prompts than {names[0]}; give data.val_files and "
-                    "data.val_max_samples that are the same for every run"
+                    f"allocations: {name} was validated on other prompts than {names[0]}; give data.val_files and a "
+                    "data.seed that are the same for every run"
                 )
         return {name: [-self.scores[name][number][key] for key in first] for name in names}, [1] * len(first)
 
@@ -314,6 +318,9 @@ def _checked(command: Sequence[str]) -> tuple[list[str], int | None]:
     command = [word for word in command if word.lstrip("+").partition("=")[0] not in OWN]
     if not any(word.startswith("+hybrid_lora=") for word in command):
         command.append("+hybrid_lora=enabled")
+    if not any(word.lstrip("+").startswith("data.seed=") for word in command):
+        # Without one verl draws the order of the data, and the prompts of data.val_max_samples, anew in every run.
+        command.append(SEED)
     return command, int(total) if total.isdecimal() else None
 
 
