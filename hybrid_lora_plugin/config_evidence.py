@@ -88,6 +88,13 @@ class EvidenceRatesConfig:
         [], "Of fully tuned modules, from the lowest.", source="none: must be given", bound=_RATES
     )
     lora: list[float] = documented([], "Of LoRA factors, from the lowest.", source="none: must be given", bound=_RATES)
+    zeroth: list[float] | None = documented(
+        None,
+        "Of the frozen weights that `zeroth_order` moves without a gradient, from the lowest; that arm tries each with "
+        "every one of `lora`. Null where there is no such arm.",
+        source="none: must be given for such an arm",
+        bound=_RATES,
+    )
 
 
 @dataclass

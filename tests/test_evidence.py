@@ -20,7 +20,8 @@ from hybrid_lora_plugin.candidates import find_candidates_from_config
 from hybrid_lora_plugin.cli.evidence import main
 from hybrid_lora_plugin.cli.evidence_progress import LineWatch
 from hybrid_lora_plugin.config_evidence import EvidenceCommandConfig, EvidenceRatesConfig
-from hybrid_lora_plugin.evidence.arms import planned_arms
+from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.evidence.arms import matched_to, planned_arms
 from hybrid_lora_plugin.evidence.draws import stratified_draw
 from hybrid_lora_plugin.evidence.intervals import difference, student_quantile
 from hybrid_lora_plugin.evidence.matching import matched_rank, matched_steps, trainable_parameters
@@ -115,6 +116,10 @@ def protocol(tmp_path_factory):
         ({"primary": [{"arm": "hybrd", "against": ["random"]}]}, "primary[0].arm: 'hybrd' is none of the arms"),
         ({"match": "lora"}, "match: lora selects no modules; name an arm that does"),
         ({"without": ["lora"]}, "arms: lora_flops needs lora, whose FLOPs a step it starts from; name it too"),
+        ({"rates": {"full": [1e-3], "lora": [1e-3], "zeroth": [2e-3, 1e-3]}}, "rates.zeroth: [0.002, 0.001] are in no"),
+        ({"arms": [*PLAN["arms"], "lora_passes"]}, "arms: lora_passes is matched to the one arm of kind zeroth_order"),
+        ({"arms": ["random", "zeroth_order"], "rates": PLAN["rates"] | {"zeroth": [1e-3]}},
+         "arms: protocol tests.support.analytic_protocol:AnalyticProtocol does not train zeroth_order; leave"),
         ({"tuning": {"per": "seed"}}, "tuning.per: 'seed' is not supported; choose one of task, base, arm"),
         ({"protocol": "sftt"}, "protocol: 'sftt' is unknown; did you mean 'sft'?"),
         ({"protocol": "nowhere:Here"}, "protocol: 'nowhere:Here' cannot be imported (No module named 'nowhere')"),
@@ -164,6 +169,39 @@ def test_all_arms_are_every_criterion_in_both_directions_with_the_controls(tmp_p
     assert {f"{name}:reversed" for name in scored | {"snip"}} <= set(arms) and "snip" not in arms
     assert {"only:o", "only:up", "only:down", "lora_ffn", "random", "random_stratified"} <= set(arms)
     assert {"lora", "lora_matched", "lora_flops", "dora", "full"} <= set(arms) and "only:q" not in arms
+
+
+def test_zeroth_order_has_rates_of_its_own_and_lora_with_as_many_passes_follows_from_it(protocol):
+    candidates = [protocol.candidates("narrow")]
+    changes = {
+        "arms": ["zeroth_order", "lora", "lora_passes"],
+        "primary": [{"arm": "zeroth_order", "against": ["lora"]}],
+    }
+    with pytest.raises(ConfigurationError, match="rates.zeroth: not given; give learning rates"):
+        planned_arms(plan_of(PLAN | changes), candidates)
+    plan = plan_of(PLAN | changes | {"rates": {"lora": [1e-3, 1e-2], "zeroth": [1e-6, 1e-4, 1e-2], "full": [1e-3]}})
+    arms = planned_arms(plan, candidates)
+    zeroth, lora, passes = arms
+    assert (zeroth.kind, zeroth.rank, zeroth.selects, zeroth.budget) == ("zeroth_order", 2, False, None)
+    assert grid(zeroth.kind, plan.rates) == [Rates(0.0, a, b) for a in plan.rates.lora for b in plan.rates.zeroth]
+    assert grid(lora.kind, plan.rates) == [Rates(0.0, a) for a in plan.rates.lora]
+    assert matched_to(plan, arms, passes) == zeroth and passes.kind == "lora"
+    ended = [Outcome(((0, 5.0), (4, value)), {}, 1, 1.0) for value in (2.0, 1.0)]
+    chosen = choose_rates([(Rates(0.0, 1e-3, 1e-6), ended[:1]), (Rates(0.0, 1e-2, 1e-4), ended[1:])], True, plan.rates)
+    assert chosen.rates.zeroth == 1e-4 and chosen.edges == ("lora",)
+    for missing, said in (("lora", "lora_passes needs lora"), ("zeroth_order", "there are 0; name one")):
+        with pytest.raises(ConfigurationError, match=said):
+            planned_arms(
+                plan_of(
+                    PLAN
+                    | changes
+                    | {
+                        "arms": [n for n in changes["arms"] if n != missing] + ["random"],
+                        "primary": [{"arm": "random", "against": ["lora_passes"]}],
+                    }
+                ),
+                candidates,
+            )
 
 
 # -- draws and matching -----------------------------------------------------------------------------------------------

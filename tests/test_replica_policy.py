@@ -12,7 +12,12 @@ from hybrid_lora_plugin.evidence.protocol import Choice, Run, Start
 from hybrid_lora_plugin.evidence.replicas import PolicyProtocol
 from hybrid_lora_plugin.evidence.replicas.base import answer_logits, random_base
 from hybrid_lora_plugin.evidence.replicas.forward import SharedParts, Weights, answer_log_probs
-from hybrid_lora_plugin.evidence.replicas.policy import answers_logits, group_advantages, on_policy_loss, sample_answers
+from hybrid_lora_plugin.evidence.replicas.policy import (
+    answers_logits,
+    group_advantages,
+    sample_answers,
+    surrogate_loss,
+)
 from hybrid_lora_plugin.evidence.replicas.settings import ReplicaSettings, read_settings
 from hybrid_lora_plugin.evidence.replicas.tasks import Layout, task_of
 from hybrid_lora_plugin.evidence.replicas.updates import Replicas
@@ -64,7 +69,7 @@ def test_the_advantages_and_the_loss_are_the_projects():
         torch.testing.assert_close(found[replica], group_advantage(rewards[replica], groups), rtol=0, atol=1e-14)
 
     log_probs = torch.randn(3, 24, 2, generator=draws, dtype=torch.float64).requires_grad_(True)
-    loss = on_policy_loss(log_probs, found)
+    loss = surrogate_loss(log_probs, log_probs.detach(), found)
     (gradient,) = torch.autograd.grad(loss.sum(), log_probs)
     for replica in range(3):
         own = log_probs[replica].detach().requires_grad_(True)
@@ -74,6 +79,21 @@ def test_the_advantages_and_the_loss_are_the_projects():
         each.mean().backward()
         assert loss[replica].item() == pytest.approx(each.mean().item(), abs=1e-14)
         torch.testing.assert_close(gradient[replica], own.grad, rtol=1e-12, atol=1e-15)
+
+    # At other weights than those that sampled it is the loss without clipping.
+    moved = log_probs.detach() + torch.randn(3, 24, 2, generator=draws, dtype=torch.float64)
+    loss = surrogate_loss(moved, log_probs.detach(), found)
+    for replica in range(3):
+        arguments = (
+            moved[replica],
+            log_probs[replica].detach(),
+            found[replica, :, None].expand(-1, 2),
+            torch.ones(24, 2),
+        )
+        wide, narrow = (
+            gspo_sequence_losses(*arguments, low, high)[0].mean().item() for low, high in ((1, 1e9), (0.2, 0.2))
+        )
+        assert loss[replica].item() == pytest.approx(wide, abs=1e-12) and abs(wide - narrow) > 0.01
 
 
 def test_answers_are_drawn_from_the_policys_own_distribution(protocol):
@@ -162,6 +182,27 @@ def test_the_reward_rises_and_does_not_depend_on_the_runs_beside(protocol, monke
     assert together["c"].curve[-1] != alone.curve[-1]
     adapted = dataclasses.replace(asked, arm="lora", choice=Choice((), 2), lora_lr=5e-3)
     assert train(protocol, [adapted])["lora"].flops < alone.flops
+
+
+def test_zeroth_order_moves_on_the_answers_that_were_sampled(protocol):
+    zeroth = Run("zeroth", Start("tiny", TASK, 1), Choice((), 2, zeroth=True), 0.0, 5e-3, 20, 1e-2)
+    lora = dataclasses.replace(zeroth, arm="lora", choice=Choice((), 2), zeroth_lr=0.0)
+    other = dataclasses.replace(zeroth, arm="other", start=Start("tiny", TASK, 2), zeroth_lr=1e-3)
+    found = train(protocol, [other, lora, zeroth])
+    assert train(protocol, [zeroth])["zeroth"] == found["zeroth"]
+    assert not found["zeroth"].diverged and found["zeroth"].curve[0] == pytest.approx(found["lora"].curve[0])
+    assert found["zeroth"].curve[-1] != pytest.approx(found["lora"].curve[-1])
+    assert found["zeroth"].flops > 1.3 * found["lora"].flops
+    # One step of the weights alone.
+    model = protocol._origin_model("tiny", TASK)
+    shared = SharedParts(model, protocol.layout.tokens - 1, torch.device("cpu"), torch.float64)
+    still = dataclasses.replace(zeroth, lora_lr=0.0, steps=1)
+    replicas = Replicas(shared, [still], 2.0, 0.0, 1.0, 1e-3, 1)
+    before = {name: values.clone() for name, values in replicas.frozen.held.items()}
+    problems, uniform = protocol._drawn(TASK, 1, 1)
+    protocol._train_step(replicas, problems[:1], uniform[:1].double())
+    steps = torch.cat([(values - before[name]).abs().flatten() for name, values in replicas.frozen.held.items()])
+    assert steps.min() > 0 and steps.max() - steps.min() < 1e-12, "every weight moves by the same length, up or down"
 
 
 def test_a_policy_that_does_not_get_started_is_refused(tmp_path):

@@ -28,6 +28,8 @@ from hybrid_lora_plugin.evidence.replicas.updates import BETAS, EPSILON, Replica
 from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.probing.provenance import model_identity
 from hybrid_lora_plugin.training.apply import apply_allocation, trainable_groups
+from hybrid_lora_plugin.training.zeroth_order.two_point import two_point_step
+from hybrid_lora_plugin.training.zeroth_order.weights import PerturbedWeights
 
 SHAPE = {"hidden_size": 16, "layers": 2, "intermediate_size": 32, "heads": 2, "kv_heads": 1}
 BASE = {"name": "tiny", **SHAPE, "steps": 30, "batch_size": 32}
@@ -35,6 +37,7 @@ BLOCK = {"bases": [BASE], "digits": 2, "batch_size": 8, "eval_every": 3, "held_o
 # A rank that shares its factors with rank 4.
 STEPS, RANK, SCALE, DECAY, CLIP = 7, 3, 2.0, 0.01, 1.0
 FULL_LR, LORA_LR = 3e-3, 1e-2
+ZEROTH_LR, ZEROTH_EPSILON, DIRECTIONS = 2e-3, 1e-3, 2
 
 
 class PlainNorm(torch.nn.Module):
@@ -111,7 +114,13 @@ def one_at_a_time(kind: str, base, data, start: Start):
         weight_decay=DECAY,
     )
     losses, kept = [], 3
-    for batch in data.long():
+    frozen = PerturbedWeights(zeroth_parameters(model), ZEROTH_EPSILON) if kind == "zeroth_order" else None
+    for step, batch in enumerate(data.long()):
+
+        def measure(batch=batch):
+            logits = answer_logits(model, batch, kept)
+            return functional.cross_entropy(logits.flatten(0, 1), batch[:, -kept:].flatten()).item()
+
         loss = functional.cross_entropy(answer_logits(model, batch, kept).flatten(0, 1), batch[:, -kept:].flatten())
         optimizer.zero_grad()
         loss.backward()
@@ -119,39 +128,54 @@ def one_at_a_time(kind: str, base, data, start: Start):
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         losses.append(loss.item())
+        if frozen is not None:
+            two_point_step(frozen, measure, seed=start.seed, step=step, rate=ZEROTH_LR, directions=DIRECTIONS)
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     with torch.no_grad():
         return losses, answer_logits(model, data[0].long(), kept), count
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "lora", "dora", "full"])
+def zeroth_parameters(model):
+    """The weights under adapters."""
+    return [(name, p) for name, p in model.named_parameters() if name.endswith(".base_layer.weight")]
+
+
+@pytest.mark.parametrize("kind", ["hybrid", "lora", "dora", "full", "zeroth_order"])
 def test_a_replica_is_the_model_that_is_trained_alone(kind, base, problems):
     start, other = Start("tiny", "double_add", 5), Start("tiny", "subtract", 6)
     candidates = find_candidates(base)
     rank = 0 if kind == "full" else RANK
-    choice = Choice(full_names(kind, candidates), rank, kind == "dora")
+    choice = Choice(full_names(kind, candidates), rank, kind == "dora", kind == "zeroth_order")
+    zeroth = ZEROTH_LR if choice.zeroth else 0.0
     beside = dataclasses.replace(choice, full=full_names("full", candidates)[:3] if kind == "hybrid" else choice.full)
     runs = [
-        Run("other", other, dataclasses.replace(beside, rank=rank and 4), 1e-2, 1e-3, STEPS),
-        Run(kind, start, choice, FULL_LR, LORA_LR, STEPS),
+        Run("other", other, dataclasses.replace(beside, rank=rank and 4), 1e-2, 1e-3, STEPS, 3 * zeroth),
+        Run(kind, start, choice, FULL_LR, LORA_LR, STEPS, zeroth),
     ]
     data = torch.stack([problems.drawn(r.start.task, r.start.seed, "train", STEPS, 8) for r in runs])
     expected, logits, count = one_at_a_time(kind, base, data[1], start)
 
     shared = SharedParts(base, 8, torch.device("cpu"), torch.float64)
-    replicas = Replicas(shared, runs, SCALE, DECAY, CLIP)
+    replicas = Replicas(shared, runs, SCALE, DECAY, CLIP, ZEROTH_EPSILON, DIRECTIONS)
     losses = []
     for step in range(STEPS):
         batch = data[:, step].long()
-        logits_of = shared.logits(replicas.weights(), batch[..., :-1], 3)
-        loss = -answer_log_probs(logits_of, batch[..., -3:]).mean(dim=(1, 2))
+
+        def losses_of(weights, batch=batch):
+            return -answer_log_probs(shared.logits(weights, batch[..., :-1], 3), batch[..., -3:]).mean(dim=(1, 2))
+
+        loss = losses_of(replicas.weights())
         replicas.step(loss)
+        replicas.zeroth_step(losses_of)
         losses.append(loss[1].item())
     assert losses == pytest.approx(expected, rel=1e-10)
     assert losses[-1] != losses[0]
     found = shared.logits(replicas.weights(), data[:, 0].long()[..., :-1], 3)[1]
     torch.testing.assert_close(found, logits, rtol=1e-9, atol=1e-10)
     assert trainable_parameters(candidates, choice) == count
+    if kind == "zeroth_order":
+        moved = [(replicas.frozen.held[t][:, 1] - shared.matrices[t]).abs().max().item() for t in shared.matrices]
+        assert min(moved) > 10 * ZEROTH_LR * 1e-3, "it would be LoRA alone"
     # What does not train has not moved.
     if kind == "hybrid":
         for (type_, which), tensor in replicas.trained.items():
@@ -228,6 +252,49 @@ def test_the_curve_begins_at_the_base_and_learns(protocol):
         assert unmoved.measures["exact_match"] == pytest.approx(right)
     assert found["double_add"].curve[-1][1] < found["double_add"].curve[0][1]
     assert found["subtract"].curve[-1][1] < found["subtract"].curve[0][1]
+
+
+def test_zeroth_order_beside_other_runs_and_what_it_costs(protocol):
+    make_run.candidates = protocol.candidates("tiny")
+    asked = make_run("asked", full=0, seed=3, zeroth_lr=1e-3)
+    asked = dataclasses.replace(asked, choice=dataclasses.replace(asked.choice, zeroth=True))
+    alone = outcomes(protocol, [asked])["asked"]
+    lora = dataclasses.replace(asked, arm="lora", choice=Choice((), RANK), zeroth_lr=0.0)
+    others = [
+        dataclasses.replace(asked, arm=f"other{i}", start=Start("tiny", "subtract", i), zeroth_lr=1e-2)
+        for i in range(5)
+    ]
+    found = outcomes(protocol, [*others[:3], lora, asked, *others[3:]])
+    assert found["asked"] == alone and found["other3"].curve != alone.curve
+    # A rate of 0 is LoRA alone, at the price of two forward passes more a step.
+    still = outcomes(protocol, [dataclasses.replace(asked, zeroth_lr=0.0)])["asked"]
+    assert dict(still.curve) == pytest.approx(dict(found["lora"].curve)) and found["lora"].curve != alone.curve
+    assert still.trainable_parameters == found["lora"].trainable_parameters
+    config, candidates = protocol.model("tiny").config, protocol.candidates("tiny")
+    rows, positions, kept = 8, protocol.layout.tokens - 1, protocol.layout.answer_tokens
+    forward = sum(2 * rows * positions * (c.in_features * c.out_features + c.lora_parameters(RANK)) for c in candidates)
+    forward += 4 * rows * positions**2 * config.hidden_size * config.num_hidden_layers
+    forward += 2 * rows * kept * config.hidden_size * config.vocab_size
+    assert (still.flops - found["lora"].flops) / STEPS == pytest.approx(2 * forward)
+
+
+def test_an_epoch_has_the_same_problems_in_another_order(tmp_path):
+    layout = Layout(2, False)
+    problems = Problems(layout, 500)
+    drawn = problems.reshuffled("subtract", 1, "train", 10, 8, 24)
+    assert torch.equal(problems.reshuffled("subtract", 1, "train", 7, 8, 24), drawn[:7])
+    epochs = [drawn[first : first + 3].flatten(0, 1) for first in (0, 3, 6)]
+    rows = [[tuple(row) for row in epoch.tolist()] for epoch in epochs]
+    assert len(set(rows[0])) == 24 and set(rows[0]) == set(rows[1]) == set(rows[2])
+    assert rows[0] != rows[1] != rows[2]
+    held_out = {tuple(row) for row in problems.held_out("subtract").tolist()}
+    assert not held_out & set(rows[0])
+    assert not torch.equal(problems.reshuffled("subtract", 2, "train", 10, 8, 24), drawn)
+    with pytest.raises(ConfigurationError, match="train_problems: 9600 of the 9,500 pairs"):
+        problems.reshuffled("subtract", 1, "train", 10, 8, 9600)
+    protocol = SftProtocol(BLOCK | {"train_problems": 24}, tmp_path, "cpu", ["tiny"], ["subtract"])
+    (steps,) = protocol._drawn("subtract", 1, 10)
+    assert len({tuple(row) for row in steps.flatten(0, 1).tolist()}) == 24
 
 
 PROBE = {"warmup_steps": 3, "partitions": 4, "batch_size": 8, "lr": 4e-3, "full_lr": 4e-3}
@@ -344,6 +411,8 @@ def test_problems_are_what_they_say_and_held_out_ones_are_never_drawn():
         ({"bases": [BASE | {"width": 3}]}, "block.bases.0..width: unknown"),
         ({"probe": {"partitions": 1}}, "block.probe.partitions: 1 is not usable"),
         ({"digits": 5}, "block.digits: 5 makes too many pairs"),
+        ({"train_problems": 20}, "block.train_problems: 20 is no multiple of batch_size, 8; give one, e.g. 24"),
+        ({"zeroth_epsilon": 0}, "block.zeroth_epsilon: 0.0 is not usable; give above 0"),
     ],
 )
 def test_a_wrong_setting_is_named(change, said):

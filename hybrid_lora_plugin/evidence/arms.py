@@ -13,11 +13,15 @@ from hybrid_lora_plugin.config_evidence import EvidencePlanConfig
 from hybrid_lora_plugin.config_selection import CRITERIA, NAMING
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.evidence.draws import stratified_draw
-from hybrid_lora_plugin.evidence.protocol import Arm, Start
+from hybrid_lora_plugin.evidence.protocol import ZEROTH, Arm, Start
 from hybrid_lora_plugin.scoring import get_criterion
 
 RANDOM, STRATIFIED = "random", "random_stratified"
 LORA, LORA_MATCHED, LORA_FLOPS, DORA, FULL = "lora", "lora_matched", "lora_flops", "dora", "full"
+#: LoRA with as many more steps as the forward passes of ``zeroth_order`` cost
+LORA_PASSES = "lora_passes"
+#: roles whose steps follow from the FLOPs of other runs
+MATCHED_STEPS = (LORA_FLOPS, LORA_PASSES)
 REVERSED, ONLY = ":reversed", "only:"
 #: Criteria with no arm out of the box: ``explicit`` needs names, ``spread`` is ``only:TYPE`` here, and ``trial`` rates.
 _NO_ARM = ("explicit", "spread", "trial")
@@ -35,7 +39,8 @@ class PlannedArm:
         draws: how many; 1 but for random arms.
         budget: ratio of a ``hybrid`` arm, and of the one that ``lora_matched`` and ``lora_flops`` are matched to; None
             where there is none.
-        role: ``random``, ``random_stratified``, ``lora_matched`` or ``lora_flops``, or "" where nothing is special.
+        role: ``random``, ``random_stratified``, ``lora_matched``, ``lora_flops`` or ``lora_passes``, or "" where
+            nothing is special.
     """
 
     name: str
@@ -134,6 +139,8 @@ def match_name(plan: EvidencePlanConfig) -> str:
 
 def matched_to(plan: EvidencePlanConfig, arms: Sequence[PlannedArm], arm: PlannedArm) -> PlannedArm:
     """The arm that a matched one is matched to, at the same budget."""
+    if arm.role == LORA_PASSES:
+        return next(one for one in arms if one.kind == ZEROTH)
     found = find_arms(arms, match_name(plan), "match")
     return next((one for one in found if one.budget == arm.budget), found[0])
 
@@ -182,11 +189,11 @@ def _all_names(types: Sequence[str]) -> Iterator[str]:
 
 
 def _by_name(name: str, plan: EvidencePlanConfig, types: Sequence[str]) -> PlannedArm:
-    if name in (LORA, DORA):
+    if name in (LORA, DORA, ZEROTH):
         return PlannedArm(name, name, rank=plan.rank)
     if name == FULL:
         return PlannedArm(name, FULL)
-    if name in (LORA_MATCHED, LORA_FLOPS):
+    if name in (LORA_MATCHED, LORA_FLOPS, LORA_PASSES):
         return PlannedArm(name, LORA, rank=plan.rank, role=name)
     if name in (RANDOM, STRATIFIED):
         arm = _hybrid(name, {"criterion": RANDOM}, plan, plan.rank)
@@ -201,7 +208,7 @@ def _by_name(name: str, plan: EvidencePlanConfig, types: Sequence[str]) -> Plann
         if name.endswith(REVERSED):
             selection["direction"] = "highest" if get_criterion(criterion).direction == "lowest" else "lowest"
         return _hybrid(name, selection, plan, plan.rank)
-    names = ["all", *all_names(types)]
+    names = ["all", *all_names(types), ZEROTH, LORA_PASSES]
     raise ConfigurationError(f"arms: {name!r} is unknown{_closest(name, names)}; give some of {', '.join(names)}")
 
 
@@ -236,9 +243,15 @@ def _check(plan: EvidencePlanConfig, arms: Sequence[PlannedArm]) -> None:
         for arm in find_arms(arms, match_name(plan), "match"):
             if not arm.selects:
                 raise ConfigurationError(f"match: {arm.name} selects no modules; name an arm that does, e.g. {RANDOM}")
-    if any(arm.role == LORA_FLOPS for arm in arms) and not any(arm.name == LORA for arm in arms):
-        raise ConfigurationError(f"arms: {LORA_FLOPS} needs {LORA}, whose FLOPs a step it starts from; name it too")
-    for which, needed in (("full", ("hybrid", FULL)), ("lora", ("hybrid", LORA, DORA))):
+    for role in MATCHED_STEPS:
+        if any(arm.role == role for arm in arms) and not any(arm.name == LORA for arm in arms):
+            raise ConfigurationError(f"arms: {role} needs {LORA}, whose FLOPs a step it starts from; name it too")
+    zeroth = sum(arm.kind == ZEROTH for arm in arms)
+    if any(arm.role == LORA_PASSES for arm in arms) and zeroth != 1:
+        raise ConfigurationError(
+            f"arms: {LORA_PASSES} is matched to the one arm of kind {ZEROTH}, and there are {zeroth}; name one"
+        )
+    for which, needed in (("full", ("hybrid", FULL)), ("lora", ("hybrid", LORA, DORA, ZEROTH)), ("zeroth", (ZEROTH,))):
         if not getattr(plan.rates, which) and any(arm.kind in needed for arm in arms):
             raise ConfigurationError(f"rates.{which}: not given; give learning rates, e.g. [1e-3, 3e-3, 1e-2]")
 

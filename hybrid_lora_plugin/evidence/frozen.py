@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_lora_plugin.errors import ConfigurationError
-from hybrid_lora_plugin.evidence.arms import LORA_FLOPS, LORA_MATCHED
+from hybrid_lora_plugin.evidence.arms import LORA_MATCHED, MATCHED_STEPS
 from hybrid_lora_plugin.evidence.results import sha256_of
 from hybrid_lora_plugin.evidence.study import Study
 from hybrid_lora_plugin.files import complete_file
@@ -37,9 +37,11 @@ def content_of(study: Study) -> dict[str, Any]:
                 "runs": tuned.runs,
                 "edges": list(tuned.edges),
             }
+            if tuned.rates.zeroth:
+                rates[arm.name][f"{base}/{task}"]["zeroth"] = tuned.rates.zeroth
             if arm.role == LORA_MATCHED:
                 ranks.setdefault(arm.name, {})[base] = dataclasses.asdict(study.matched_rank(arm, base))
-            if arm.role == LORA_FLOPS:
+            if arm.role in MATCHED_STEPS:
                 steps.setdefault(arm.name, {})[f"{base}/{task}"] = study.steps(arm, base, task)
     chosen = {
         f"{start.base}/{start.task}/{start.seed}": {

@@ -108,8 +108,8 @@ def _check(plan: EvidencePlanConfig) -> None:
             f"seeds.compare: {both} are in seeds.tune too, so rates would be tuned on what they are compared by; "
             "give others"
         )
-    for which in ("full", "lora"):
-        rates = getattr(plan.rates, which)
+    for which in ("full", "lora", "zeroth"):
+        rates = getattr(plan.rates, which) or []
         if rates != sorted(rates):
             raise ConfigurationError(f"rates.{which}: {rates} are in no order; give them from the lowest")
     _check_selection(plan.selection, "selection")

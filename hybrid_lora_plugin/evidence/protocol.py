@@ -13,7 +13,8 @@ from typing import Any
 
 from hybrid_lora_plugin.candidates import Candidate
 
-KINDS = ("hybrid", "lora", "dora", "full")
+ZEROTH = "zeroth_order"
+KINDS = ("hybrid", "lora", "dora", "full", ZEROTH)
 
 
 @dataclass(frozen=True)
@@ -53,11 +54,13 @@ class Choice:
         full: names of the fully tuned modules, in the model's order; all candidates for ``full``.
         rank: LoRA rank on every other candidate; 0 leaves them frozen.
         dora: whether the adapters have DoRA's magnitudes.
+        zeroth: whether the weights under the adapters move too, by zeroth order after each step; only without ``full``.
     """
 
     full: tuple[str, ...]
     rank: int
     dora: bool = False
+    zeroth: bool = False
 
 
 @dataclass(frozen=True)
@@ -71,6 +74,7 @@ class Run:
         full_lr: learning rate of the fully tuned modules.
         lora_lr: learning rate of the factors (and DoRA's magnitudes).
         steps: optimizer steps; arms that are matched by FLOPs differ in it.
+        zeroth_lr: learning rate of the weights that move by zeroth order; 0 where none do.
     """
 
     arm: str
@@ -79,6 +83,7 @@ class Run:
     full_lr: float
     lora_lr: float
     steps: int
+    zeroth_lr: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -112,11 +117,13 @@ class Protocol(abc.ABC):
         lower_is_better: whether a smaller one is the better one.
         stepped: call it with a number of optimizer steps, over all runs, that ``train`` has taken since it was called
             last, so that the user sees how far it is; where it is not called, a run counts once it is kept.
+        knows_zeroth_order: whether it trains choices with ``zeroth``.
     """
 
     measure: str
     lower_is_better: bool
     stepped: Callable[[int], None] = staticmethod(lambda steps: None)
+    knows_zeroth_order: bool = False
 
     @abc.abstractmethod
     def identity(self) -> dict[str, Any]:

@@ -8,10 +8,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from hybrid_lora_plugin.evidence.arms import MATCHED_STEPS
 from hybrid_lora_plugin.evidence.comparison import Cell, Comparison, Row
 from hybrid_lora_plugin.evidence.intervals import SUPPORTED, Difference
 from hybrid_lora_plugin.evidence.picks import picks_table
 from hybrid_lora_plugin.evidence.pictures import draw_curves, draw_forest, draw_picks
+from hybrid_lora_plugin.evidence.protocol import ZEROTH
 from hybrid_lora_plugin.evidence.results import canonical
 from hybrid_lora_plugin.evidence.study import Study
 from hybrid_lora_plugin.files import complete_file
@@ -245,10 +247,12 @@ def _table(rows: Sequence[Row], numbers: _Numbers) -> list[str]:
 
 def _rates(comparison: Comparison) -> list[str]:
     study = comparison.study
+    zeroth = any(arm.kind == ZEROTH for arm in study.arms)
+    kinds = "full / lora / zeroth" if zeroth else "full / lora"
     lines = [
         "## Learning rates",
         "",
-        "Chosen by the tuning seeds, `full / lora`; `*` is the lowest or the highest rate that was tried, so that a "
+        f"Chosen by the tuning seeds, `{kinds}`; `*` is the lowest or the highest rate that was tried, so that a "
         "better one may lie beyond.",
         "",
         "| arm | " + " | ".join(map(_place, study.cells)) + " |",
@@ -260,7 +264,11 @@ def _rates(comparison: Comparison) -> list[str]:
             tuned = study.tuned(arm, base, task)
             parts = [
                 "–" if not rate else f"{rate:g}" + ("*" if name in tuned.edges else "")
-                for name, rate in (("full", tuned.rates.full), ("lora", tuned.rates.lora))
+                for name, rate in (
+                    ("full", tuned.rates.full),
+                    ("lora", tuned.rates.lora),
+                    *([("zeroth", tuned.rates.zeroth)] if zeroth else []),
+                )
             ]
             said.append(" / ".join(parts) + (f" ({tuned.diverged} of {tuned.runs} diverged)" if tuned.diverged else ""))
         lines.append(f"| {arm.name} | " + " | ".join(said) + " |")
@@ -274,7 +282,7 @@ def _rates(comparison: Comparison) -> list[str]:
                     f"- `{arm.name}` on {base}: rank {found.rank}, {found.parameters:,} trainable parameters against a "
                     f"mean of {found.wanted:,.0f}{passes}."
                 )
-        if arm.role == "lora_flops":
+        if arm.role in MATCHED_STEPS:
             for base, task in study.cells:
                 matched.append(f"- `{arm.name}` on {base} / {task}: {study.steps(arm, base, task)} steps.")
     return [*lines, "", *matched] if matched else lines
@@ -303,6 +311,10 @@ def _runs(comparison: Comparison) -> list[str]:
 
 def _reading(comparison: Comparison) -> list[str]:
     plan = comparison.study.plan
+    zeroth = [
+        "- *trainable* counts what gets a gradient: of `zeroth_order` the adapters, and not the weights under them, "
+        "which move too. `lora_passes` is LoRA with as many more steps as the two forward passes a direction cost.",
+    ]
     per = {"task": "each base and task", "base": "each base, over all tasks", "arm": "all bases and tasks at once"}
     return [
         "## How to read this",
@@ -318,6 +330,7 @@ def _reading(comparison: Comparison) -> list[str]:
         "- Only the primary comparisons were fixed as such before the runs. The others are exploratory: of forty arms "
         "two pass a 95 % interval by chance.",
         "- FLOPs are those of training, by the protocol's formula; probing is not in them.",
+        *(zeroth if any(arm.kind == ZEROTH for arm in comparison.study.arms) else []),
     ]
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_lora_plugin.errors import ConfigurationError, HybridLoraError
-from hybrid_lora_plugin.evidence.protocol import Choice, Outcome, Run, Start
+from hybrid_lora_plugin.evidence.protocol import ZEROTH, Choice, Outcome, Run, Start
 
 
 def canonical(value: Any) -> str:
@@ -41,6 +41,8 @@ class RunKey:
     full_lr: float
     lora_lr: float
     steps: int
+    #: 0 too in files from before there was such a rate
+    zeroth_lr: float = 0.0
 
 
 def run_key(run: Run) -> RunKey:
@@ -56,6 +58,7 @@ def run_key(run: Run) -> RunKey:
         run.full_lr,
         run.lora_lr,
         run.steps,
+        run.zeroth_lr,
     )
 
 
@@ -118,7 +121,7 @@ class RunResults:
         """Read ``runs.jsonl`` of a folder."""
         self._lines, self._outcomes = _Lines(folder / "runs.jsonl"), {}
         for line in self._lines.read():
-            key = RunKey(**{name: line[name] for name in RunKey.__dataclass_fields__})
+            key = RunKey(**{name: line[name] for name in RunKey.__dataclass_fields__ if name in line})
             outcome = line["outcome"]
             self._outcomes[key] = Outcome(
                 curve=tuple((step, value) for step, value in outcome["curve"]),
@@ -220,4 +223,4 @@ def selection_digest(selection: Mapping[str, Any]) -> str:
 
 def choice_of(kind: str, full: Sequence[str], rank: int) -> Choice:
     """What an arm of that kind trains."""
-    return Choice(tuple(full), 0 if kind == "full" else rank, kind == "dora")
+    return Choice(tuple(full), 0 if kind == "full" else rank, kind == "dora", kind == ZEROTH)

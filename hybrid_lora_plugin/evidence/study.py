@@ -13,7 +13,7 @@ from typing import Any
 from hybrid_lora_plugin.candidates import Candidate
 from hybrid_lora_plugin.config_evidence import EvidencePlanConfig
 from hybrid_lora_plugin.errors import ConfigurationError
-from hybrid_lora_plugin.evidence.arms import LORA, LORA_FLOPS, LORA_MATCHED, PlannedArm, matched_to, planned_arms
+from hybrid_lora_plugin.evidence.arms import LORA, LORA_MATCHED, MATCHED_STEPS, PlannedArm, matched_to, planned_arms
 from hybrid_lora_plugin.evidence.matching import MatchedRank, matched_rank, matched_steps
 from hybrid_lora_plugin.evidence.protocol import Arm, Run, Start
 from hybrid_lora_plugin.evidence.results import Choices, RunResults, choice_of, run_key
@@ -155,9 +155,9 @@ class Study:
     def steps(self, arm: PlannedArm, base: str, task: str) -> int:
         """Optimizer steps of an arm.
 
-        Those of ``lora_flops`` follow from the FLOPs of its two models in tuning.
+        Those of ``lora_flops`` and ``lora_passes`` follow from the FLOPs of their two models in tuning.
         """
-        if arm.role != LORA_FLOPS:
+        if arm.role not in MATCHED_STEPS:
             return self.plan.steps
         if (arm.name, base, task) not in self._steps:
             (lora,) = (one for one in self.arms if one.name == LORA)
@@ -177,7 +177,7 @@ class Study:
                         break
         if not found:
             raise ConfigurationError(
-                f"arms: {LORA_FLOPS} takes the FLOPs of {arm.name} from its runs on {base}, {task}, and all diverged; "
+                f"arms: steps are matched by the FLOPs of the runs of {arm.name} on {base}, {task}, and all diverged; "
                 "give lower rates"
             )
         return sum(found) / len(found)
@@ -188,7 +188,7 @@ class Study:
         """One training run of an arm."""
         choice = choice_of(arm.kind, self.full_names(arm, start, draw), self.rank(arm, start.base))
         steps = self.steps(arm, start.base, start.task)
-        return Run(arm.draw_name(draw), start, choice, rates.full, rates.lora, steps)
+        return Run(arm.draw_name(draw), start, choice, rates.full, rates.lora, steps, rates.zeroth)
 
     def tuning_runs(self, arm: PlannedArm) -> Iterator[tuple[tuple[str, ...], Rates, Run]]:
         """(cell, rates, run) of every run that an arm's rates are chosen by."""
@@ -204,7 +204,7 @@ class Study:
         Args:
             roles: ``first`` for all arms but those whose steps follow from the runs of others, which are ``second``.
         """
-        arms = [arm for arm in self.arms if (arm.role == LORA_FLOPS) == (roles == "second")]
+        arms = [arm for arm in self.arms if (arm.role in MATCHED_STEPS) == (roles == "second")]
         return self._missing(run for arm in arms for _, _, run in self.tuning_runs(arm))
 
     def tuned(self, arm: PlannedArm, base: str, task: str) -> Tuned:

@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 from hybrid_lora_plugin.config_evidence import EvidencePlanConfig, EvidenceRatesConfig
-from hybrid_lora_plugin.evidence.protocol import Outcome
+from hybrid_lora_plugin.evidence.protocol import ZEROTH, Outcome
 
 
 @dataclass(frozen=True, order=True)
 class Rates:
-    """A pair of learning rates; 0 where an arm has no such modules."""
+    """Learning rates of an arm; 0 where it has no such modules."""
 
     full: float
     lora: float
+    zeroth: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -26,8 +28,8 @@ class Tuned:
         value: mean held-out value over the tuning starts.
         diverged: runs at these rates that diverged.
         runs: at these rates.
-        edges: ``full`` and ``lora`` where the rate is the first or the last that was tried, so that a better one may
-            lie beyond.
+        edges: those of ``full``, ``lora`` and ``zeroth`` where the rate is the first or the last that was tried, so
+            that a better one may lie beyond.
     """
 
     rates: Rates
@@ -41,7 +43,8 @@ def grid(kind: str, rates: EvidenceRatesConfig) -> list[Rates]:
     """The pairs that an arm of that kind tries, from the lowest."""
     full = rates.full if kind in ("hybrid", "full") else [0.0]
     lora = rates.lora if kind != "full" else [0.0]
-    return [Rates(one, other) for one in full for other in lora]
+    zeroth = rates.zeroth or [] if kind == ZEROTH else [0.0]
+    return [Rates(*pair) for pair in itertools.product(full, lora, zeroth)]
 
 
 def cell(per: str, base: str, task: str) -> tuple[str, ...]:
@@ -78,7 +81,11 @@ def choose_rates(
     (diverged, _, pair), mean, runs = min(ranked)
     edges = tuple(
         name
-        for name, value, given in (("full", pair.full, rates.full), ("lora", pair.lora, rates.lora))
+        for name, value, given in (
+            ("full", pair.full, rates.full),
+            ("lora", pair.lora, rates.lora),
+            ("zeroth", pair.zeroth, rates.zeroth or []),
+        )
         if value and len(given) > 1 and value in (given[0], given[-1])
     )
     return Tuned(pair, mean, diverged, runs, edges)

@@ -8,5 +8,6 @@
 ``export``        a merged model, a PEFT adapter or a delta from that and the base checkpoint, one weight at a time:
                   ``trained`` and ``base_model`` read them, ``model_folder``, ``adapter_folder``, ``delta`` and
                   ``model_card`` write
+``zeroth_order``  frozen weights that move without a gradient, by two forward passes along a random direction
 ``precision``  ``memory``  ``dtensor``    dtypes, bytes of a rank, shards
 """

@@ -7,7 +7,9 @@ For T tokens that go into the model, with a product of n weights counted as 2·n
 - gradients of activations: the same again, for the layers from the lowest one with anything trained upwards;
 - gradients of weights: 2·T over the weights of fully tuned modules;
 - adapters: 6·T·r·(d_in + d_out) each, forward and both gradients; with DoRA 6·r·d_in·d_out more a step, for the norm of
-  W + s·B·A and its gradient.
+  W + s·B·A and its gradient;
+- zeroth order: two forward passes a direction more, adapters included (2·T·r·(d_in + d_out) each). Making the signs of
+  a direction, a few whole-number operations a weight, is left out.
 
 With N candidate weights and little else this is 6·N·T for full fine-tuning and 4·N·T for LoRA plus its adapters. It
 counts what an implementation that trains one model must do. The replicas do more: they form W + s·B·A and the gradient
@@ -24,7 +26,14 @@ from hybrid_lora_plugin.evidence.protocol import Choice
 
 
 def step_flops(
-    config: Any, candidates: Sequence[Candidate], choice: Choice, *, rows: int, positions: int, answer_tokens: int
+    config: Any,
+    candidates: Sequence[Candidate],
+    choice: Choice,
+    *,
+    rows: int,
+    positions: int,
+    answer_tokens: int,
+    zeroth_directions: int = 0,
 ) -> float:
     """Operations of one optimizer step of one run.
 
@@ -33,6 +42,7 @@ def step_flops(
         candidates: of the model.
         choice: what trains.
         rows, positions, answer_tokens: problems a step, S, and positions whose logits are needed.
+        zeroth_directions: K of a choice with ``zeroth``.
     """
     tokens, full = rows * positions, set(choice.full)
     trained_layers = [c.layer for c in candidates if c.name in full or choice.rank]
@@ -41,16 +51,20 @@ def step_flops(
     attention = 4 * tokens * positions * config.num_attention_heads * head_dim
     head = 2 * rows * answer_tokens * config.hidden_size * config.vocab_size
     total = (1 + bool(trained_layers)) * head
+    forward = head + attention * config.num_hidden_layers
     total += attention * (config.num_hidden_layers + 2 * (config.num_hidden_layers - lowest))
     for candidate in candidates:
         product = 2 * tokens * candidate.in_features * candidate.out_features
         total += product * (1 + (candidate.layer >= lowest))
+        forward += product + 2 * tokens * candidate.lora_parameters(choice.rank)
         if candidate.name in full:
             total += product
         elif choice.rank:
             total += 6 * tokens * candidate.lora_parameters(choice.rank)
             if choice.dora:
                 total += 6 * choice.rank * candidate.in_features * candidate.out_features
+    if choice.zeroth:
+        total += 2 * zeroth_directions * forward
     return float(total)
 
 
@@ -75,7 +89,7 @@ def rollout_flops(
 
 
 def trainable_parameters(candidates: Sequence[Candidate], choice: Choice) -> int:
-    """Weights and biases of full modules, and adapters on the others, with DoRA's magnitudes."""
+    """Weights and biases of full modules, and adapters on the others, with DoRA's magnitudes: what gets a gradient."""
     full = set(choice.full)
     total = 0
     for candidate in candidates:

@@ -146,9 +146,17 @@ class PolicyProtocol(SftProtocol):
         answers = sample_answers(replicas.base, weights, prompts, uniform.unflatten(1, (-1, self.settings.answers)))
         rewards = (answers == right.unsqueeze(2)).all(-1).flatten(1)  # [R, B·G], a group side by side
         advantages = group_advantages(rewards.to(self.dtype), self.settings.answers)
-        logits = answers_logits(replicas.base, weights, prompts, answers)
-        losses = on_policy_loss(answer_log_probs(logits.flatten(1, 2), answers.flatten(1, 2)), advantages)
+
+        def log_probs_of(weights: Weights) -> Tensor:
+            logits = answers_logits(replicas.base, weights, prompts, answers)
+            return answer_log_probs(logits.flatten(1, 2), answers.flatten(1, 2))
+
+        log_probs = log_probs_of(weights)
+        losses = surrogate_loss(log_probs, log_probs.detach(), advantages)
         replicas.step(losses)
+        # The ratio to the policy that sampled, and nothing clipped: a clipped loss has no slope where the gradient step
+        # has been.
+        replicas.zeroth_step(lambda moved: surrogate_loss(log_probs_of(moved), log_probs.detach(), advantages))
         return losses.detach()
 
 
@@ -216,12 +224,13 @@ def group_advantages(rewards: Tensor, answers: int) -> Tensor:
     return (centred / (centred.square().mean(-1, keepdim=True) + EPSILON).sqrt()).flatten(1)
 
 
-def on_policy_loss(log_probs: Tensor, advantages: Tensor) -> Tensor:
-    """GSPO's loss where the policy that sampled is the one that learns, ``[R]``.
+def surrogate_loss(log_probs: Tensor, old_log_probs: Tensor, advantages: Tensor) -> Tensor:
+    """GSPO's loss without clipping, ``[R]``.
 
     Args:
         log_probs: ``[R, B, P]``, of the tokens that were sampled.
+        old_log_probs: ``[R, B, P]``, of the policy that sampled; where it is the one that learns nothing is clipped.
         advantages: ``[R, B]``.
     """
-    ratios = (log_probs - log_probs.detach()).mean(-1).exp()
+    ratios = (log_probs - old_log_probs).mean(-1).exp()
     return -(advantages * ratios).mean(-1)

@@ -49,6 +49,24 @@ class ReplicaSettings:
     clip_grad: float = documented(
         1.0, "Norm that a run's gradient is cut to.", source="verl's default", bound=above(0, "above 0, e.g. 1")
     )
+    train_problems: int | None = documented(
+        None,
+        "Problems that a start trains on, in another order in each epoch; null: every step draws problems of its own.",
+        source="own choice",
+        bound=at_least(1, "a multiple of the problems a step, or null"),
+    )
+    zeroth_epsilon: float = documented(
+        1.0e-3,
+        "How far zeroth order moves a weight to measure a slope.",
+        source="MeZO (arXiv 2305.17333)",
+        bound=above(0, "above 0, e.g. 1e-3"),
+    )
+    zeroth_directions: int = documented(
+        1,
+        "Directions a step, of two forward passes each.",
+        source="MeZO (arXiv 2305.17333)",
+        bound=at_least(1, "at least 1"),
+    )
     dtype: str = documented("float32", "Of weights and states.", source="own choice", choices=("float32", "float64"))
     tf32: bool = documented(False, "Let products on CUDA round to TF32.", source="own choice: 10 bits are too few")
     group_size: int | None = documented(
@@ -86,6 +104,11 @@ def _validate(settings: ReplicaSettings, where: str) -> None:
     validate(plain, f"{where}.")
     if settings.digits > 4:
         raise ConfigurationError(f"{where}.digits: {settings.digits} makes too many pairs to split; give 1 to 4")
+    if settings.train_problems is not None and settings.train_problems % settings.batch_size:
+        raise ConfigurationError(
+            f"{where}.train_problems: {settings.train_problems} is no multiple of batch_size, {settings.batch_size}; "
+            f"give one, e.g. {(settings.train_problems // settings.batch_size + 1) * settings.batch_size}"
+        )
     if not settings.bases:
         raise ConfigurationError(f"{where}.bases: nothing given; give a list such as [{{name: w64, hidden_size: 64}}]")
     names = set()

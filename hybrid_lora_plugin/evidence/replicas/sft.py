@@ -18,7 +18,7 @@ from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.evidence.protocol import Arm, Choice, Outcome, Protocol, Run, Start
 from hybrid_lora_plugin.evidence.replicas.base import digest_of, load_base, save_base, train_base
 from hybrid_lora_plugin.evidence.replicas.flops import step_flops, trainable_parameters
-from hybrid_lora_plugin.evidence.replicas.forward import SharedParts, answer_log_probs
+from hybrid_lora_plugin.evidence.replicas.forward import SharedParts, Weights, answer_log_probs
 from hybrid_lora_plugin.evidence.replicas.selection import Probes, batch_of
 from hybrid_lora_plugin.evidence.replicas.settings import BaseSettings, ReplicaSettings, read_settings
 from hybrid_lora_plugin.evidence.replicas.tasks import Layout, Problems, task_of
@@ -48,6 +48,7 @@ class SftProtocol(Protocol):
     version = 1
     measure = "held_out_loss"
     lower_is_better = True
+    knows_zeroth_order = True
 
     def __init__(
         self,
@@ -155,6 +156,7 @@ class SftProtocol(Protocol):
             rows=rows,
             positions=self.layout.tokens - 1,
             answer_tokens=self.layout.answer_tokens,
+            zeroth_directions=self.settings.zeroth_directions,
         )
 
     def choose(self, start: Start, arms: Sequence[Arm]) -> dict[str, tuple[str, ...]]:
@@ -199,7 +201,15 @@ class SftProtocol(Protocol):
         shared, settings = self._shared(*self._origin(runs[0].start)), self.settings
         ends = {run.steps for run in runs}
         steps = max(ends)
-        replicas = Replicas(shared, runs, settings.lora_scale, settings.weight_decay, settings.clip_grad)
+        replicas = Replicas(
+            shared,
+            runs,
+            settings.lora_scale,
+            settings.weight_decay,
+            settings.clip_grad,
+            settings.zeroth_epsilon,
+            settings.zeroth_directions,
+        )
         drawn, of_start = self._drawn_by_start(runs, steps)
         held_out, of_task = self._held_out_problems(runs)
         losses, curve = [], {}
@@ -221,7 +231,10 @@ class SftProtocol(Protocol):
 
     def _drawn(self, task: str, seed: int, steps: int) -> tuple[Tensor, ...]:
         """What the steps of a start are made of, ``[steps, ...]`` each: here the problems, uint8."""
-        return (self.problems.drawn(task, seed, "train", steps, self.settings.batch_size),)
+        different, size = self.settings.train_problems, self.settings.batch_size
+        if different is None:
+            return (self.problems.drawn(task, seed, "train", steps, size),)
+        return (self.problems.reshuffled(task, seed, "train", steps, size, different),)
 
     def _held_out_problems(self, runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
         """Problems ``[tasks, held_out, tokens]`` uint8, and the row of each run, ``[R]``."""
@@ -232,9 +245,14 @@ class SftProtocol(Protocol):
     def _train_step(self, replicas: Replicas, problems: Tensor) -> Tensor:
         """One step on ``[R, B, tokens]`` uint8; returns the loss of each run before it, ``[R]``."""
         kept, problems = self.layout.answer_tokens, problems.long()
-        logits = replicas.base.logits(replicas.weights(), problems[..., :-1], kept)
-        losses = -answer_log_probs(logits, problems[..., -kept:]).mean(dim=(1, 2))
+
+        def losses_of(weights: Weights) -> Tensor:
+            logits = replicas.base.logits(weights, problems[..., :-1], kept)
+            return -answer_log_probs(logits, problems[..., -kept:]).mean(dim=(1, 2))
+
+        losses = losses_of(replicas.weights())
         replicas.step(losses)
+        replicas.zeroth_step(losses_of)
         return losses.detach()
 
     @torch.no_grad()
@@ -296,9 +314,9 @@ def groups_of(
 ) -> Iterator[tuple[list[Run], int]]:
     """Runs that can train at once, with the size that their group is filled up to, which follows from each run alone.
 
-    A group has one origin, one width of the factors and one kind of adapter. Hybrid runs, of which a plan has most,
-    come ``size`` at a time. Those that tune everything fully, or nothing, come ``size / 8`` at a time: they are few,
-    and a group costs what a full one does.
+    A group has one origin, one width of the factors and one kind of adapter, and zeroth order or none. Hybrid runs, of
+    which a plan has most, come ``size`` at a time. Those that tune everything fully, or nothing, come ``size / 8`` at a
+    time: they are few, and a group costs what a full one does.
 
     Raises:
         ConfigurationError: a run trains nothing, or takes no step.
@@ -310,8 +328,9 @@ def groups_of(
             raise ConfigurationError(
                 f"arm {run.arm}: nothing would train; give it steps, and a rank or modules to tune fully"
             )
-        alike.setdefault((origin(run.start), factor_width(choice.rank), choice.dora, bool(choice.full)), []).append(run)
-    for (_, width, dora, full), members in alike.items():
+        place = origin(run.start), factor_width(choice.rank), choice.dora, bool(choice.full), choice.zeroth
+        alike.setdefault(place, []).append(run)
+    for (_, width, dora, full, _), members in alike.items():
         filled = size if full and width and not dora else max(1, size // FEWER)
         # A group goes on until its longest run ends.
         members.sort(key=lambda run: run.steps)

@@ -164,3 +164,23 @@ class Problems:
         draws = generator_for(f"replicas/{purpose}/{task}/{seed}")
         chosen = torch.randint(len(self._others), (batches * batch_size,), generator=draws)
         return self.layout.write(task_of(task), self._others[chosen].view(batches, batch_size))
+
+    def reshuffled(self, task: str, seed: int, purpose: str, batches: int, batch_size: int, different: int) -> Tensor:
+        """The same problems in every epoch, each time in another order: ``[batches, batch_size, tokens]`` uint8.
+
+        Args:
+            task, seed, purpose, batches, batch_size: as of ``drawn``.
+            different: problems of an epoch, a multiple of ``batch_size``.
+
+        Raises:
+            ConfigurationError: there are not as many.
+        """
+        if different > len(self._others):
+            raise ConfigurationError(
+                f"train_problems: {different} of the {len(self._others):,} pairs that are not held out; give fewer"
+            )
+        draws = generator_for(f"replicas/{purpose}/{task}/{seed}/epochs")
+        chosen = self._others[torch.randperm(len(self._others), generator=draws)[:different]]
+        epochs = -(-batches * batch_size // different)
+        order = torch.cat([torch.randperm(different, generator=draws) for _ in range(epochs)])
+        return self.layout.write(task_of(task), chosen[order[: batches * batch_size]].view(batches, batch_size))

@@ -8,7 +8,7 @@ where it has an adapter. As a module never has both, this is what ``training.app
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor
 
 from hybrid_lora_plugin.evidence.protocol import Run
 from hybrid_lora_plugin.evidence.replicas.forward import BIASED, TYPES, SharedParts, Weights, module_name
+from hybrid_lora_plugin.evidence.replicas.frozen_weights import FrozenWeights
 from hybrid_lora_plugin.seeding import generator_for
 
 #: as verl's, and torch's default
@@ -64,15 +65,23 @@ class Replicas:
     """R runs of one base, of one LoRA rank, with or without DoRA: their parameters and optimizer."""
 
     def __init__(
-        self, base: SharedParts, runs: Sequence[Run], lora_scale: float, weight_decay: float, clip_grad: float
+        self,
+        base: SharedParts,
+        runs: Sequence[Run],
+        lora_scale: float,
+        weight_decay: float,
+        clip_grad: float,
+        zeroth_epsilon: float = 1e-3,
+        zeroth_directions: int = 1,
     ) -> None:
         """All at the base, adapters included.
 
         Args:
             base: what they share.
-            runs: of that base; ``factor_width(choice.rank)`` and ``choice.dora`` are one.
+            runs: of that base; ``factor_width(choice.rank)``, ``choice.dora`` and ``choice.zeroth`` are one.
             lora_scale: alpha / r.
             weight_decay, clip_grad: of AdamW, and the norm that each run's gradient is cut to.
+            zeroth_epsilon, zeroth_directions: ε and K of runs with ``choice.zeroth``.
         """
         (self.rank,) = {factor_width(run.choice.rank) for run in runs}
         (self.dora,) = {run.choice.dora for run in runs}
@@ -93,6 +102,8 @@ class Replicas:
             for type_ in TYPES
         }  # [L, R] each
         self.trains_full, self.trains_lora = any(chosen), self.rank > 0
+        (zeroth,) = {run.choice.zeroth for run in runs}
+        self.frozen = FrozenWeights(base, runs, zeroth_epsilon, zeroth_directions) if zeroth else None
         self.trained: dict[tuple[str, str], Trained] = {}
         if self.trains_full:
             for type_ in TYPES:
@@ -146,6 +157,8 @@ class Replicas:
     def _matrix(self, type_: str) -> Tensor:
         if self.trains_full:
             plain = self.trained[type_, "weight"].value
+        elif self.frozen is not None:
+            plain = self.frozen.held[type_]
         else:
             plain = self.base.matrices[type_].unsqueeze(1).expand(-1, self.count, -1, -1)
         if not self.trains_lora:
@@ -173,6 +186,15 @@ class Replicas:
             self.steps += 1
             for tensor, gradient in zip(self.trained.values(), gradients, strict=True):
                 self._move(tensor, gradient, factors)
+
+    def zeroth_step(self, losses_of: Callable[[Weights], Tensor]) -> None:
+        """One zeroth-order step of the weights under the adapters, after ``step``; nothing without ``choice.zeroth``.
+
+        Args:
+            losses_of: weights -> ``[R]``, the losses of the step's own data.
+        """
+        if self.frozen is not None:
+            self.frozen.step(lambda: losses_of(self.weights()), self.steps - 1)
 
     def _clip_factors(self, gradients: Sequence[Tensor]) -> Tensor:
         """``[R]``: what each run's gradient is multiplied by, as ``torch.nn.utils.clip_grad_norm_`` does."""
