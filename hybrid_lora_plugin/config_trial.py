@@ -154,3 +154,50 @@ class TrialConfig:
     def criteria(self) -> tuple[str, ...]:
         """What the portfolio names, each criterion once."""
         return tuple(dict.fromkeys(criterion_of(entry) for entry in self.portfolio))
+
+
+@dataclass
+class TrialRunsCommandConfig:
+    """What ``hybrid-lora-trial`` takes on the command line as ``key=value``, in front of ``--``."""
+
+    allocations: list[str] = documented(
+        [],
+        "Two or more folders that `hybrid-lora-probe` or `hybrid-lora-allocate` wrote, of one model, in the order in "
+        "which they are preferred where runs cannot tell the best ones apart.",
+        source="none: must be given",
+    )
+    output_dir: str | None = documented(
+        None, "New folder for the allocation that did best, with the table.", source="none: must be given"
+    )
+    steps: int = documented(
+        20,
+        "Training steps of every run in the first round.",
+        source="own choice",
+        unit="steps of your command",
+        bound=at_least(1, "at least 1 step, e.g. 20"),
+    )
+    rounds: int = documented(
+        3,
+        "Rounds; the runs of those that stay are resumed to 1 / `keep` times as many steps.",
+        source="own choice",
+        bound=at_least(1, "at least 1 round, e.g. 3"),
+    )
+    keep: float = documented(
+        0.5,
+        "Share of the allocations that stays for the next round, rounded up, two at least.",
+        source="successive halving (Jamieson and Talwalkar, AISTATS 2016)",
+        unit="fraction in (0, 1)",
+        bound=Bound(lambda value: 0 < value < 1, "a fraction in (0, 1), e.g. 0.5"),
+    )
+    score: str = documented(
+        "score",
+        "Field of verl's validation dump that counts, more of it being better; the mean over the answers to a prompt.",
+        source="verl: the reward",
+    )
+    minutes: float = documented(
+        24 * 60.0,
+        "After which a run is ended, which ends the command.",
+        source="own choice",
+        unit="minutes",
+        bound=above(0, "more than 0 minutes"),
+    )

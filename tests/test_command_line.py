@@ -30,6 +30,7 @@ from hybrid_lora_plugin.config_effect import COMMAND, PROBE, SELECTION, without_
 from hybrid_lora_plugin.config_evidence import EvidenceCommandConfig
 from hybrid_lora_plugin.config_plan import PlanCommandConfig
 from hybrid_lora_plugin.config_selection import NAMING
+from hybrid_lora_plugin.config_trial import TrialRunsCommandConfig
 from tests.support.verl_processes import ROOT
 
 CONFIGS = {
@@ -42,6 +43,7 @@ CONFIGS = {
     "eval": EvaluateCommandConfig,
     "plan": PlanCommandConfig,
     "evidence": EvidenceCommandConfig,
+    "trial": TrialRunsCommandConfig,
 }
 
 
@@ -174,6 +176,7 @@ REQUIRED = {
     "export": "checkpoint, output_dir: not given; write checkpoint=FOLDER",
     "eval": "model, output_dir: not given; write model=FOLDER",
     "plan": "recipe: not given; write recipe=NAME, or a command",
+    "trial": "allocations, output_dir: not given; write allocations=[FOLDER,FOLDER]",
 }
 
 

@@ -7,7 +7,7 @@ import shlex
 
 import pytest
 
-from hybrid_lora_plugin.cli import allocate, compare, data, doctor, eval, evidence, export, plan, probe
+from hybrid_lora_plugin.cli import allocate, compare, data, doctor, eval, evidence, export, plan, probe, trial
 from hybrid_lora_plugin.cli.arguments import parse
 from hybrid_lora_plugin.config import (
     AllocateCommandConfig,
@@ -20,6 +20,7 @@ from hybrid_lora_plugin.config import (
 )
 from hybrid_lora_plugin.config_evidence import EvidenceCommandConfig
 from hybrid_lora_plugin.config_plan import PlanCommandConfig
+from hybrid_lora_plugin.config_trial import TrialRunsCommandConfig
 from tests.support.verl_processes import ROOT
 
 PAGES = [
@@ -36,10 +37,11 @@ COMMANDS = {
     "hybrid-lora-eval": EvaluateCommandConfig,
     "hybrid-lora-plan": PlanCommandConfig,
     "hybrid-lora-evidence": EvidenceCommandConfig,
+    "hybrid-lora-trial": TrialRunsCommandConfig,
 }
 # Under torchrun a command is the module that its entry point names.
 MODULES = {"hybrid_lora_plugin.cli.probe": ProbeCommandConfig}
-EXAMPLES = [module.EXAMPLE for module in (probe, allocate, compare, data, export, doctor, eval, plan, evidence)]
+EXAMPLES = [module.EXAMPLE for module in (probe, allocate, compare, data, export, doctor, eval, plan, evidence, trial)]
 SHELL_BLOCKS = ("bash", "sh", "zsh", "shell", "console")
 #: what a shell reads as part of a pattern or of its own grammar
 GLOB = "*?[]{}()^"

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from tests.support.kill_trials import export_trials, probe_trials, run_trials
+from tests.support.kill_trials import export_trials, halving_trials, probe_trials, run_trials
 
 
-@pytest.mark.parametrize("trials", [probe_trials, export_trials])
+@pytest.mark.parametrize("trials", [probe_trials, halving_trials, export_trials])
 def test_killed_at_random_moments_the_same_start_ends_with_the_same_bytes(trials, tmp_path):
     kills, resumes = trials(tmp_path, count=4, seed=1)
     assert kills >= 3 and resumes == 4

@@ -88,6 +88,30 @@ def test_a_second_start_uses_the_artifact_and_refuses_other_settings(sft):
     assert "hybrid_lora.budget.ratio: 0.5" in sft["refused"] and "hybrid_lora.allocation=" in sft["refused"]
 
 
+@pytest.mark.verl
+def test_workers_try_candidates_before_the_actor_and_a_second_start_uses_the_best(setting):
+    folder, model = setting
+    rows = write_jsonl(folder / "trial-rows.jsonl", sums(80))
+    trial = {"portfolio": ["spread:o_proj", "spread:up_proj+down_proj"], "draws": 1, "steps": 2, "rounds": 2}
+    trial |= {"held_out_rows": 10, "batch_size": 4, "full_lr": 1e-3, "lora_lr": 5e-3}
+    out = folder / "trial"
+    hybrid = {
+        "output_dir": str(out / "allocation"), "criterion": "trial", "trial": trial, "budget": {"ratio": 0.3},
+        "probe": {"files": [rows], "max_length": 64},
+    }  # fmt: skip
+    found = run_engine(out, 2, worker=WORKER, model=model, hybrid=hybrid)
+    kept = load_allocation(out / "allocation")
+    assert found["full"] == kept.full_names == found["full_again"] and found["written_again"] == found["written"]
+    assert [one.name for one in kept.trial.candidates] == [*trial["portfolio"], "random:0"]
+    assert kept.trial.chosen in kept.trial.alike and kept.trial.lora.losses
+    assert "hybrid_lora.budget.ratio: 0.5" in found["refused"]
+    start = {
+        name.removeprefix("base_model.model.").replace(".base_layer.", "."): t for name, t in found["start"].items()
+    }
+    base = AutoModelForCausalLM.from_pretrained(model).state_dict()
+    assert all(torch.equal(start[name], tensor) for name, tensor in base.items())
+
+
 def test_every_setting_that_decides_an_allocation_is_compared(tmp_path, tiny_qwen2):
     rows = write_jsonl(tmp_path / "rows.jsonl", sums(40))
     probe = ["probe.warmup_steps=2", "probe.partitions=4", "probe.batch_size=4", "probe.max_length=64"]

@@ -83,6 +83,15 @@ REFUSED = {
         [POLICY, "hybrid_lora.criterion=lookahead", "hybrid_lora.probe.lookahead.lr=1e-6"],
         ["hybrid_lora.criterion", "'lookahead'", "once for each module", "objective=sft"],
     ),
+    "policy trial": ([POLICY, "hybrid_lora.criterion=trial"], ["hybrid_lora.criterion: 'trial'", "hybrid-lora-trial"]),
+    "trial": (
+        ["hybrid_lora.criterion=trial", "hybrid_lora.trial.portfolio=[hybird]"],
+        ["hybrid_lora.trial.portfolio: 'hybird' is no candidate", "lookahead"],
+    ),
+    "trial length": (
+        ["hybrid_lora.criterion=trial", "hybrid_lora.probe.partitions=auto"],
+        ["hybrid_lora.probe.partitions: 'auto'", "20"],
+    ),
     "policy warm-up": ([POLICY, "hybrid_lora.probe.warmup_steps=0"], ["hybrid_lora.probe.warmup_steps", "at least 1"]),
     "policy refill": (
         [POLICY, "trainer.v1.sampler.sync_refill_failed_groups=true"],

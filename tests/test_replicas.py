@@ -344,6 +344,8 @@ def test_arms_choose_by_the_projects_probe_and_share_it(tmp_path, monkeypatch):
 
     monkeypatch.setattr("hybrid_lora_plugin.evidence.replicas.sft.Probes", Counted)
     share = {"budget.ratio": 0.3, "budget.overflow": "skip"}
+    trial = {"portfolio": ["hybrid", "gradient_norm"], "draws": 1, "steps": 2, "rounds": 1, "held_out_rows": 16}
+    trial = {f"trial.{name}": value for name, value in (trial | {"full_lr": 1e-3, "lora_lr": 4e-3}).items()}
     criteria = ("hybrid", "gradient_norm", "snip", "full_pruning", "random", "perturbation")
     arms = [Arm(name, "hybrid", {"criterion": name, **share}, rank=RANK) for name in criteria]
     arms += [
@@ -351,6 +353,7 @@ def test_arms_choose_by_the_projects_probe_and_share_it(tmp_path, monkeypatch):
         Arm("random/1", "hybrid", {"criterion": "random", **share}, rank=RANK, draw=1),
         Arm("named", "hybrid", {"criterion": "explicit", "control.modules": [candidates[3].name]}, rank=RANK),
         Arm("longer", "hybrid", {"criterion": "hybrid", "probe.warmup_steps": 5, **share}, rank=RANK),
+        Arm("trial", "hybrid", {"criterion": "trial", **trial, **share}, rank=RANK),
     ]
     start = Start("tiny", "subtract", 4)
     chosen = protocol.choose(start, arms)
@@ -359,6 +362,8 @@ def test_arms_choose_by_the_projects_probe_and_share_it(tmp_path, monkeypatch):
     assert chosen["named"] == (candidates[3].name,)
     assert chosen["hybrid"] and chosen["hybrid"] != chosen["reversed"]
     assert chosen["random"] != chosen["random/1"]
+    # Of probes that were there, and a draw with the seed of the first random arm.
+    assert chosen["trial"] in {chosen["hybrid"], chosen["gradient_norm"], chosen["random"]}
     order = [candidate.name for candidate in candidates]
     sizes = {candidate.name: candidate.parameters for candidate in candidates}
     for name, modules in chosen.items():
@@ -392,6 +397,8 @@ def test_arms_choose_by_the_projects_probe_and_share_it(tmp_path, monkeypatch):
         assert torch.equal(value, before[name])
     with pytest.raises(ConfigurationError, match="arm wrong: selection.budget.share is no option"):
         protocol.choose(start, [Arm("wrong", "hybrid", {"criterion": "hybrid", "budget.share": 1})])
+    with pytest.raises(ConfigurationError, match="arm trial: trial.full_lr: nothing given"):
+        protocol.choose(start, [Arm("trial", "hybrid", {"criterion": "trial"}, rank=RANK)])
 
 
 def test_problems_are_what_they_say_and_held_out_ones_are_never_drawn():

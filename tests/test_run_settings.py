@@ -293,3 +293,32 @@ def test_what_another_criterion_does_not_read_stays_null():
     config = composed(ON, "trainer.total_training_steps=301")
     settle(config)
     assert (config.hybrid_lora.probe.lookahead.steps, config.hybrid_lora.probe.lookahead.lr) == (None, None)
+
+
+def test_a_trial_trains_at_the_rates_and_with_the_optimizer_of_the_run_and_says_what_it_leaves_out():
+    optim = "actor_rollout_ref.actor.optim."
+    config = composed(
+        ON, "hybrid_lora.criterion=trial", "hybrid_lora.full_lr=3e-6", "hybrid_lora.trial.clip_grad=0.5",
+        "hybrid_lora.full_lr_factors=[q_proj:0.1]", "hybrid_lora.full_warmup_steps=9", f"{optim}weight_decay=0.2",
+        f"{optim}betas=[0.8,0.95]", f"{optim}lr_scheduler_type=cosine", "trainer.total_training_steps=301",
+    )  # fmt: skip
+    (line,) = [line for line in settle(config) if "hybrid_lora.trial" in line]
+    trial = config.hybrid_lora.trial
+    assert (trial.full_lr, trial.lora_lr, trial.run_steps, trial.batch_size) == (3e-6, 7.5e-5, 301, None)
+    assert (trial.weight_decay, list(trial.betas), trial.clip_grad) == (0.2, [0.8, 0.95], 0.5)
+    assert list(trial.full_lr_factors) == ["q_proj:0.1"] and config.hybrid_lora.probe.lookahead.steps == 150
+    assert f"weight_decay=0.2 ({optim}weight_decay)" in line and "clip_grad" not in line
+    left = line.partition("left out of the trial: ")[2]
+    assert left == f"hybrid_lora.full_warmup_steps=9, {optim}lr_scheduler_type=cosine"
+    config = composed(ON, "trainer.total_training_steps=301")
+    settle(config)
+    assert (config.hybrid_lora.trial.full_lr, config.hybrid_lora.trial.run_steps) == (None, None)
+
+
+def test_the_trial_of_a_run_without_rollouts_has_its_batch_too(tiny_qwen2):
+    with initialize_config_module("verl.trainer.config", version_base=None, job_name="sft_trainer"):
+        overrides = [ON, "hybrid_lora.criterion=trial", f"model.path={tiny_qwen2}", "data.train_batch_size=24"]
+        config = compose("sft_trainer_engine", overrides=overrides, return_hydra_config=True)
+    lines = settle(config)
+    assert config.hybrid_lora.trial.batch_size == 24 and config.hybrid_lora.trial.full_lr == 1e-6
+    assert any("batch_size=24 (data.train_batch_size)" in line for line in lines)

@@ -1,5 +1,6 @@
 """Trials of real hybrid models: paired, reproducible to the byte, resumable, on one process and on several."""
 
+import contextlib
 import dataclasses
 import json
 import signal
@@ -172,7 +173,8 @@ def test_a_contender_goes_on_from_its_tensors_bit_for_bit_and_trains_in_float32(
         assert tensor.dtype == torch.float32 and torch.equal(second.tensors()[key], tensor), key
     rows = second.row_losses(ragged_batch(rows=5, seed=9))
     assert rows == whole.row_losses(ragged_batch(rows=5, seed=9)) and len(rows) == 5
-    assert sum(rows) < sum(contender(tiny_model(dtype, layers=2), FULL).row_losses(ragged_batch(rows=5, seed=9)))
+    seen, fresh = batches[-1], contender(tiny_model(dtype, layers=2), FULL)
+    assert sum(whole.row_losses(seen)) < sum(fresh.row_losses(seen))
 
 
 def test_rows_add_up_to_the_loss_and_contenders_begin_alike():
@@ -244,6 +246,28 @@ def test_sharded_contenders_train_and_resume_as_one_process_does(tmp_path, ranks
         sharded, resumed_alike, rows = found[str(dtype)]
         assert sharded == pytest.approx(losses, rel=close) and resumed_alike
         assert rows == pytest.approx(one.row_losses(ragged_batch(rows=5, seed=9)), rel=close)
+
+
+def _command(rank, ranks, folder, config):
+    torch.set_num_threads(1)
+    distributed.init_process_group("gloo", init_method=f"file://{folder}/store", rank=rank, world_size=ranks)
+    try:
+        for stop in (9, 4, 0):
+            # A signal that one rank gets ends all of them, once what they had is kept.
+            with contextlib.suppress(ProbeInterrupted):
+                run_probe(config, InterruptAt(stop if rank == 0 else 0), Ranks(torch.device("cpu")))
+    finally:
+        distributed.destroy_process_group()
+
+
+@pytest.mark.ranks
+def test_two_ranks_stop_resume_and_choose_as_one_does(tiny_qwen2, straight, tmp_path):
+    multiprocessing.spawn(_command, (2, str(tmp_path), trial_config(tiny_qwen2, tmp_path)), nprocs=2)
+    one, two = load_allocation(straight).trial, load_allocation(tmp_path / "out").trial
+    assert (one.chosen, one.alike, one.rounds, one.tokens) == (two.chosen, two.alike, two.rounds, two.tokens)
+    for mine, theirs in zip([*one.candidates, one.lora], [*two.candidates, two.lora], strict=True):
+        assert (mine.name, mine.modules, mine.dropped) == (theirs.name, theirs.modules, theirs.dropped)
+        assert theirs.losses == pytest.approx(mine.losses, rel=1e-4)
 
 
 # -- the command ------------------------------------------------------------------------------------------------------

@@ -23,6 +23,7 @@ from hybrid_lora_plugin.config import (
 )
 from hybrid_lora_plugin.config_evidence import EvidenceCommandConfig, EvidencePlanConfig
 from hybrid_lora_plugin.config_plan import PlanCommandConfig
+from hybrid_lora_plugin.config_trial import TrialRunsCommandConfig
 from hybrid_lora_plugin.scoring import get_criterion
 from hybrid_lora_plugin.verl_backend.contracts import (
     BEHAVIOURS,
@@ -66,6 +67,12 @@ SECTIONS = (
         "Given as `key=value` in front of `--`; [its own page](plan.md).",
         "",
         PlanCommandConfig,
+    ),
+    (
+        "`hybrid-lora-trial`",
+        "Given as `key=value` in front of `--`; [a section of the probe's page](probe.md#a-trial-by-runs-of-verl).",
+        "",
+        TrialRunsCommandConfig,
     ),
     ("`hybrid-lora-evidence`", "Given as `key=value`; [its own page](evidence.md).", "", EvidenceCommandConfig),
     (

@@ -10,10 +10,7 @@ import dataclasses
 import hashlib
 import json
 import math
-import os
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -35,6 +32,7 @@ from hybrid_lora_plugin.evidence.matching import trainable_parameters
 from hybrid_lora_plugin.evidence.protocol import Arm, Outcome, Protocol, Run, Start
 from hybrid_lora_plugin.evidence.selection_options import selection_config
 from hybrid_lora_plugin.evidence.settings_block import fill
+from hybrid_lora_plugin.evidence.verl_process import run_verl
 from hybrid_lora_plugin.probing.loading import load_model_config, parameter_count
 from hybrid_lora_plugin.probing.runner import probe_model
 from hybrid_lora_plugin.scoring import get_criterion
@@ -358,36 +356,13 @@ class VerlProtocol(Protocol):
 
     def _start(self, arguments: list[str], log: Path, metrics: Path) -> None:
         more = dict(entry.split("=", 1) for entry in self.settings.environment)
-        environment = os.environ | more | {"VERL_FILE_LOGGER_PATH": str(metrics)}
-        with log.open("w") as output:
-            output.write(shlex.join(arguments) + "\n\n")
-            output.flush()
-            process = subprocess.Popen(
-                arguments, env=environment, stdout=output, stderr=subprocess.STDOUT, start_new_session=True
-            )
-            try:
-                status = self._wait(process, metrics)
-            finally:
-                _end(process)
-        if status != 0:
-            last = "\n".join(log.read_text(errors="replace").splitlines()[-15:])
-            raise ConfigurationError(
-                f"settings.command: a run ended with status {status}; the same command goes on after the runs that are "
-                f"done, once its cause is mended. All it said is in {log}, the end of it:\n{last}"
-            )
-
-
-def _end(process: subprocess.Popen) -> None:
-    """End the process and all of its session: Ray's processes outlive a driver that is killed."""
-    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        try:
-            os.killpg(process.pid, number)
-            process.wait(timeout=10)
-        except ProcessLookupError:
-            break
-        except subprocess.TimeoutExpired:
-            continue
-    process.wait()
+        run_verl(
+            arguments,
+            log,
+            more | {"VERL_FILE_LOGGER_PATH": str(metrics)},
+            "settings.command: a run",
+            lambda process: self._wait(process, metrics),
+        )
 
 
 def _by_name(field_name: str, entries: Sequence[Any], wanted: Sequence[str]) -> dict[str, Any]:

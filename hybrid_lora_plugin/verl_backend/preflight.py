@@ -176,6 +176,15 @@ def _check_probe_data(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     if hybrid.probe.objective == "policy":
         check_policy_probe(config, hybrid)
         return
+    if hybrid.criterion == "trial":
+        from hybrid_lora_plugin.probing.trial.options import check_trial
+        from hybrid_lora_plugin.verl_backend.probe.resume import command_config
+
+        try:
+            check_trial(command_config(hybrid, "", False))
+        except ConfigurationError as error:
+            # The probe's own command has these options without the prefix.
+            raise ConfigurationError.relayed(f"hybrid_lora.{error}", otherwise="option-not-usable") from error
     if not hybrid.probe.files:
         raise ConfigurationError(
             "hybrid_lora.allocation: None, and hybrid_lora.probe.files names no rows to probe with; give "

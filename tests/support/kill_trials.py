@@ -1,6 +1,6 @@
 """A probe, an export, and a run's start, steps, saves and syncs, killed at random moments and started again.
 
-    python -m tests.support.kill_trials FOLDER [--what probe export run] [--count 40] [--seed 0]
+    python -m tests.support.kill_trials FOLDER [--what probe halving export run] [--count 40] [--seed 0]
 
 Each trial starts the work in a fork and kills it, by SIGKILL, at a random moment or just before a random call that
 changes a disk, up to three times; then the same start ends by itself, and what it leaves must be what an uninterrupted
@@ -83,18 +83,31 @@ def files(folder: Path) -> Contents:
 
 def probe_trials(folder: Path, count: int, seed: int) -> tuple[int, int]:
     """Of ``run_probe``, which saves its state after every step here."""
+    from tests.test_probe_run import probe_config
+
+    return _probe_trials(folder, count, seed, probe_config)
+
+
+def halving_trials(folder: Path, count: int, seed: int) -> tuple[int, int]:
+    """Of ``run_probe`` with criterion ``trial``: a probe, rounds of candidates, their states."""
+    from tests.test_trial import trial_config
+
+    return _probe_trials(folder, count, seed, trial_config)
+
+
+def _probe_trials(folder: Path, count: int, seed: int, configured: Callable) -> tuple[int, int]:
     from hybrid_lora_plugin.allocation import AllocationError, load_allocation
     from hybrid_lora_plugin.probing import runner, stages
-    from tests.test_probe_run import probe_config
+    from hybrid_lora_plugin.probing.trial import runner as trial_runner
 
     model = make_tiny_qwen2(folder / "model")
     rows = folder / "rows"
     rows.mkdir(parents=True)
-    probe_config(model, rows)
+    configured(model, rows)
 
     def work(place: Path) -> None:
-        stages.SAVE_EVERY_SECONDS = 0.0
-        config = probe_config(model, rows)
+        stages.SAVE_EVERY_SECONDS = trial_runner.SAVE_EVERY_SECONDS = 0.0
+        config = configured(model, rows)
         config.output_dir = str(place / "out")
         try:
             runner.run_probe(config)
@@ -214,7 +227,7 @@ def run_trials(folder: Path, count: int, seed: int, save: str = "full", steps: i
     return trials(work, trained, check, folder / "trials", count, seed)
 
 
-KINDS = {"probe": probe_trials, "export": export_trials, "run": run_trials}
+KINDS = {"probe": probe_trials, "halving": halving_trials, "export": export_trials, "run": run_trials}
 
 
 def main() -> None:

@@ -36,6 +36,7 @@ from hybrid_lora_plugin.probing.loading import (
     load_model,
     load_model_config,
     parameter_count,
+    probed_dtype,
 )
 from hybrid_lora_plugin.probing.method import ProbeMethod, warmup_rate
 from hybrid_lora_plugin.probing.prepare import prepare_data
@@ -160,7 +161,10 @@ class _Trial:
         of_entry = {
             entry.name: found for (_, served), found in zip(self.probes, measured, strict=True) for entry in served
         }
-        contenders = contenders_of(self.entries, self.candidates, lambda entry: of_entry.get(entry.name, {}))
+        # One decides for all: a last bit must not send the ranks different ways.
+        contenders = self.ranks.from_first(
+            lambda: contenders_of(self.entries, self.candidates, lambda entry: of_entry.get(entry.name, {}))
+        )
         lora = matched_lora(contenders, self.candidates) if self.config.trial.lora else None
         record = self._train(contenders, lora)
         everything: dict[str, Tensor] = {}
@@ -283,9 +287,7 @@ class _Trial:
             TRIAL: torch.tensor([float(one.name in full) for one in self.candidates], dtype=torch.float64)
         }
         config = self.config
-        dtype = config.model.dtype
-        if dtype == "auto":
-            dtype = "float32" if self.ranks.device.type == "cpu" else "bfloat16"
+        dtype = probed_dtype(config.model, self.ranks.device)
         data = self.data.record | self.checkpoint
         probe = probe_record(config, "trial", getattr(torch, dtype), data, warmup_rate(config.probe, "trial"))
         allocation = select_modules(

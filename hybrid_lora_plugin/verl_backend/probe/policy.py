@@ -59,8 +59,8 @@ def check_policy_probe(config: DictConfig, hybrid: HybridLoraConfig) -> None:
     if criterion.method == "trial":
         raise ConfigurationError(
             "hybrid_lora.criterion: 'trial' trains by supervised fine-tuning and not with objective policy; give "
-            "hybrid_lora.probe.objective=sft with hybrid_lora.probe.files=[rows.jsonl], or compare runs of your "
-            "command with hybrid-lora-evidence (protocol rl) and give hybrid_lora.allocation",
+            "hybrid_lora.probe.objective=sft with hybrid_lora.probe.files=[rows.jsonl], or compare allocations by runs "
+            "of this command with hybrid-lora-trial, and give hybrid_lora.allocation",
             see="policy-probe-not-possible",
         )
     masked = criterion.method == "svd_lora" and MEASURED.issuperset(criterion.needs)
