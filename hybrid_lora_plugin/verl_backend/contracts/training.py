@@ -10,6 +10,7 @@ _PLAN = "plan/model.py"
 _PLANNED = "verl_backend/planned_command.py"
 _APPLY = "training/apply.py"
 _REFERENCE = "training/reference.py"
+_CONTENDER = "probing/trial/contender.py"
 _EXPORT = "training/export.py"
 _BASE_MODEL = "training/base_model.py"
 _SERVED = "evaluation/served_model.py"
@@ -64,7 +65,7 @@ TRAINING = Subject(
             "engine",
             "peft.tuners.lora",
             "",
-            ("LoraLayer", (_APPLY, _REFERENCE), "marks the modules that got an adapter"),
+            ("LoraLayer", (_APPLY, _REFERENCE, _CONTENDER), "marks the modules that got an adapter"),
             ("LoraLayer._disable_adapters", _REFERENCE, "switches an adapter off for the reference policy"),
             ("Linear", _LORA_LINEAR, "base class of our layer"),
             ("Linear.forward", _LORA_LINEAR, "answers for everything but the plain case", "x"),
