@@ -125,14 +125,12 @@ def _memory_teller(config: ProbeCommandConfig, progress: Progress, ranks: Ranks)
     """Says what the probe will need; it ends nothing, since every token of a row is taken to be trained."""
 
     def tell(longest: int) -> None:
-        from hybrid_lora_plugin.model_families import recurrent_layers
-        from hybrid_lora_plugin.plan.probe_memory import GIB, probe_memory, what_fits
+        from hybrid_lora_plugin.plan.probe_memory import GIB, known_beforehand, probe_memory, what_fits
         from hybrid_lora_plugin.probing.distributed import device_bytes
         from hybrid_lora_plugin.probing.loading import load_model_config, probed_dtype
 
         model_config, there = load_model_config(config.model), device_bytes(ranks.device)
-        if recurrent_layers(model_config):
-            # Their layers run with and without fused kernels, which hold very different states.
+        if not known_beforehand(model_config):
             progress.note("what this probe needs of memory is not known beforehand: the model has recurrent layers")
             return
         rows = replace(config, probe=replace(config.probe, max_length=longest))

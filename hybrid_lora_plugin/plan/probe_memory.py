@@ -16,7 +16,8 @@ from torch import nn
 
 from hybrid_lora_plugin.candidates import Candidate, find_candidates, meta_model
 from hybrid_lora_plugin.config import ProbeCommandConfig
-from hybrid_lora_plugin.plan.model import layer_of
+from hybrid_lora_plugin.model_families import recurrent_layers
+from hybrid_lora_plugin.plan.model import layer_of, text_config
 from hybrid_lora_plugin.plan.probe_passes import DELTA, NORM, NOTHING, SKETCH, SVD, ProbePass, probe_activations
 from hybrid_lora_plugin.probing.forward import MICRO_BATCH_TOKENS
 from hybrid_lora_plugin.probing.method import warmup_steps
@@ -97,6 +98,13 @@ class ProbeMemory:
 def _count(parameters: int) -> str:
     size, unit = next((s, u) for s, u in ((1e9, "B"), (1e6, "M"), (1e3, "k"), (1, "")) if parameters >= s or s == 1)
     return f"{parameters / size:.1f}{unit}"
+
+
+def known_beforehand(model_config: Any) -> bool:
+    """Whether ``probe_memory`` speaks of this model: recurrent layers hold very different states with fused kernels and
+    without.
+    """
+    return not recurrent_layers(text_config(model_config))
 
 
 def probe_memory(model_config: Any, config: ProbeCommandConfig, dtype: str, ranks: int) -> ProbeMemory:
