@@ -163,12 +163,14 @@ def test_the_first_rank_looks_at_what_it_loads(source, tmp_path, spoil):
     from transformers import AutoConfig
 
     from hybrid_lora_plugin.verl_backend.engine import HybridLoraEngine
+    from hybrid_lora_plugin.verl_backend.run_kinds import REINFORCEMENT_LEARNING
 
     place = Place(tmp_path, source)
     engine = HybridLoraEngine.__new__(HybridLoraEngine)
     engine.model_config = SimpleNamespace(
         local_path=str(place.model), hf_config=AutoConfig.from_pretrained(place.model), trust_remote_code=False
     )
+    engine.engine_config, engine._kind = SimpleNamespace(ulysses_sequence_parallel_size=1), REINFORCEMENT_LEARNING
     engine._check_base()
     assert engine._base_weights == weight_digests(place.model)
     case = RUNS[{"a lost norm": "a run without a norm", "an adapter": "a run beside an adapter"}[spoil]]
