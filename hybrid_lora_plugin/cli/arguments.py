@@ -218,7 +218,11 @@ def help_text(program: str, summary: str, example: str, kind: type) -> str:
         if spec.metadata["unit"]:
             details.append(f"Unit: {spec.metadata['unit']}.")
         details.append(f"Source of the default: {spec.metadata['source']}.")
-        lines += textwrap.wrap(" ".join(details), 100, initial_indent=" " * 6, subsequent_indent=" " * 6)
+        indent = " " * 6
+        # A name with a hyphen is copied from here.
+        lines += textwrap.wrap(
+            " ".join(details), 100, initial_indent=indent, subsequent_indent=indent, break_on_hyphens=False
+        )
     return "\n".join(lines)
 
 
