@@ -10,12 +10,12 @@ from recipes.demo import evidence
 from recipes.demo.verl_run import Step, read_metrics
 
 
-def run_of(differences, accuracies=None, kl=None):
+def run_of(differences, accuracies=None, kl=None, metric=evidence.PROBS_DIFF):
     steps = [Step(0, {"val-core/arithmetic/acc/mean@1": accuracies[0]})] if accuracies else []
     for number, difference in enumerate(differences, start=1):
         metrics = {"critic/score/mean": 0.5, "actor/kl_loss": (kl or [0.0, 0.1, 0.2, 0.3])[number - 1]}
         if difference is not None:
-            metrics[evidence.PROBS_DIFF] = difference
+            metrics[metric] = difference
         if accuracies and number == len(differences):
             metrics["val-core/arithmetic/acc/mean@1"] = accuracies[1]
         steps.append(Step(number, metrics))
@@ -36,11 +36,12 @@ def test_one_step_above_the_limit_or_without_the_metric_fails(differences):
     assert not evidence.check_rollout_weights(run_of(differences), 3).holds
 
 
-def test_in_16_bits_the_limit_is_wider_and_the_arrived_update_decides():
-    steps = run_of([3e-2, 7e-2])
+def test_in_16_bits_the_mean_has_a_limit_and_the_arrived_update_decides():
+    name, _ = evidence.WITNESSES["bfloat16"]
+    steps = run_of([2e-3, 4e-3], metric=name)
     assert evidence.check_rollout_weights(steps, 2, "bfloat16").holds
-    assert not evidence.check_rollout_weights(steps, 2).holds
-    assert not evidence.check_rollout_weights(run_of([3e-2, 0.5]), 2, "bfloat16").holds
+    assert not evidence.check_rollout_weights(steps, 2).holds, "that metric is not there"
+    assert not evidence.check_rollout_weights(run_of([2e-3, 0.02], metric=name), 2, "bfloat16").holds
     assert not evidence.check_arrived(steps, 2).holds, "no figure is no proof"
     for values, holds in (((0.98, 1.01), True), ((0.98, 0.3), False), ((float("nan"), 1.0), False)):
         for step, value in zip(steps, values, strict=True):

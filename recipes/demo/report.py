@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from hybrid_lora_plugin.allocation import Allocation
-from recipes.demo.evidence import PROBS_DIFF, PROBS_DIFF_LIMITS, Check, accuracy_of, reward_of
+from recipes.demo.evidence import WITNESSES, Check, accuracy_of, reward_of
 from recipes.demo.verl_run import Step
 
 
@@ -36,8 +36,8 @@ class Findings:
     exported: Path
 
 
-def draw_curves(steps: list[Step], limit: float, file: Path) -> None:
-    """Reward and validation accuracy over the steps, below them the rollout-trainer difference against its limit."""
+def draw_curves(steps: list[Step], dtype: str, file: Path) -> None:
+    """Reward and validation accuracy over the steps, below them the rollout-trainer difference and its limit."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -52,8 +52,10 @@ def draw_curves(steps: list[Step], limit: float, file: Path) -> None:
     learning.set_ylabel("share correct")
     learning.legend(loc="lower right")
     learning.grid(alpha=0.3)
-    differences = [(step.number, step.metrics[PROBS_DIFF]) for step in steps if PROBS_DIFF in step.metrics]
-    proof.semilogy(*zip(*differences, strict=True), "s-", markersize=3, color="tab:green", label="largest difference")
+    name, limit = WITNESSES[dtype]
+    differences = [(step.number, step.metrics[name]) for step in steps if name in step.metrics]
+    label = "largest difference" if name.endswith("_max") else "mean difference"
+    proof.semilogy(*zip(*differences, strict=True), "s-", markersize=3, color="tab:green", label=label)
     proof.axhline(limit, color="tab:red", linestyle="--", label=f"limit {limit:g}")
     proof.set_ylabel("|p vLLM − p trainer|")
     proof.set_xlabel("training step")
@@ -106,7 +108,7 @@ def print_summary(findings: Findings) -> None:
 
 def write_report(findings: Findings, folder: Path, heatmap: Path) -> Path:
     """``report.md``, ``curves.png`` and ``heatmap.png`` in ``folder``."""
-    draw_curves(findings.steps, PROBS_DIFF_LIMITS[findings.dtype], folder / "curves.png")
+    draw_curves(findings.steps, findings.dtype, folder / "curves.png")
     shutil.copyfile(heatmap, folder / "heatmap.png")
     full = [module for module in findings.allocation.modules if module.assignment == "full"]
     lines = [
