@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.probing.controls import ControlPass
@@ -11,6 +11,7 @@ from hybrid_lora_plugin.probing.forward import IGNORED, negative_log_likelihood
 from hybrid_lora_plugin.probing.layers import attach
 from hybrid_lora_plugin.probing.measure import perturbation, prepare_scoring
 from hybrid_lora_plugin.seeding import generator
+from tests.support.served_ranks import run_ranks
 from tests.support.tiny_probe import passes_of, ragged_batch, tiny_model
 
 NAMES = ["lora_output", "gradient_norm", "snip"]
@@ -164,7 +165,7 @@ def _one_of_two(rank, folder):
 @pytest.mark.ranks
 def test_two_ranks_whole_or_sharded_give_what_one_gives(tmp_path):
     # Five rows on two ranks: in the last of three micro-batches the second rank has no row of its own.
-    multiprocessing.spawn(_one_of_two, (str(tmp_path),), nprocs=2)
+    run_ranks(_one_of_two, (str(tmp_path),), 2)
     alone = measure()
     for rank in range(2):
         for together in torch.load(tmp_path / f"{rank}.pt").values():

@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from hybrid_lora_plugin.candidates import find_candidates
 from hybrid_lora_plugin.config import ProbeCommandConfig
@@ -10,6 +10,7 @@ from hybrid_lora_plugin.probing.distributed import Ranks, place
 from hybrid_lora_plugin.probing.methods import lookahead
 from hybrid_lora_plugin.probing.runner import METHODS
 from hybrid_lora_plugin.scoring import get_criterion
+from tests.support.served_ranks import run_ranks
 from tests.support.tiny_probe import passes_of, ragged_batch, tiny_model
 
 # residual_gradient measures what the others of its method do as well.
@@ -61,7 +62,7 @@ def _one_of_many(rank, ranks, folder):
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_several_ranks_measure_what_one_does(tmp_path, ranks):
-    multiprocessing.spawn(_one_of_many, (ranks, str(tmp_path)), nprocs=ranks)
+    run_ranks(_one_of_many, (ranks, str(tmp_path)), ranks)
     alone = {name: measure(name) for name in CRITERIA}
     for rank in range(ranks):
         found = torch.load(tmp_path / f"{rank}.pt")

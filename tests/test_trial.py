@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import gc
 import json
 import signal
 from dataclasses import replace
@@ -9,7 +10,7 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors import safe_open
-from torch import distributed, multiprocessing
+from torch import distributed
 
 from hybrid_lora_plugin.allocation import load_allocation
 from hybrid_lora_plugin.candidates import find_candidates
@@ -28,6 +29,7 @@ from hybrid_lora_plugin.probing.trial.contender import ContenderModel, allocatio
 from hybrid_lora_plugin.probing.trial.in_memory import trial_in_memory
 from hybrid_lora_plugin.probing.trial.options import settled
 from hybrid_lora_plugin.probing.trial.portfolio import Contender
+from tests.support.served_ranks import run_ranks
 from tests.support.tiny_models import sums, write_jsonl
 from tests.support.tiny_probe import ragged_batch, tiny_model
 from tests.test_probe_run import InterruptAt, contents
@@ -51,6 +53,15 @@ def trial_config(model, folder, name="out", rows=140, **trial):
     )  # fmt: skip
     config.trial = replace(config.trial, **values)
     return config
+
+
+@pytest.fixture(scope="module", autouse=True)
+def few_objects():
+    """A trial collects garbage before each candidate; what other tests left would take it a second each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
@@ -238,7 +249,7 @@ def _ranks(rank, ranks, folder):
 @pytest.mark.ranks
 @pytest.mark.parametrize("ranks", [2, 4])
 def test_sharded_contenders_train_and_resume_as_one_process_does(tmp_path, ranks):
-    multiprocessing.spawn(_ranks, (ranks, str(tmp_path)), nprocs=ranks)
+    run_ranks(_ranks, (ranks, str(tmp_path)), ranks)
     found = torch.load(tmp_path / "found.pt")
     for dtype, close in ((torch.float32, 1e-5), (torch.bfloat16, 2e-2)):
         one = contender(tiny_model(dtype, layers=2), FULL)
@@ -262,7 +273,7 @@ def _command(rank, ranks, folder, config):
 
 @pytest.mark.ranks
 def test_two_ranks_stop_resume_and_choose_as_one_does(tiny_qwen2, straight, tmp_path):
-    multiprocessing.spawn(_command, (2, str(tmp_path), trial_config(tiny_qwen2, tmp_path)), nprocs=2)
+    run_ranks(_command, (2, str(tmp_path), trial_config(tiny_qwen2, tmp_path)), 2)
     one, two = load_allocation(straight).trial, load_allocation(tmp_path / "out").trial
     assert (one.chosen, one.alike, one.rounds, one.tokens) == (two.chosen, two.alike, two.rounds, two.tokens)
     for mine, theirs in zip([*one.candidates, one.lora], [*two.candidates, two.lora], strict=True):
