@@ -1,5 +1,6 @@
 """Shared by all tests: one thread, the CPU environment, and tiny checkpoints made once."""
 
+import gc
 import os
 
 from recipes.demo.environment import CPU_ENVIRONMENT
@@ -31,3 +32,12 @@ def main_ppo():
 def tiny_qwen2(tmp_path_factory):
     """Folder of a two-layer Qwen2 with its tokenizer; tests must not change it."""
     return make_tiny_qwen2(tmp_path_factory.mktemp("tiny") / "qwen2")
+
+
+@pytest.fixture(scope="module")
+def few_objects():
+    """For what collects garbage often: what other tests left would take it a second each time."""
+    gc.collect()
+    gc.freeze()
+    yield
+    gc.unfreeze()

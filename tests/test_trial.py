@@ -2,7 +2,6 @@
 
 import contextlib
 import dataclasses
-import gc
 import json
 import signal
 from dataclasses import replace
@@ -34,6 +33,7 @@ from tests.support.tiny_models import sums, write_jsonl
 from tests.support.tiny_probe import ragged_batch, tiny_model
 from tests.test_probe_run import InterruptAt, contents
 
+pytestmark = pytest.mark.usefixtures("few_objects")
 PORTFOLIO = ["hybrid", "spread:up_proj+down_proj"]
 
 
@@ -53,15 +53,6 @@ def trial_config(model, folder, name="out", rows=140, **trial):
     )  # fmt: skip
     config.trial = replace(config.trial, **values)
     return config
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_objects():
-    """A trial collects garbage before each candidate; what other tests left would take it a second each time."""
-    gc.collect()
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="module")
