@@ -31,6 +31,8 @@ from hybrid_lora_plugin.training.dtensor import local_tensor, whole
 from hybrid_lora_plugin.training.full_rate import FullRate, factors_of
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+#: steps that AdamW has taken
+_TAKEN = "taken"
 
 
 class ContenderModel:
@@ -180,18 +182,22 @@ class ContenderModel:
                 gathered = whole(tensor, self._ranks.device)
                 if self._ranks.first:
                     found[f"{key}/{name}"] = gathered.detach().to("cpu", copy=True).contiguous()
+        moved = next(iter(self._optimizer.state.values()), None)
+        if moved is not None and self._ranks.first:
+            # Fewer than ``step`` where a gradient was not finite.
+            found[_TAKEN] = moved["step"].detach().to("cpu", copy=True)
         return found
 
     def load(self, step: int, tensors: Mapping[str, Tensor]) -> None:
         """Continue from what ``tensors`` gave after ``step`` steps, bit for bit; ranks but the first give nothing."""
         self.step = step
-        moved = self._ranks.from_first(lambda: any(key.startswith("exp_avg/") for key in tensors))
+        taken = self._ranks.from_first(lambda: float(tensors[_TAKEN]) if _TAKEN in tensors else None)
         for name, parameter in self._parameters.items():
             with torch.no_grad():
                 local_tensor(parameter).copy_(local_tensor(self._dealt(tensors.get(f"parameter/{name}"), parameter)))
-            if moved:
+            if taken is not None:
                 moments = {moment: self._dealt(tensors.get(f"{moment}/{name}"), parameter) for moment in _MOMENTS}
-                self._optimizer.state[parameter] = {"step": torch.tensor(float(step)), **moments}
+                self._optimizer.state[parameter] = {"step": torch.tensor(taken), **moments}
 
     def _dealt(self, tensor: Tensor | None, like: nn.Parameter) -> Tensor:
         """The first rank's tensor, placed and sharded as ``like`` is."""
