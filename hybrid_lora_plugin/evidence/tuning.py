@@ -25,7 +25,7 @@ class Tuned:
 
     Attributes:
         rates: these.
-        value: mean held-out value over the tuning starts.
+        value: mean held-out value over the tuning starts; None of the only rates there are, for which nothing was run.
         diverged: runs at these rates that diverged.
         runs: at these rates.
         edges: those of ``full``, ``lora`` and ``zeroth`` where the rate is the first or the last that was tried, so
@@ -33,7 +33,7 @@ class Tuned:
     """
 
     rates: Rates
-    value: float
+    value: float | None
     diverged: int
     runs: int
     edges: tuple[str, ...]
@@ -89,6 +89,12 @@ def choose_rates(
         if value and len(given) > 1 and value in (given[0], given[-1])
     )
     return Tuned(pair, mean, diverged, runs, edges)
+
+
+def only_rates(pairs: Sequence[Rates]) -> Tuned:
+    """The rates of an arm that has one pair."""
+    (pair,) = pairs
+    return Tuned(pair, None, 0, 0, ())
 
 
 def tuning_draws(plan: EvidencePlanConfig, draws: int) -> range:
