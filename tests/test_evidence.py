@@ -559,6 +559,31 @@ def test_rates_at_the_edge_of_the_grid_are_said_at_the_top(tmp_path, capsys):
     assert "Rates at the edge" not in top("given", [1e-3]), "nobody asked for a choice"
 
 
+def test_an_arm_has_the_rates_that_the_plan_gives_it_alone(tmp_path, capsys):
+    few = {"arms": ["gradient_norm", "random", "lora", "lora_matched", "full"], "tasks": ["sum"], "bases": ["narrow"]}
+    rates = {"full": [1e-3], "lora": [1e-2], "of": {"lora_matched": {"lora": [1e-3]}, "random": {"full": [1e-4, 1e-3]}}}
+    plan = write_plan(tmp_path / "plan.yaml", **few, rates=rates)
+    assert run(tmp_path / "out", capsys, f"plan={plan}")[0] == 0
+    frozen = json.loads((tmp_path / "out/frozen.json").read_text())["rates"]
+    found = {name: (one["narrow/sum"]["lora"], one["narrow/sum"]["runs"]) for name, one in frozen.items()}
+    assert found["gradient_norm"] == found["lora"] == (1e-2, 0) and found["lora_matched"] == (1e-3, 0)
+    assert found["random"][0] == 1e-2 and found["random"][1] > 0, "of both the full rates that random has"
+
+    for given, said in (
+        ({"loar": {"lora": [1e-3]}}, "rates.of: 'loar' is none of the arms; did you mean 'lora'?"),
+        ({"lora": {"lora": []}}, "rates.of.lora.lora: [] is not usable; give different rates above 0"),
+        ({"lora": {"lora": [1e-2, 1e-3]}}, "rates.of.lora.lora: [0.01, 0.001] are in no order; give them from the"),
+        (
+            {"lora": [1e-3]},
+            "rates.of.lora: [0.001] is not usable; give some of full, lora, zeroth, e.g. {lora: [2e-3]}",
+        ),
+        ({"lora": {"rate": [1e-3]}}, "rates.of.lora: {'rate': [0.001]} is not usable; give some of full, lora, zeroth"),
+    ):
+        plan = write_plan(tmp_path / "bad.yaml", **few, rates=rates | {"of": given})
+        status, _, err = run(tmp_path / "bad", capsys, f"plan={plan}")
+        assert status == 2 and said in err, err
+
+
 def test_an_arm_with_one_pair_of_rates_takes_it_without_a_run(tmp_path, capsys):
     def study(name, **changes):
         few = ["gradient_norm", "random", "lora", "lora_matched", "full"]

@@ -22,7 +22,7 @@ from hybrid_lora_plugin.evidence.protocol import ZEROTH, Arm, Outcome, Protocol,
 from hybrid_lora_plugin.evidence.protocols import open_protocol
 from hybrid_lora_plugin.evidence.results import canonical
 from hybrid_lora_plugin.evidence.study import Prepared, Study
-from hybrid_lora_plugin.evidence.tuning import grid, tuning_draws
+from hybrid_lora_plugin.evidence.tuning import tuning_draws
 from hybrid_lora_plugin.files import complete_file
 
 PLAN = "plan.yaml"
@@ -384,7 +384,7 @@ def costs(study: Study) -> list[str]:
     """Runs and steps of each stage, at most: arms that choose the same modules share theirs."""
     plan, cells = study.plan, len(study.cells)
     tuned = [arm for arm in study.arms if study.tunes(arm)]
-    tuning = sum(len(grid(arm.kind, plan.rates)) * len(tuning_draws(plan, arm.draws)) for arm in tuned)
+    tuning = sum(len(study.grid(arm)) * len(tuning_draws(plan, arm.draws)) for arm in tuned)
     draws = sum(arm.draws for arm in study.arms)
     lines = [f"{len(study.arms)} arms: {', '.join(arm.name for arm in study.arms)}"]
     for text, runs in (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,6 +38,16 @@ class Tuned:
     diverged: int
     runs: int
     edges: tuple[str, ...]
+
+
+def rates_of(rates: EvidenceRatesConfig, name: str) -> EvidenceRatesConfig:
+    """The rates that an arm tries.
+
+    Args:
+        rates: of the plan.
+        name: of the arm, without its budget.
+    """
+    return dataclasses.replace(rates, of=None, **(rates.of or {}).get(name, {}))
 
 
 def grid(kind: str, rates: EvidenceRatesConfig) -> list[Rates]:
