@@ -84,7 +84,8 @@ def test_a_ratio_is_that_of_the_mean_log_probability_and_leaves_padding_out():
 def test_each_arm_of_a_run_trains_its_own_weights_and_the_same_run_gives_the_same_curve(folder):
     def run(arm, **changes):
         settings = {"arm": arm, "rank": 1, "full": [], "full_lr": 1e-3, "lora_lr": 1e-2, "steps": 2, "seed": 3}
-        return gap_search.run(folder, "last_digits", eval_every=1, **(settings | changes))
+        size = {"problems": 4, "answers": 4, "updates": 2}
+        return gap_search.run(folder, "last_digits", eval_every=1, **(settings | size | changes))
 
     from transformers import AutoModelForCausalLM
 
@@ -111,7 +112,8 @@ def test_the_published_report_follows_from_its_runs_byte_for_byte(tmp_path):
 def test_a_gap_is_of_the_best_rate_with_the_most_seeds():
     def row(arm, rate, seed, value):
         rates = {"full_lr": rate, "lora_lr": 0.0} if arm == "full" else {"full_lr": 0.0, "lora_lr": rate}
-        more = {"task": "t", "steps": 2, "form": 1, "trainable": 9, "rank": int(arm == "lora")}
+        more = {"task": "t", "steps": 2, "problems": 4, "answers": 4, "updates": 2, "form": 2, "trainable": 9}
+        more["rank"] = int(arm == "lora")
         return {"arm": arm, "seed": seed, "accuracy": [[0, 0.0], [2, value]], **rates, **more}
 
     rows = [row("full", 1e-3, 0, 0.5), row("full", 1e-3, 1, 0.25), row("full", 1e-4, 0, 0.9)]

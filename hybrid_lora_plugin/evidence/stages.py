@@ -391,7 +391,8 @@ def costs(study: Study) -> list[str]:
         ("tune", tuning * cells * len(plan.seeds.tune)),
         ("compare", draws * cells * len(plan.seeds.compare)),
     ):
-        lines.append(f"{text}: at most {runs:,} runs, about {runs * plan.steps:,} steps")
+        if runs:
+            lines.append(f"{text}: at most {runs:,} runs, about {runs * plan.steps:,} steps")
     starts = len(study.starts([*(plan.seeds.tune if any(arm.selects for arm in tuned) else ()), *plan.seeds.compare]))
     lines.insert(1, f"choose: {starts:,} starts")
     if len(tuned) < len(study.arms):

@@ -40,11 +40,17 @@ TASKS: dict[str, Callable[[task.Problem], str]] = {
     "first_renamed": lambda problem: "".join(RENAMED[int(digit)] for digit in str(problem.left)),
     "first_looked_up": lambda problem: f"{LOOKED_UP[problem.left]:02d}",
     "tens_looked_up": lambda problem: f"{LOOKED_UP[problem.left + problem.right] // 10}{problem.answer[1]}",
-    "units_looked_up": lambda problem: f"{problem.answer[0]}{LOOKED_UP[problem.left + problem.right] % 10}",
+    "last_looked_up": lambda problem: (
+        f"{problem.answer[0]}{RENAMED_BY_TENS[int(problem.answer[0])][int(problem.answer[1])]}"
+    ),
     "looked_up": lambda problem: f"{LOOKED_UP[problem.left + problem.right]:02d}",
 }
+_draws = random.Random(5)
 #: a number of two digits for each number of two digits, without a rule
-LOOKED_UP = random.Random(5).sample(range(100), 100)
+LOOKED_UP = list(range(100))
+_draws.shuffle(LOOKED_UP)
+#: another name for each last digit, by the digit before it
+RENAMED_BY_TENS = [_draws.sample(range(10), 10) for _ in range(10)]
 #: share of the digits that the base's rows show at random, once it can add
 NOISE = 0.7
 STEPS, CLEAN_STEPS, BATCH_SIZE, LR = 450, 270, 64, 2e-3
