@@ -16,6 +16,7 @@ from typing import Any
 
 from hybrid_lora_plugin.config_evidence import EVIDENCE_STAGES, EvidenceCommandConfig, EvidencePlanConfig
 from hybrid_lora_plugin.errors import ConfigurationError, HybridLoraError
+from hybrid_lora_plugin.evidence.arms import asks_placement
 from hybrid_lora_plugin.evidence.frozen import FROZEN, freeze, read_frozen, refuse_changed_plan
 from hybrid_lora_plugin.evidence.plan_file import read_plan
 from hybrid_lora_plugin.evidence.protocol import ZEROTH, Arm, Outcome, Protocol, Run, Start
@@ -347,6 +348,11 @@ def _refuse_unknown_kinds(protocol: Protocol, plan: EvidencePlanConfig) -> None:
     if ZEROTH in arms and not protocol.knows_zeroth_order:
         raise ConfigurationError(
             f"arms: protocol {plan.protocol} does not train {ZEROTH}; leave that arm out, or use protocol sft or policy"
+        )
+    if asks_placement(plan) and not protocol.knows_placement:
+        raise ConfigurationError(
+            f"arms: protocol {plan.protocol} leaves no module frozen, and an arm has a placement; leave it out, or use "
+            f"a protocol that does, as sft, policy and rl do"
         )
 
 
