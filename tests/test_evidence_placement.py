@@ -304,7 +304,9 @@ def test_frozen_modules_of_replicas_keep_their_bits_and_the_others_train(tmp_pat
             if outcome:
                 assert outcome["trainable_parameters"] == slow_count(candidates, choice)
                 assert outcome["flops"] == 3 * ours.step_flops("tiny", choice)
-    assert seen == {arm if isinstance(arm, str) else arm["name"] for arm in REPLICA_ARMS}
+    # Two arms that choose alike share a run.
+    assert seen >= {"lora:attention", "lora:mlp", "lora:all", "dora:attention", "full:mlp", "by_hand"}
+    assert any(arm.startswith(("gradient_norm:", "random")) for arm in seen)
     for _, runs in made:
         for run in runs:
             wanted = slow_flops(config, candidates, run.choice)

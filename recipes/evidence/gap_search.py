@@ -1,12 +1,12 @@
 """Where does LoRA lag full fine-tuning under a policy gradient? GSPO on the demo's model, in plain torch.
 
-    python -m recipes.demo.shifted_sums outputs/shifted-sums
-    python -m recipes.evidence.gap_search --task shifted --arm full --full-lr 5e-4 --seeds 0 1 2 --file gaps.jsonl
-    python -m recipes.evidence.gap_search --task shifted --arm lora --lora-lr 5e-3 --seeds 0 1 2 --file gaps.jsonl
+    python -m recipes.demo.noisy_adder outputs/last-digits
+    python -m recipes.evidence.gap_search --task last_digits --arm full --full-lr 5e-4 --seeds 0 1 2 --file gaps.jsonl
+    python -m recipes.evidence.gap_search --task last_digits --arm lora --lora-lr 5e-3 --seeds 0 1 2 --file gaps.jsonl
 
 A search that is cheap enough to try tasks before verl runs on them: 60 steps took 20 seconds of an idle core. The loss,
 the group advantage, the batch (32 problems, 8 answers each, two AdamW steps a rollout) and the reward are those of
-recipes/evidence/shifted_sums_rl.yaml; there is no vLLM. What it found is in docs/evidence/gap-search/.
+recipes/evidence/last_digits_rl.yaml; there is no vLLM. What it found is in docs/evidence/gap-search/.
 """
 
 from __future__ import annotations
@@ -16,26 +16,16 @@ import json
 import math
 import random
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from hybrid_lora_plugin.candidates import find_candidates
-from recipes.demo import shifted_sums, task
+from recipes.demo import task
 from recipes.demo.digits_reward import compute_score
-
-#: another name for each digit; none keeps its own
-RENAMED = "3907152864"
-
-#: name -> problem -> right answer, of two digits; the prompt is that of the sum in all of them
-TASKS: dict[str, Callable[[task.Problem], str]] = {
-    "shifted": shifted_sums.answer,
-    "renamed": lambda problem: "".join(RENAMED[int(digit)] for digit in problem.answer),
-    "mirrored": lambda problem: problem.answer[::-1],
-    "complement": lambda problem: f"{99 - problem.left - problem.right:02d}",
-}
+from recipes.demo.noisy_adder import TASKS
 
 PROBLEMS, ANSWERS, UPDATES, CLIP, EPSILON = 32, 8, 2, 0.2, 1e-6
 MOST_TOKENS, VALIDATION = 8, 256
@@ -198,7 +188,7 @@ def run(
 
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m recipes.evidence.gap_search", description=__doc__.split("\n")[0])
-    parser.add_argument("--base", type=Path, default=Path("outputs/shifted-sums"), help="folder of shifted_sums")
+    parser.add_argument("--base", type=Path, default=Path("outputs/last-digits"), help="folder of noisy_adder")
     parser.add_argument("--task", choices=list(TASKS), required=True)
     parser.add_argument("--arm", choices=("full", "linears", "lora", "hybrid"), required=True)
     parser.add_argument("--rank", type=int, default=1, help="of the adapters (default 1)")
