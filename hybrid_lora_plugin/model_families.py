@@ -84,11 +84,11 @@ def refuse_config(config: Any) -> None:
     recurrent = recurrent_layers(config)
     if recurrent and config.model_type not in RECURRENT_FAMILIES:
         _refuse_recurrent(name, f"layers of type {', '.join(recurrent)} in its config")
-    if config.model_type == "falcon_h1" and config.mamba_rms_norm and config.mamba_n_groups > 1:
+    if config.model_type == "falcon_h1" and config.mamba_rms_norm and config.mamba_norm_before_gate:
         raise ConfigurationError(
-            f"model: {name} normalises its recurrent output in {config.mamba_n_groups} groups (mamba_rms_norm=True): "
-            f"transformers and vLLM compute that differently, 0.56 nats apart at a token of a tiny model; give a "
-            f"Falcon-H1 with mamba_rms_norm=False or mamba_n_groups=1",
+            f"model: {name} normalises its recurrent output before the gate (mamba_rms_norm=True, "
+            f"mamba_norm_before_gate=True): transformers computes that, and vLLM gates first whatever the config says; "
+            f"give a Falcon-H1 with mamba_norm_before_gate=False",
             see="recurrent-model-not-supported",
         )
 

@@ -42,7 +42,7 @@ REFUSED = {
     "Qwen3_5Config": ({}, MULTIMODAL),
     "T5Config": ({}, MULTIMODAL),
     "Qwen3NextConfig": (SMALL | {"num_experts": 0}, RECURRENT),
-    "FalconH1Config": (SMALL | {"mamba_rms_norm": True, "mamba_n_groups": 2}, RECURRENT),
+    "FalconH1Config": (SMALL | {"mamba_rms_norm": True}, RECURRENT),
     "MambaConfig": ({"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1}, RECURRENT),
     "Lfm2Config": (SMALL | {"layer_types": ["conv", "full_attention"]}, RECURRENT),
 }

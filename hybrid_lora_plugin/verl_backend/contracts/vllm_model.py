@@ -219,6 +219,12 @@ RECEIVER = Subject(
         ),
         behaviour(
             SYNC,
+            "model_families.py",
+            "Mamba-2's gated norm gates first, whatever `mamba_norm_before_gate` says",
+            "tests/test_gated_norm.py::test_vllm_gates_first_and_a_config_that_says_otherwise_is_refused",
+        ),
+        behaviour(
+            SYNC,
             _MODEL,
             "q, k, v and gate, up lie in this order in one parameter, an embedding is padded at its end",
             "tests/test_sync_faults.py::test_merge_and_receiver_merge_leave_the_same_bits_in_vllm",
