@@ -559,6 +559,62 @@ def test_rates_at_the_edge_of_the_grid_are_said_at_the_top(tmp_path, capsys):
     assert "Rates at the edge" not in top("given", [1e-3]), "nobody asked for a choice"
 
 
+def test_an_arm_has_the_rates_that_the_plan_gives_it_alone(tmp_path, capsys):
+    few = {"arms": ["gradient_norm", "random", "lora", "lora_matched", "full"], "tasks": ["sum"], "bases": ["narrow"]}
+    rates = {"full": [1e-3], "lora": [1e-2], "of": {"lora_matched": {"lora": [1e-3]}, "random": {"full": [1e-4, 1e-3]}}}
+    plan = write_plan(tmp_path / "plan.yaml", **few, rates=rates)
+    assert run(tmp_path / "out", capsys, f"plan={plan}")[0] == 0
+    frozen = json.loads((tmp_path / "out/frozen.json").read_text())["rates"]
+    found = {name: (one["narrow/sum"]["lora"], one["narrow/sum"]["runs"]) for name, one in frozen.items()}
+    assert found["gradient_norm"] == found["lora"] == (1e-2, 0) and found["lora_matched"] == (1e-3, 0)
+    assert found["random"][0] == 1e-2 and found["random"][1] > 0, "of both the full rates that random has"
+
+    for given, said in (
+        ({"loar": {"lora": [1e-3]}}, "rates.of: 'loar' is none of the arms; did you mean 'lora'?"),
+        ({"lora": {"lora": []}}, "rates.of.lora.lora: [] is not usable; give different rates above 0"),
+        ({"lora": {"lora": [1e-2, 1e-3]}}, "rates.of.lora.lora: [0.01, 0.001] are in no order; give them from the"),
+        (
+            {"lora": [1e-3]},
+            "rates.of.lora: [0.001] is not usable; give some of full, lora, zeroth, e.g. {lora: [2e-3]}",
+        ),
+        ({"lora": {"rate": [1e-3]}}, "rates.of.lora: {'rate': [0.001]} is not usable; give some of full, lora, zeroth"),
+    ):
+        plan = write_plan(tmp_path / "bad.yaml", **few, rates=rates | {"of": given})
+        status, _, err = run(tmp_path / "bad", capsys, f"plan={plan}")
+        assert status == 2 and said in err, err
+
+
+def test_an_arm_with_one_pair_of_rates_takes_it_without_a_run(tmp_path, capsys):
+    def study(name, **changes):
+        few = ["gradient_norm", "random", "lora", "lora_matched", "full"]
+        plan = write_plan(tmp_path / f"{name}.yaml", **{"arms": few, "tasks": ["sum"], "bases": ["narrow"]} | changes)
+        status, out, err = run(tmp_path / name, capsys, f"plan={plan}")
+        assert status == 0, err
+        tuned = {(line["arm"], line["seed"]) for line in lines_of(tmp_path / name) if line["seed"] >= 100}
+        chosen = {line["seed"] for line in lines_of(tmp_path / name, "choices.jsonl")}
+        frozen = json.loads((tmp_path / name / "frozen.json").read_text())["rates"]
+        return tuned, chosen, frozen, (tmp_path / name / "report.md").read_text(), out
+
+    tuned, chosen, frozen, text, out = study("one", rates={"full": [1e-3], "lora": [1e-2]})
+    assert not tuned and chosen == {0, 1, 2, 3}
+    assert frozen["full"]["narrow/sum"] == {
+        "full": 1e-3, "lora": 0.0, "value": None, "diverged": 0, "runs": 0, "edges": [],
+    }  # fmt: skip
+    assert "Not tuned, since the plan gives one pair of rates: `gradient_norm`, `random`," in text
+    assert "tune: not gradient_norm, random, lora, lora_matched, full: the plan gives one pair of rates" in out
+
+    tuned, chosen, frozen, text, _ = study("some", rates={"full": [1e-3], "lora": [1e-3, 1e-2]})
+    assert {"gradient_norm", "random/0", "lora"} < {arm for arm, _ in tuned} and 100 in chosen
+    assert "full" not in {arm for arm, _ in tuned}
+    assert frozen["lora"]["narrow/sum"]["runs"] == 2 and "one pair of rates: `full`." in text
+
+    # Steps that follow from the FLOPs of two arms need a run of each.
+    arms = ["gradient_norm", "random", "lora", "lora_flops", "full"]
+    primary = [{"arm": "gradient_norm", "against": ["random"]}]
+    tuned, *_ = study("flops", rates={"full": [1e-3], "lora": [1e-2]}, arms=arms, primary=primary)
+    assert {arm for arm, _ in tuned} == {"gradient_norm", "lora"}
+
+
 def test_without_a_gap_the_report_opens_with_it_and_marks_the_verdicts(tmp_path, capsys):
     plan = write_plan(tmp_path / "plan.yaml", settings={"lora_reaches": 1.0}, tasks=["sum"], bases=["narrow"])
     assert run(tmp_path / "out", capsys, f"plan={plan}")[0] == 0
@@ -570,7 +626,7 @@ def test_without_a_gap_the_report_opens_with_it_and_marks_the_verdicts(tmp_path,
 
 def test_runs_that_diverge_count_with_their_base_and_are_told(tmp_path, capsys):
     plan = write_plan(
-        tmp_path / "plan.yaml", rates={"full": [3e-2], "lora": [1e-3]}, tasks=["sum"], bases=["narrow"],
+        tmp_path / "plan.yaml", rates={"full": [3e-2, 6e-2], "lora": [1e-3]}, tasks=["sum"], bases=["narrow"],
         arms=["gradient_norm", "random", "lora", "full"], primary=[{"arm": "gradient_norm", "against": ["random"]}],
     )  # fmt: skip
     assert run(tmp_path / "out", capsys, f"plan={plan}")[0] == 0

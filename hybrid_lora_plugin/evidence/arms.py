@@ -14,6 +14,7 @@ from hybrid_lora_plugin.config_selection import CRITERIA, NAMING
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.evidence.draws import stratified_draw
 from hybrid_lora_plugin.evidence.protocol import ZEROTH, Arm, Start
+from hybrid_lora_plugin.evidence.tuning import rates_of
 from hybrid_lora_plugin.scoring import get_criterion
 
 RANDOM, STRATIFIED = "random", "random_stratified"
@@ -251,8 +252,13 @@ def _check(plan: EvidencePlanConfig, arms: Sequence[PlannedArm]) -> None:
         raise ConfigurationError(
             f"arms: {LORA_PASSES} is matched to the one arm of kind {ZEROTH}, and there are {zeroth}; name one"
         )
+    for name in plan.rates.of or ():
+        find_arms(arms, name, "rates.of")
+        if name != base_name(name):
+            raise ConfigurationError(f"rates.of: {name!r} has a budget in it; give {base_name(name)}, for all of them")
     for which, needed in (("full", ("hybrid", FULL)), ("lora", ("hybrid", LORA, DORA, ZEROTH)), ("zeroth", (ZEROTH,))):
-        if not getattr(plan.rates, which) and any(arm.kind in needed for arm in arms):
+        lacking = [arm for arm in arms if not getattr(rates_of(plan.rates, base_name(arm.name)), which)]
+        if any(arm.kind in needed for arm in lacking):
             raise ConfigurationError(f"rates.{which}: not given; give learning rates, e.g. [1e-3, 3e-3, 1e-2]")
 
 

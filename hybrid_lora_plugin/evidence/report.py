@@ -285,6 +285,9 @@ def _rates(comparison: Comparison) -> list[str]:
         if arm.role in MATCHED_STEPS:
             for base, task in study.cells:
                 matched.append(f"- `{arm.name}` on {base} / {task}: {study.steps(arm, base, task)} steps.")
+    given = [arm.name for arm in study.arms if any(study.tuned(arm, *place).value is None for place in study.cells)]
+    if given:
+        lines += ["", f"Not tuned, since the plan gives one pair of rates: {', '.join(f'`{name}`' for name in given)}."]
     return [*lines, "", *matched] if matched else lines
 
 
