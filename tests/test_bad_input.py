@@ -16,6 +16,7 @@ from types import SimpleNamespace
 import pytest
 
 from hybrid_lora_plugin.base_identity import weight_digests, weights_identity
+from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import TROUBLESHOOTING, ConfigurationError
 from tests.support.bad_input import CASES, RUNS, Place, RunCase
 from tests.support.hybrid_checkpoint import make_hybrid_checkpoint
@@ -171,6 +172,7 @@ def test_the_first_rank_looks_at_what_it_loads(source, tmp_path, spoil):
         local_path=str(place.model), hf_config=AutoConfig.from_pretrained(place.model), trust_remote_code=False
     )
     engine.engine_config, engine._kind = SimpleNamespace(ulysses_sequence_parallel_size=1), REINFORCEMENT_LEARNING
+    engine.hybrid = HybridLoraConfig()
     engine._check_base()
     assert engine._base_weights == weight_digests(place.model)
     case = RUNS[{"a lost norm": "a run without a norm", "an adapter": "a run beside an adapter"}[spoil]]
