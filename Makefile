@@ -3,7 +3,9 @@
 #   PYTHON=python3.11    interpreter; the locked set in requirements/cpu.txt is for CPython 3.11
 #   PIP_FIND_LINKS=DIR   a folder of wheels, honoured as pip does; without one the CPU build of torch comes
 #                        from the index that uv's --torch-backend=cpu knows
-#   DEMO_STEPS=24        reinforcement learning steps of the demo
+#   DEMO_LESSON=carry    what the demo's model learns: carry, or last_digits, which LoRA alone learns far slower
+#   DEMO_BESIDE_LORA=1   the demo trains LoRA alone of the same size as well, and shows both
+#   DEMO_STEPS=N         reinforcement learning steps of the demo; 24 of carry and 90 of last_digits by default
 #   DEMO_RANKS=1         trainer ranks of the demo, 1 or 2, each with a vLLM of its own
 #   DEMO_ON_THE_FLY=sft  the demo's run probes for itself, with this objective (sft or policy)
 #   DEMO_OVERRIDES=...   more settings of the demo's verl run, e.g. hybrid_lora.sync=adapter
@@ -13,7 +15,7 @@
 
 PYTHON ?= python3.11
 VENV ?= .venv
-DEMO_STEPS ?= 24
+DEMO_LESSON ?= carry
 DEMO_RANKS ?= 1
 DEMO_DIR ?= outputs/demo
 SMOLLM2_DIR ?= outputs/smollm2-135m
@@ -72,7 +74,7 @@ test-next: ## runs, syncs and model families with the vLLM and transformers of v
 	  --steps 2 --minutes 60 --runs $(NEXT_RUNS)
 
 demo: install ## the whole line on two CPU cores: probe, verl GSPO run, proof, export, report
-	$(BIN)/python -m recipes.demo --steps $(DEMO_STEPS) --ranks $(DEMO_RANKS) --output $(DEMO_DIR) $(addprefix --on-the-fly ,$(DEMO_ON_THE_FLY)) $(DEMO_OVERRIDES)
+	$(BIN)/python -m recipes.demo --lesson $(DEMO_LESSON) $(addprefix --steps ,$(DEMO_STEPS)) $(if $(DEMO_BESIDE_LORA),--beside-lora) --ranks $(DEMO_RANKS) --output $(DEMO_DIR) $(addprefix --on-the-fly ,$(DEMO_ON_THE_FLY)) $(DEMO_OVERRIDES)
 
 # Without `install`, which puts the CPU set into .venv.
 gpu-check: ## one CUDA GPU in twenty minutes: every sync mode, fidelity, costs, one page (needs the extra gpu)

@@ -96,6 +96,12 @@ class EvidenceRatesConfig:
         source="none: must be given for such an arm",
         bound=_RATES,
     )
+    of: dict[str, Any] | None = documented(
+        None,
+        "Rates of arms that need others, each as `NAME: {full: [...], lora: [...]}`; what is left out there is as "
+        "above.",
+        source="own choice: where a run is dear, no arm has to try what another one needs",
+    )
 
 
 @dataclass
@@ -156,7 +162,7 @@ class EvidencePlanConfig:
     )
     arms: list[Any] = documented(
         ["all"],
-        "Names of arms, `all`, or arms of your own as `{name:, kind:, rank:, selection: {criterion: …}}`.",
+        "Names of arms, `all`, or arms of your own as `{name:, kind:, rank:, placement:, selection: {criterion: …}}`.",
         source="own choice",
         bound=Bound(bool, "names of arms, or [all]"),
     )

@@ -19,7 +19,6 @@ import yaml
 from hybrid_lora_plugin.candidates import find_candidates_from_config
 from hybrid_lora_plugin.cli.evidence import main
 from hybrid_lora_plugin.cli.evidence_progress import LineWatch
-from hybrid_lora_plugin.config import ProbeConfig
 from hybrid_lora_plugin.config_evidence import EvidenceCommandConfig, EvidenceRatesConfig
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.evidence.arms import matched_to, planned_arms
@@ -27,7 +26,7 @@ from hybrid_lora_plugin.evidence.draws import stratified_draw
 from hybrid_lora_plugin.evidence.intervals import difference, student_quantile
 from hybrid_lora_plugin.evidence.matching import matched_rank, matched_steps, trainable_parameters
 from hybrid_lora_plugin.evidence.plan_file import plan_of, read_plan
-from hybrid_lora_plugin.evidence.protocol import Arm, Outcome, Start
+from hybrid_lora_plugin.evidence.protocol import Outcome, Start
 from hybrid_lora_plugin.evidence.protocols import open_protocol
 from hybrid_lora_plugin.evidence.replicas.base import base_config
 from hybrid_lora_plugin.evidence.replicas.settings import BaseSettings
@@ -228,11 +227,11 @@ def test_matched_lora_is_the_largest_that_does_not_pass(protocol):
     candidates = protocol.candidates("narrow")
     full = [one.name for one in candidates][:5]
     wanted = trainable_parameters(candidates, full, 2)
-    found = matched_rank(candidates, [full], 2)
+    found = matched_rank(candidates, [wanted])
     assert found.wanted == wanted
     assert trainable_parameters(candidates, [], found.rank) == found.parameters <= wanted
     assert trainable_parameters(candidates, [], found.rank + 1) > wanted
-    assert matched_rank(candidates, [[]], 1).rank == 1
+    assert matched_rank(candidates, [1, 1]).rank == 1
     assert matched_steps(200, 4.0, 4.2) == 210 and matched_steps(3, 4.0, 0.1) == 1
 
 
@@ -264,23 +263,6 @@ def test_student_quantiles_are_those_of_the_tables():
     for freedom, quantile in ((1, 12.7062047), (2, 4.3026527), (3, 3.1824463), (7, 2.3646243), (30, 2.0422725)):
         assert student_quantile(0.975, freedom) == pytest.approx(quantile, abs=1e-6)
     assert student_quantile(0.995, 4) == pytest.approx(4.6040949, abs=1e-6)
-
-
-@pytest.mark.parametrize(
-    ("placement", "refused"),
-    [
-        ({"placement.preset": "mlp"}, "selection.placement.preset: 'mlp' leaves modules frozen"),
-        ({"placement.attention": "frozen"}, "selection.placement.attention: 'frozen' leaves modules frozen"),
-        ({"placement.attention": "lora", "placement.mlp": "full"}, None),
-    ],
-)
-def test_an_arm_that_would_leave_modules_frozen_is_refused_since_its_runs_would_adapt_them(placement, refused):
-    arm = Arm("placed", "hybrid", {"criterion": "random", **placement})
-    if refused is None:
-        assert selection_config(arm, ProbeConfig(), 2, 0).placement.mlp == "full"
-        return
-    with pytest.raises(ConfigurationError, match=f"^arm placed: {refused}"):
-        selection_config(arm, ProbeConfig(), 2, 0)
 
 
 @pytest.mark.parametrize("seeds", [2, 3, 4, 5, 6, 8])
@@ -559,6 +541,62 @@ def test_rates_at_the_edge_of_the_grid_are_said_at_the_top(tmp_path, capsys):
     assert "Rates at the edge" not in top("given", [1e-3]), "nobody asked for a choice"
 
 
+def test_an_arm_has_the_rates_that_the_plan_gives_it_alone(tmp_path, capsys):
+    few = {"arms": ["gradient_norm", "random", "lora", "lora_matched", "full"], "tasks": ["sum"], "bases": ["narrow"]}
+    rates = {"full": [1e-3], "lora": [1e-2], "of": {"lora_matched": {"lora": [1e-3]}, "random": {"full": [1e-4, 1e-3]}}}
+    plan = write_plan(tmp_path / "plan.yaml", **few, rates=rates)
+    assert run(tmp_path / "out", capsys, f"plan={plan}")[0] == 0
+    frozen = json.loads((tmp_path / "out/frozen.json").read_text())["rates"]
+    found = {name: (one["narrow/sum"]["lora"], one["narrow/sum"]["runs"]) for name, one in frozen.items()}
+    assert found["gradient_norm"] == found["lora"] == (1e-2, 0) and found["lora_matched"] == (1e-3, 0)
+    assert found["random"][0] == 1e-2 and found["random"][1] > 0, "of both the full rates that random has"
+
+    for given, said in (
+        ({"loar": {"lora": [1e-3]}}, "rates.of: 'loar' is none of the arms; did you mean 'lora'?"),
+        ({"lora": {"lora": []}}, "rates.of.lora.lora: [] is not usable; give different rates above 0"),
+        ({"lora": {"lora": [1e-2, 1e-3]}}, "rates.of.lora.lora: [0.01, 0.001] are in no order; give them from the"),
+        (
+            {"lora": [1e-3]},
+            "rates.of.lora: [0.001] is not usable; give some of full, lora, zeroth, e.g. {lora: [2e-3]}",
+        ),
+        ({"lora": {"rate": [1e-3]}}, "rates.of.lora: {'rate': [0.001]} is not usable; give some of full, lora, zeroth"),
+    ):
+        plan = write_plan(tmp_path / "bad.yaml", **few, rates=rates | {"of": given})
+        status, _, err = run(tmp_path / "bad", capsys, f"plan={plan}")
+        assert status == 2 and said in err, err
+
+
+def test_an_arm_with_one_pair_of_rates_takes_it_without_a_run(tmp_path, capsys):
+    def study(name, **changes):
+        few = ["gradient_norm", "random", "lora", "lora_matched", "full"]
+        plan = write_plan(tmp_path / f"{name}.yaml", **{"arms": few, "tasks": ["sum"], "bases": ["narrow"]} | changes)
+        status, out, err = run(tmp_path / name, capsys, f"plan={plan}")
+        assert status == 0, err
+        tuned = {(line["arm"], line["seed"]) for line in lines_of(tmp_path / name) if line["seed"] >= 100}
+        chosen = {line["seed"] for line in lines_of(tmp_path / name, "choices.jsonl")}
+        frozen = json.loads((tmp_path / name / "frozen.json").read_text())["rates"]
+        return tuned, chosen, frozen, (tmp_path / name / "report.md").read_text(), out
+
+    tuned, chosen, frozen, text, out = study("one", rates={"full": [1e-3], "lora": [1e-2]})
+    assert not tuned and chosen == {0, 1, 2, 3}
+    assert frozen["full"]["narrow/sum"] == {
+        "full": 1e-3, "lora": 0.0, "value": None, "diverged": 0, "runs": 0, "edges": [],
+    }  # fmt: skip
+    assert "Not tuned, since the plan gives one pair of rates: `gradient_norm`, `random`," in text
+    assert "tune: not gradient_norm, random, lora, lora_matched, full: the plan gives one pair of rates" in out
+
+    tuned, chosen, frozen, text, _ = study("some", rates={"full": [1e-3], "lora": [1e-3, 1e-2]})
+    assert {"gradient_norm", "random/0", "lora"} < {arm for arm, _ in tuned} and 100 in chosen
+    assert "full" not in {arm for arm, _ in tuned}
+    assert frozen["lora"]["narrow/sum"]["runs"] == 2 and "one pair of rates: `full`." in text
+
+    # Steps that follow from the FLOPs of two arms need a run of each.
+    arms = ["gradient_norm", "random", "lora", "lora_flops", "full"]
+    primary = [{"arm": "gradient_norm", "against": ["random"]}]
+    tuned, *_ = study("flops", rates={"full": [1e-3], "lora": [1e-2]}, arms=arms, primary=primary)
+    assert {arm for arm, _ in tuned} == {"gradient_norm", "lora"}
+
+
 def test_without_a_gap_the_report_opens_with_it_and_marks_the_verdicts(tmp_path, capsys):
     plan = write_plan(tmp_path / "plan.yaml", settings={"lora_reaches": 1.0}, tasks=["sum"], bases=["narrow"])
     assert run(tmp_path / "out", capsys, f"plan={plan}")[0] == 0
@@ -570,7 +608,7 @@ def test_without_a_gap_the_report_opens_with_it_and_marks_the_verdicts(tmp_path,
 
 def test_runs_that_diverge_count_with_their_base_and_are_told(tmp_path, capsys):
     plan = write_plan(
-        tmp_path / "plan.yaml", rates={"full": [3e-2], "lora": [1e-3]}, tasks=["sum"], bases=["narrow"],
+        tmp_path / "plan.yaml", rates={"full": [3e-2, 6e-2], "lora": [1e-3]}, tasks=["sum"], bases=["narrow"],
         arms=["gradient_norm", "random", "lora", "full"], primary=[{"arm": "gradient_norm", "against": ["random"]}],
     )  # fmt: skip
     assert run(tmp_path / "out", capsys, f"plan={plan}")[0] == 0

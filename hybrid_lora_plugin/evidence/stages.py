@@ -18,11 +18,11 @@ from hybrid_lora_plugin.config_evidence import EVIDENCE_STAGES, EvidenceCommandC
 from hybrid_lora_plugin.errors import ConfigurationError, HybridLoraError
 from hybrid_lora_plugin.evidence.frozen import FROZEN, freeze, read_frozen, refuse_changed_plan
 from hybrid_lora_plugin.evidence.plan_file import read_plan
-from hybrid_lora_plugin.evidence.protocol import ZEROTH, Arm, Outcome, Protocol, Run, Start
-from hybrid_lora_plugin.evidence.protocols import open_protocol
+from hybrid_lora_plugin.evidence.protocol import Arm, Outcome, Protocol, Run, Start
+from hybrid_lora_plugin.evidence.protocols import open_protocol, refuse_unknown_kinds
 from hybrid_lora_plugin.evidence.results import canonical
 from hybrid_lora_plugin.evidence.study import Prepared, Study
-from hybrid_lora_plugin.evidence.tuning import grid, tuning_draws
+from hybrid_lora_plugin.evidence.tuning import tuning_draws
 from hybrid_lora_plugin.files import complete_file
 
 PLAN = "plan.yaml"
@@ -171,6 +171,8 @@ class _Work:
                 f"output_dir: {self._folder} has runs of seeds {sorted(seen)} already, so the plan cannot be fixed "
                 "before they are seen; give another output_dir"
             )
+        if read_frozen(self._folder) is None:
+            self._open("train")  # what runs depend on is frozen too, also where nothing was tuned before
         self._watch.say(f"frozen: {freeze(study)}")
 
     def compare(self) -> None:
@@ -225,7 +227,7 @@ class _Work:
             self._protocol = open_protocol(
                 plan.protocol, plan.settings, self._folder / _KEPT, self._config.device, plan.bases, plan.tasks
             )
-            _refuse_unknown_kinds(self._protocol, plan)
+            refuse_unknown_kinds(self._protocol, plan)
             self._protocol.prepare(self._watch.say)
         protocol, prepared = self._protocol, Prepared.read(self._folder)
         if prepared is None:
@@ -342,14 +344,6 @@ def alike(runs: Sequence[Run], size: int) -> list[list[Run]]:
     return [members[at : at + size] for members in found.values() for at in range(0, len(members), size)]
 
 
-def _refuse_unknown_kinds(protocol: Protocol, plan: EvidencePlanConfig) -> None:
-    arms = [arm if isinstance(arm, str) else arm.get("kind") for arm in plan.arms]
-    if ZEROTH in arms and not protocol.knows_zeroth_order:
-        raise ConfigurationError(
-            f"arms: protocol {plan.protocol} does not train {ZEROTH}; leave that arm out, or use protocol sft or policy"
-        )
-
-
 def _named(arms: Sequence[Arm], chosen: Mapping[str, Sequence[str]]) -> list[tuple]:
     return [(arm.name, arm.selection, chosen[arm.name]) for arm in arms]
 
@@ -381,14 +375,19 @@ def _choose(start: Start, arms: Sequence[Arm]) -> dict[str, tuple[str, ...]]:
 def costs(study: Study) -> list[str]:
     """Runs and steps of each stage, at most: arms that choose the same modules share theirs."""
     plan, cells = study.plan, len(study.cells)
-    tuning = sum(len(grid(arm.kind, plan.rates)) * len(tuning_draws(plan, arm.draws)) for arm in study.arms)
+    tuned = [arm for arm in study.arms if study.tunes(arm)]
+    tuning = sum(len(study.grid(arm)) * len(tuning_draws(plan, arm.draws)) for arm in tuned)
     draws = sum(arm.draws for arm in study.arms)
     lines = [f"{len(study.arms)} arms: {', '.join(arm.name for arm in study.arms)}"]
     for text, runs in (
         ("tune", tuning * cells * len(plan.seeds.tune)),
         ("compare", draws * cells * len(plan.seeds.compare)),
     ):
-        lines.append(f"{text}: at most {runs:,} runs, about {runs * plan.steps:,} steps")
-    starts = len(study.starts([*plan.seeds.tune, *plan.seeds.compare]))
+        if runs:
+            lines.append(f"{text}: at most {runs:,} runs, about {runs * plan.steps:,} steps")
+    starts = len(study.starts([*(plan.seeds.tune if any(arm.selects for arm in tuned) else ()), *plan.seeds.compare]))
     lines.insert(1, f"choose: {starts:,} starts")
+    if len(tuned) < len(study.arms):
+        given = ", ".join(arm.name for arm in study.arms if arm not in tuned)
+        lines.insert(2, f"tune: not {given}: the plan gives one pair of rates")
     return lines

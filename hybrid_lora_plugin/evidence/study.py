@@ -11,13 +11,31 @@ from pathlib import Path
 from typing import Any
 
 from hybrid_lora_plugin.candidates import Candidate
-from hybrid_lora_plugin.config_evidence import EvidencePlanConfig
+from hybrid_lora_plugin.config_evidence import EvidencePlanConfig, EvidenceRatesConfig
 from hybrid_lora_plugin.errors import ConfigurationError
-from hybrid_lora_plugin.evidence.arms import LORA, LORA_MATCHED, MATCHED_STEPS, PlannedArm, matched_to, planned_arms
-from hybrid_lora_plugin.evidence.matching import MatchedRank, matched_rank, matched_steps
-from hybrid_lora_plugin.evidence.protocol import Arm, Run, Start
+from hybrid_lora_plugin.evidence.arms import (
+    LORA_MATCHED,
+    MATCHED_STEPS,
+    PlannedArm,
+    base_name,
+    matched_to,
+    plain_of,
+    planned_arms,
+)
+from hybrid_lora_plugin.evidence.matching import MatchedRank, matched_rank, matched_steps, trainable_parameters
+from hybrid_lora_plugin.evidence.placed import left_frozen, trained_fully
+from hybrid_lora_plugin.evidence.protocol import Arm, Choice, Run, Start
 from hybrid_lora_plugin.evidence.results import Choices, RunResults, choice_of, run_key
-from hybrid_lora_plugin.evidence.tuning import Rates, Tuned, cell, choose_rates, grid, tuning_draws
+from hybrid_lora_plugin.evidence.tuning import (
+    Rates,
+    Tuned,
+    cell,
+    choose_rates,
+    grid,
+    only_rates,
+    rates_of,
+    tuning_draws,
+)
 from hybrid_lora_plugin.files import complete_file
 
 PREPARED = "prepared.json"
@@ -75,6 +93,7 @@ class Study:
         self._ranks: dict[tuple, MatchedRank] = {}
         self._steps: dict[tuple, int] = {}
         self._names: dict[tuple, tuple[str, ...]] = {}
+        self._frozen: dict[tuple, tuple[str, ...]] = {}
 
     def close(self) -> None:
         """No more results are coming."""
@@ -98,7 +117,7 @@ class Study:
         return [
             arm.at(start, draw, candidates)
             for arm in self.arms
-            if arm.selects
+            if arm.selects and (draws == "all" or self.tunes(arm))
             for draw in (tuning_draws(self.plan, arm.draws) if draws == "tuning" else range(arm.draws))
         ]
 
@@ -122,10 +141,8 @@ class Study:
         if place not in self._names:
             candidates = self.prepared.candidates[start.base]
             order = {candidate.name: at for at, candidate in enumerate(candidates)}
-            if arm.kind == "full":
-                names = order
-            elif not arm.selects:
-                names = ()
+            if not arm.selects:
+                names = trained_fully(arm.kind, arm.placement, candidates)
             else:
                 asked = arm.at(start, draw, candidates)
                 names = self.choices.get(start, asked.selection)
@@ -137,6 +154,24 @@ class Study:
             self._names[place] = tuple(sorted(names, key=order.__getitem__))
         return self._names[place]
 
+    def frozen_names(self, arm: PlannedArm, start: Start, draw: int) -> tuple[str, ...]:
+        """What gets neither a gradient nor an adapter from an arm at a start; raises as ``full_names``."""
+        full = self.full_names(arm, start, draw)
+        # It follows from the modules that are chosen, which many starts may have in common.
+        place = (arm.name, start.base, full)
+        if place not in self._frozen:
+            candidates = self.prepared.candidates[start.base]
+            try:
+                self._frozen[place] = left_frozen(arm.kind, arm.placement, candidates, full)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"arm {arm.draw_name(draw)}: {error}") from error
+        return self._frozen[place]
+
+    def choice(self, arm: PlannedArm, start: Start, draw: int) -> Choice:
+        """What an arm trains at a start."""
+        full, frozen = self.full_names(arm, start, draw), self.frozen_names(arm, start, draw)
+        return choice_of(arm.kind, full, self.rank(arm, start.base), frozen)
+
     # -- what is matched
 
     def rank(self, arm: PlannedArm, base: str) -> int:
@@ -146,10 +181,12 @@ class Study:
     def matched_rank(self, arm: PlannedArm, base: str) -> MatchedRank:
         """The rank of ``lora_matched``, by the choices of the arm it is matched to at the starts that are compared."""
         if (arm.name, base) not in self._ranks:
-            other = matched_to(self.plan, self.arms, arm)
+            other, candidates = matched_to(self.plan, self.arms, arm), self.prepared.candidates[base]
             starts = [start for start in self.starts(self.plan.seeds.compare) if start.base == base]
-            choices = [self.full_names(other, start, draw) for start in starts for draw in range(other.draws)]
-            self._ranks[arm.name, base] = matched_rank(self.prepared.candidates[base], choices, other.rank)
+            choices = [self.choice(other, start, draw) for start in starts for draw in range(other.draws)]
+            trained = [trainable_parameters(candidates, one.full, one.rank, one.frozen) for one in choices]
+            frozen = left_frozen(arm.kind, arm.placement, candidates, ())
+            self._ranks[arm.name, base] = matched_rank(candidates, trained, frozen)
         return self._ranks[arm.name, base]
 
     def steps(self, arm: PlannedArm, base: str, task: str) -> int:
@@ -160,7 +197,7 @@ class Study:
         if arm.role not in MATCHED_STEPS:
             return self.plan.steps
         if (arm.name, base, task) not in self._steps:
-            (lora,) = (one for one in self.arms if one.name == LORA)
+            lora = plain_of(self.arms, arm)
             own, wanted = (self._flops(one, base, task) for one in (lora, matched_to(self.plan, self.arms, arm)))
             self._steps[arm.name, base, task] = matched_steps(self.plan.steps, own, wanted)
         return self._steps[arm.name, base, task]
@@ -170,7 +207,7 @@ class Study:
         found = []
         for seed in self.plan.seeds.tune:
             for draw in tuning_draws(self.plan, arm.draws):
-                for rates in grid(arm.kind, self.plan.rates):
+                for rates in self.grid(arm):
                     outcome = self.results.get(self.run(arm, Start(base, task, seed), draw, rates))
                     if outcome is not None and not outcome.diverged:
                         found.append(outcome.flops)
@@ -186,16 +223,31 @@ class Study:
 
     def run(self, arm: PlannedArm, start: Start, draw: int, rates: Rates) -> Run:
         """One training run of an arm."""
-        choice = choice_of(arm.kind, self.full_names(arm, start, draw), self.rank(arm, start.base))
+        choice = self.choice(arm, start, draw)
         steps = self.steps(arm, start.base, start.task)
         return Run(arm.draw_name(draw), start, choice, rates.full, rates.lora, steps, rates.zeroth)
+
+    def rates(self, arm: PlannedArm) -> EvidenceRatesConfig:
+        """What an arm's rates are chosen from."""
+        return rates_of(self.plan.rates, base_name(arm.name))
+
+    def grid(self, arm: PlannedArm) -> list[Rates]:
+        """The pairs that an arm tries."""
+        return grid(arm.kind, self.rates(arm))
+
+    def tunes(self, arm: PlannedArm) -> bool:
+        """Whether an arm has tuning runs: not where it has one pair of rates and no steps follow from its FLOPs."""
+        matching = [one for one in self.arms if one.role in MATCHED_STEPS]
+        measured = {plain_of(self.arms, one).name for one in matching}
+        measured |= {matched_to(self.plan, self.arms, one).name for one in matching}
+        return len(self.grid(arm)) > 1 or arm.name in measured
 
     def tuning_runs(self, arm: PlannedArm) -> Iterator[tuple[tuple[str, ...], Rates, Run]]:
         """(cell, rates, run) of every run that an arm's rates are chosen by."""
         for start in self.starts(self.plan.seeds.tune):
             place = cell(self.plan.tuning.per, start.base, start.task)
             for draw in tuning_draws(self.plan, arm.draws):
-                for rates in grid(arm.kind, self.plan.rates):
+                for rates in self.grid(arm):
                     yield place, rates, self.run(arm, start, draw, rates)
 
     def untuned(self, roles: str) -> list[Run]:
@@ -205,15 +257,17 @@ class Study:
             roles: ``first`` for all arms but those whose steps follow from the runs of others, which are ``second``.
         """
         arms = [arm for arm in self.arms if (arm.role in MATCHED_STEPS) == (roles == "second")]
-        return self._missing(run for arm in arms for _, _, run in self.tuning_runs(arm))
+        return self._missing(run for arm in arms if self.tunes(arm) for _, _, run in self.tuning_runs(arm))
 
     def tuned(self, arm: PlannedArm, base: str, task: str) -> Tuned:
-        """The rates of an arm, from the tuning runs.
+        """The rates of an arm, from the tuning runs; where it has none, the only ones that there are.
 
         Raises:
             ConfigurationError: some are missing.
         """
         place = cell(self.plan.tuning.per, base, task)
+        if not self.tunes(arm) and (arm.name, place) not in self._tuned and not self._was_tuned(arm):
+            self._tuned[arm.name, place] = only_rates(self.grid(arm))
         if (arm.name, place) not in self._tuned:
             tried: dict[tuple, dict[Rates, list]] = {}
             for where, rates, run in self.tuning_runs(arm):
@@ -225,9 +279,16 @@ class Study:
                 tried.setdefault(where, {}).setdefault(rates, []).append(outcome)
             for where, found in tried.items():
                 self._tuned[arm.name, where] = choose_rates(
-                    list(found.items()), self.prepared.lower_is_better, self.plan.rates
+                    list(found.items()), self.prepared.lower_is_better, self.rates(arm)
                 )
         return self._tuned[arm.name, place]
+
+    def _was_tuned(self, arm: PlannedArm) -> bool:
+        """Whether an arm without a choice of rates has tuning runs all the same: an earlier version made them."""
+        try:
+            return all(self.results.get(run) is not None for _, _, run in self.tuning_runs(arm))
+        except ConfigurationError:  # it has not chosen its modules at those starts
+            return False
 
     def compared(self, arm: PlannedArm, start: Start) -> list[Run]:
         """The runs of an arm at a start that is compared, one for each draw."""

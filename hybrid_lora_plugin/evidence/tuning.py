@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -25,7 +26,7 @@ class Tuned:
 
     Attributes:
         rates: these.
-        value: mean held-out value over the tuning starts.
+        value: mean held-out value over the tuning starts; None of the only rates there are, for which nothing was run.
         diverged: runs at these rates that diverged.
         runs: at these rates.
         edges: those of ``full``, ``lora`` and ``zeroth`` where the rate is the first or the last that was tried, so
@@ -33,10 +34,20 @@ class Tuned:
     """
 
     rates: Rates
-    value: float
+    value: float | None
     diverged: int
     runs: int
     edges: tuple[str, ...]
+
+
+def rates_of(rates: EvidenceRatesConfig, name: str) -> EvidenceRatesConfig:
+    """The rates that an arm tries.
+
+    Args:
+        rates: of the plan.
+        name: of the arm, without its budget.
+    """
+    return dataclasses.replace(rates, of=None, **(rates.of or {}).get(name, {}))
 
 
 def grid(kind: str, rates: EvidenceRatesConfig) -> list[Rates]:
@@ -89,6 +100,12 @@ def choose_rates(
         if value and len(given) > 1 and value in (given[0], given[-1])
     )
     return Tuned(pair, mean, diverged, runs, edges)
+
+
+def only_rates(pairs: Sequence[Rates]) -> Tuned:
+    """The rates of an arm that has one pair."""
+    (pair,) = pairs
+    return Tuned(pair, None, 0, 0, ())
 
 
 def tuning_draws(plan: EvidencePlanConfig, draws: int) -> range:

@@ -26,7 +26,7 @@ from hybrid_lora_plugin.base_checkpoint import check_model_folder
 from hybrid_lora_plugin.base_identity import weight_digests
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import explained
-from hybrid_lora_plugin.model_families import refuse_config, refuse_untrained
+from hybrid_lora_plugin.model_families import refuse_config
 from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.probing.distributed import Ranks
 from hybrid_lora_plugin.sync.base_weights import base_digests, stored_dtypes
@@ -142,7 +142,6 @@ class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
     def _check_base(self) -> None:
         """Refuse a model that the driver could not see before its weights are read; its modules are looked at later."""
         refuse_config(self.model_config.hf_config)
-        refuse_untrained(self.model_config.hf_config)
         check_model_dropout(self.hybrid, self.model_config.hf_config)
         ulysses = ACTOR + "fsdp_config.ulysses_sequence_parallel_size"
         requirements.check_sequence_parallel(

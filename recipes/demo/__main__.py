@@ -17,14 +17,15 @@ from pathlib import Path
 from hybrid_lora_plugin.allocation import load_allocation
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.training.checkpoint import FOLDER, load_description
-from recipes.demo import base_model, evidence, task
+from recipes.demo import evidence, lora_run
 from recipes.demo.environment import cpu_environment
+from recipes.demo.lessons import LESSONS, Lesson, hybrid_overrides, run_overrides
 from recipes.demo.memory import PeakMemory
 from recipes.demo.report import Findings, print_summary, write_report
 from recipes.demo.verl_run import ROOT, RunFailed, Step, new_run_folder, probe_metrics_of, read_metrics, run_verl
 
-#: a full demo must gain this much; a run of a few steps only has to work
-LEAST_GAIN, FULL_DEMO_STEPS = 0.10, 20
+#: share of a lesson's steps from which on a demo must gain something; a run of a few steps only has to work
+FULL_DEMO = 0.8
 
 
 def say(line: str) -> None:
@@ -58,27 +59,23 @@ def command(module: str, *arguments: str) -> None:
         raise RunFailed(f"{module} ended with exit status {done.returncode}")
 
 
-#: probe settings of the demo's model by objective; a policy probe takes a verl step for each of its steps
-PROBE_SETTINGS = {
-    "sft": {"warmup_steps": 100, "batch_size": 32, "max_length": 32, "lr": 1e-3},
-    "policy": {"objective": "policy", "warmup_steps": 8, "partitions": 6, "lr": 6e-4},
-}
-
-
-def probe(model: Path, rows: Path, folder: Path) -> None:
+def probe(lesson: Lesson, model: Path, rows: Path, folder: Path) -> None:
     """Write the allocation of the demo's model to ``folder``."""
     command(
         "hybrid_lora_plugin.cli.probe",
         f"model.path={model}",
         f"probe.files={rows}",
-        *(f"probe.{name}={value}" for name, value in PROBE_SETTINGS["sft"].items()),
+        f"lora.rank={lesson.rank}",
+        *lesson.selection,
+        *(f"probe.{name}={value}" for name, value in lesson.probes["sft"].items()),
         f"output_dir={folder}",
     )
 
 
-def on_the_fly(objective: str, rows: Path) -> list[str]:
+def on_the_fly(lesson: Lesson, objective: str, rows: Path) -> list[str]:
     """Overrides of a run that is given no allocation and probes first."""
-    settings = [f"hybrid_lora.probe.{name}={value}" for name, value in PROBE_SETTINGS[objective].items()]
+    settings = [f"hybrid_lora.{option}" for option in lesson.selection]
+    settings += [f"hybrid_lora.probe.{name}={value}" for name, value in lesson.probes[objective].items()]
     return settings + ([f"hybrid_lora.probe.files=[{rows}]"] if objective == "sft" else [])
 
 
@@ -105,51 +102,49 @@ def counts_line(log: Path) -> str:
 
 def demo(
     output: Path,
-    steps: int,
+    steps: int | None,
     cache: Path,
     ranks: int = 1,
     objective: str | None = None,
     overrides: list[str] | None = None,
+    lesson: Lesson = LESSONS["carry"],
+    beside_lora: bool = False,
 ) -> int:
     """Run every stage; returns 0 if every check holds, else 1.
 
     Args:
         output: folder for reports and runs.
-        steps: training steps.
+        steps: training steps; None for as many as the lesson has.
         cache: folder for the base model.
         ranks: trainer ranks.
         objective: the run probes on the fly with it; None probes before the run.
         overrides: more Hydra overrides of the verl run, e.g. ``["hybrid_lora.sync=adapter"]``.
+        lesson: what is learnt.
+        beside_lora: train LoRA alone of the same size as well, and show both.
     """
-    stage = Stages(["model", *(["probe"] if objective is None else []), "train", "export", "report"])
+    steps = lesson.steps if steps is None else steps
+    names = ["model", *(["probe"] if objective is None else []), "train", *(["lora"] if beside_lora else [])]
+    stage = Stages([*names, "export", "report"])
     output.mkdir(parents=True, exist_ok=True)
-    model = cache / "demo-base-model"
     with PeakMemory() as memory:
-        with stage("model", f"base model: a small Qwen2 that can almost add, cached in {cache}"):
-            base_model.build(model)
-            data = cache / "demo-data"
-            files = task.write_rl_parquet(data)
-            task.write_sft_jsonl(data / "sft.jsonl")
+        with stage("model", f"base model of the lesson {lesson.name}, cached in {cache}"):
+            files = lesson.prepare(cache)
         run = new_run_folder(output)
         artifact = run / "allocation" if objective is None else run / "checkpoints" / "allocation"
         if objective is None:
             with stage("probe", "probe: which modules does LoRA serve worst?"):
-                probe(model, data / "sft.jsonl", artifact)
+                probe(lesson, files.model, files.probe_rows, artifact)
             allocated = [f"hybrid_lora.allocation={artifact}"]
         else:
-            allocated = on_the_fly(objective, data / "sft.jsonl")
+            allocated = on_the_fly(lesson, objective, files.probe_rows)
         probing = "" if objective is None else f"probe on the fly (objective {objective}), then "
+        both = run_overrides(lesson, files, steps, ranks)
         with stage("train", f"{probing}verl GSPO run, {steps} steps, log in {run / 'verl.log'}"):
             results = run_verl(
                 [
-                    "+hybrid_lora=enabled",
-                    "+recipe=demo",
+                    *hybrid_overrides(lesson),
+                    *both,
                     *allocated,
-                    f"actor_rollout_ref.model.path={model}",
-                    f"data.train_files={files['train']}",
-                    f"data.val_files={files['validation']}",
-                    f"trainer.n_gpus_per_node={ranks}",
-                    f"trainer.total_training_steps={steps}",
                     f"trainer.save_freq={steps}",
                     f"trainer.default_local_dir={run / 'checkpoints'}",
                     f"trainer.validation_data_dir={run / 'validation'}",
@@ -163,6 +158,12 @@ def demo(
                 describe=describe,
             )
             allocation = load_allocation(artifact)
+        lora = None
+        if beside_lora:
+            matched = lora_run.rank_of_size(files.model, allocation)
+            doing = f"LoRA alone of rank {matched.rank}, as many steps, log in {run / 'lora' / 'verl.log'}"
+            with stage("lora", doing):
+                lora = lora_run.train(lesson, matched, steps, both, run / "lora", say, describe)
         with stage("export", "export: a plain Hugging Face folder"):
             exported, checkpoint = run / "exported", run / "checkpoints" / f"global_step_{steps}"
             command(
@@ -179,16 +180,17 @@ def demo(
             evidence.check_proven(results, steps),
             *([] if dtype == "float32" else [evidence.check_arrived(results, steps)]),
             evidence.check_reference(results),
-            evidence.check_export(exported, files["validation"], generations, dtype),
+            evidence.check_export(exported, files.rows["validation"], generations, dtype),
         ]
         if objective == "policy":
-            settings = PROBE_SETTINGS["policy"]
+            settings = lesson.probes["policy"]
             probe_steps = read_metrics(probe_metrics_of(run / "metrics.jsonl"))
             asked = settings["warmup_steps"] + settings["partitions"]
             checks.append(evidence.check_rollout_weights(probe_steps, asked, dtype, of="rollouts of the probe"))
-        if steps >= FULL_DEMO_STEPS:
-            checks.append(evidence.check_accuracy(results, LEAST_GAIN))
+        if steps >= FULL_DEMO * lesson.steps:
+            checks.append(evidence.check_accuracy(results, lesson.least_gain))
     findings = Findings(
+        model=lesson.model,
         steps=results,
         allocation=allocation,
         counts=counts_line(run / "verl.log"),
@@ -197,6 +199,7 @@ def demo(
         seconds=stage.seconds,
         peak_memory=memory.peak,
         exported=exported,
+        lora=lora,
     )
     report = write_report(findings, run, artifact / "heatmap.png")
     for name in ("report.md", "curves.png", "heatmap.png"):
@@ -209,7 +212,19 @@ def demo(
 def main(arguments: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m recipes.demo", description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--steps", type=int, default=24, help="training steps (default 24; at least 20 for the full demo)"
+        "--steps",
+        type=int,
+        default=None,
+        help="training steps (default: the lesson's; the full demo needs at least four fifths of them)",
+    )
+    parser.add_argument(
+        "--lesson",
+        choices=tuple(LESSONS),
+        default="carry",
+        help="what is learnt: carry in 24 steps (default), or last_digits in 90, which LoRA alone learns far slower",
+    )
+    parser.add_argument(
+        "--beside-lora", action="store_true", help="train LoRA alone of the same size as well, and show both"
     )
     parser.add_argument("--output", type=Path, default=Path("outputs/demo"), help="folder for probe, runs and report")
     parser.add_argument("--cache", type=Path, default=Path(".cache"), help="folder for the base model and data")
@@ -226,7 +241,7 @@ def main(arguments: list[str] | None = None) -> int:
         "overrides", nargs="*", metavar="KEY=VALUE", help="more settings of the verl run, e.g. hybrid_lora.sync=adapter"
     )
     options = parser.parse_args(arguments)
-    if options.steps < 2:
+    if options.steps is not None and options.steps < 2:
         parser.error(f"--steps: {options.steps} is too few; give at least 2, so that a step follows a weight sync")
     try:
         return demo(
@@ -236,6 +251,8 @@ def main(arguments: list[str] | None = None) -> int:
             options.ranks,
             options.on_the_fly,
             options.overrides,
+            LESSONS[options.lesson],
+            options.beside_lora,
         )
     except (ConfigurationError, RunFailed) as error:
         print(f"demo: {error}", file=sys.stderr)

@@ -1,4 +1,4 @@
-"""The reward of the shifted sums: the share of digits that are right, 0 where the answer has another length.
+"""The reward of noisy_adder's tasks: the share of digits that are right, 0 where the answer has another length.
 
 With a reward for whole answers alone, a policy that is right once in two hundred answers sees no reward in most groups.
 

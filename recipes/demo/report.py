@@ -8,6 +8,7 @@ from pathlib import Path
 
 from hybrid_lora_plugin.allocation import Allocation
 from recipes.demo.evidence import WITNESSES, Check, accuracy_of, reward_of
+from recipes.demo.lora_run import LoraRun
 from recipes.demo.verl_run import Step
 
 
@@ -24,6 +25,8 @@ class Findings:
         seconds: wall time of each stage by name.
         peak_memory: bytes, the largest sum over the demo's processes that was seen; None if unknown.
         exported: the exported model.
+        model: the base model, as the beginning of a sentence.
+        lora: LoRA alone of the same size, where it was trained.
     """
 
     steps: list[Step]
@@ -34,9 +37,11 @@ class Findings:
     seconds: dict[str, float]
     peak_memory: int | None
     exported: Path
+    model: str
+    lora: LoraRun | None = None
 
 
-def draw_curves(steps: list[Step], dtype: str, file: Path) -> None:
+def draw_curves(steps: list[Step], dtype: str, file: Path, lora: LoraRun | None = None) -> None:
     """Reward and validation accuracy over the steps, below them the rollout-trainer difference and its limit."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -48,9 +53,13 @@ def draw_curves(steps: list[Step], dtype: str, file: Path) -> None:
     accuracies = [(step.number, accuracy_of(step)) for step in steps if accuracy_of(step) is not None]
     learning.plot(*zip(*rewards, strict=True), color="tab:blue", label="mean reward of the rollouts (temperature 1)")
     learning.plot(*zip(*accuracies, strict=True), "o-", color="tab:orange", label="validation accuracy (greedy)")
+    if lora is not None:
+        beside = [(step.number, accuracy_of(step)) for step in lora.steps if accuracy_of(step) is not None]
+        name = f"the same of LoRA alone, rank {lora.matched.rank}"
+        learning.plot(*zip(*beside, strict=True), "o--", color="tab:gray", label=name)
     learning.set_ylim(0, 1.02)
     learning.set_ylabel("share correct")
-    learning.legend(loc="lower right")
+    learning.legend(loc="best")
     learning.grid(alpha=0.3)
     name, limit = WITNESSES[dtype]
     differences = [(step.number, step.metrics[name]) for step in steps if name in step.metrics]
@@ -75,6 +84,7 @@ def _facts(findings: Findings) -> list[tuple[str, str]]:
     budget, modules = allocation.budget, allocation.modules
     facts = [
         ("validation accuracy", f"{accuracies[0]:.3f} before, {accuracies[-1]:.3f} after"),
+        *_lora_facts(findings.lora),
         ("mean reward", f"{rewards[0]:.3f} at the first step, {rewards[-1]:.3f} at the last"),
         (
             "allocation",
@@ -88,6 +98,17 @@ def _facts(findings: Findings) -> list[tuple[str, str]]:
     if findings.peak_memory is not None:
         facts.append(("peak memory", f"{findings.peak_memory / 2**30:.1f} GiB over all processes (proportional share)"))
     return facts
+
+
+def _lora_facts(lora: LoraRun | None) -> list[tuple[str, str]]:
+    if lora is None:
+        return []
+    accuracies = [value for value in map(accuracy_of, lora.steps) if value is not None]
+    said = (
+        f"{accuracies[0]:.3f} before, {accuracies[-1]:.3f} after, with {lora.matched.parameters:,} trainable "
+        f"parameters against {lora.matched.wanted:,.0f}, at a rate of {lora.lr:g}; one run of each says little"
+    )
+    return [(f"of LoRA alone, rank {lora.matched.rank}", said)]
 
 
 def print_summary(findings: Findings) -> None:
@@ -108,15 +129,15 @@ def print_summary(findings: Findings) -> None:
 
 def write_report(findings: Findings, folder: Path, heatmap: Path) -> Path:
     """``report.md``, ``curves.png`` and ``heatmap.png`` in ``folder``."""
-    draw_curves(findings.steps, findings.dtype, folder / "curves.png")
+    draw_curves(findings.steps, findings.dtype, folder / "curves.png", findings.lora)
     shutil.copyfile(heatmap, folder / "heatmap.png")
     full = [module for module in findings.allocation.modules if module.assignment == "full"]
     lines = [
         "# Hybrid-LoRA demo",
         "",
-        "A small Qwen2 model that forgets the carry in most additions, trained by GSPO in verl under a probed "
-        "allocation, with vLLM rollouts, on CPU cores. It shows that the line works from probe to export. It says "
-        "nothing about how well the method does on a real model.",
+        f"{findings.model}, trained by GSPO in verl under a probed allocation, with vLLM rollouts, on CPU cores. It "
+        "shows that the line works from probe to export. It says nothing about how well the method does on a real "
+        "model.",
         "",
         "| | |",
         "| --- | --- |",

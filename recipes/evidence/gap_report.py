@@ -18,7 +18,7 @@ def report(rows: Sequence[dict]) -> str:
     cells: dict[tuple, dict[tuple, dict[int, float]]] = {}
     for row in rows:
         # Of two forms of the script the results are kept apart: they differ where one would have them equal.
-        place = (row["task"], row["steps"], row["form"])
+        place = tuple(row[name] for name in ("task", "steps", "problems", "answers", "updates", "form"))
         what = (row["arm"], row["rank"], row["full_lr"], row["lora_lr"], row["trainable"])
         cells.setdefault(place, {}).setdefault(what, {})[row["seed"]] = row["accuracy"][-1][1]
     lines = [
@@ -27,8 +27,10 @@ def report(rows: Sequence[dict]) -> str:
         f"{len(rows)} runs. Greedy accuracy on 256 held-out problems after the last step, by seed; exploratory: rates "
         "are chosen on the seeds that they are compared by.",
     ]
-    for (task, steps, form), found in cells.items():
-        lines += ["", f"## {task}, {steps} steps" + ("" if form == 1 else f", form {form} of the script"), ""]
+    for (task, steps, problems, answers, updates, form), found in cells.items():
+        more = "" if updates == 2 else f", {updates} updates"
+        more += ", earlier form of the script" if form == 1 else ""
+        lines += ["", f"## {task}, {steps} steps of {problems} problems with {answers} answers{more}", ""]
         lines += ["| arm | rank | full rate | LoRA rate | trainable | by seed | mean |", _RULE]
         for (arm, rank, full_lr, lora_lr, trainable), by_seed in found.items():
             values = ", ".join(f"{seed}: {value:.3f}" for seed, value in sorted(by_seed.items()))
