@@ -162,7 +162,7 @@ class EvidencePlanConfig:
     )
     arms: list[Any] = documented(
         ["all"],
-        "Names of arms, `all`, or arms of your own as `{name:, kind:, rank:, selection: {criterion: …}}`.",
+        "Names of arms, `all`, or arms of your own as `{name:, kind:, rank:, placement:, selection: {criterion: …}}`.",
         source="own choice",
         bound=Bound(bool, "names of arms, or [all]"),
     )

@@ -40,9 +40,11 @@ def test_answers_are_what_the_questions_ask_for():
 def test_each_arm_trains_its_modules_alone_and_the_same_run_gives_the_same_bits(tiny_qwen2):
     ours, seen = protocol(tiny_qwen2), {}
     names = [one.name for one in ours.candidates("tiny")]
+    attention, mlp = (tuple(name for name in names if part in name) for part in ("self_attn", "mlp"))
     choices = {
         "hybrid": Choice(tuple(names[:2]), 2), "lora": Choice((), 2), "dora": Choice((), 2, dora=True),
-        "full": Choice(tuple(names), 0),
+        "full": Choice(tuple(names), 0), "lora:mlp": Choice((), 2, frozen=attention),
+        "hybrid:mlp": Choice((mlp[0],), 2, frozen=attention), "full:mlp": Choice(mlp, 0, frozen=attention),
     }  # fmt: skip
     before = {name: value.clone() for name, value in ours.model.state_dict().items()}
     runs = [Run(arm, START, choice, 1e-3, 1e-2, 4) for arm, choice in choices.items()]
@@ -51,8 +53,14 @@ def test_each_arm_trains_its_modules_alone_and_the_same_run_gives_the_same_bits(
         choice, steps, values = choices[arm], *zip(*outcome.curve, strict=True)
         assert steps == (0, 2, 4) and values[0] == seen["full"].curve[0][1] and values[-1] < values[0], arm
         assert not outcome.diverged and 0 <= outcome.measures["exact_match"] <= 1
-        counted = trainable_parameters(ours.candidates("tiny"), choice.full, choice.rank)
+        counted = trainable_parameters(ours.candidates("tiny"), choice.full, choice.rank, choice.frozen)
         assert outcome.trainable_parameters == counted or choice.dora and outcome.trainable_parameters > counted
+    assert seen["lora:mlp"].trainable_parameters < seen["lora"].trainable_parameters
+    for name in ("lora:mlp", "hybrid:mlp"):
+        model, _ = ours._trained_model(choices[name], 7)
+        adapted = {one.partition(".lora_A")[0].removeprefix("base_model.model.") for one, _ in model.named_parameters()
+                   if "lora_A" in one}  # fmt: skip
+        assert adapted == {*mlp} - {*choices[name].full}
     weights = sum(parameter.numel() for parameter in ours.model.parameters())
     assert seen["full"].flops > seen["hybrid"].flops > seen["lora"].flops
     tokens = seen["lora"].flops / (4 * weights + 2 * seen["lora"].trainable_parameters)

@@ -78,16 +78,24 @@ def problems():
 
 def full_names(kind: str, candidates) -> tuple[str, ...]:
     names = [candidate.name for candidate in candidates]
-    return {"hybrid": tuple(names[i] for i in (1, 5, 9, 13)), "full": tuple(names)}.get(kind, ())
+    kind, _, component = kind.partition(":")
+    full = {"hybrid": tuple(names[i] for i in (1, 5, 9, 13)), "full": tuple(names)}.get(kind, ())
+    return tuple(name for name in full if name not in frozen_names(component, candidates))
+
+
+def frozen_names(component: str, candidates) -> tuple[str, ...]:
+    """All of the other component, where one is named."""
+    return tuple(candidate.name for candidate in candidates if component and candidate.component != component)
 
 
 def one_at_a_time(kind: str, base, data, start: Start):
     """The model that training/ (PEFT for DoRA) makes, after AdamW with the groups of the engine, and its losses."""
     model, candidates = copy.deepcopy(base), find_candidates(base)
-    full = full_names(kind, candidates)
+    full, frozen = full_names(kind, candidates), frozen_names(kind.partition(":")[2], candidates)
+    kind, _, component = kind.partition(":")
     if kind == "hybrid":
         config = ProbeCommandConfig(criterion="explicit")
-        config.control.modules = list(full)
+        config.control.modules, config.placement.preset = list(full), component or "all"
         identity = model_identity("tiny", model, candidates, 1)
         allocation: Allocation = select_modules(config, identity, candidates, {}, lora_rank=RANK, environment={})
         model = apply_allocation(model, allocation, rank=RANK, alpha=int(SCALE * RANK)).double()
@@ -96,7 +104,7 @@ def one_at_a_time(kind: str, base, data, start: Start):
         for name in full:
             model.get_submodule(name).requires_grad_(True)
     else:
-        targets = [candidate.name for candidate in candidates]
+        targets = [candidate.name for candidate in candidates if candidate.name not in frozen]
         adapter = LoraConfig(
             r=RANK, lora_alpha=int(SCALE * RANK), target_modules=targets, use_dora=kind == "dora", bias="none"
         )
@@ -117,7 +125,7 @@ def one_at_a_time(kind: str, base, data, start: Start):
         weight_decay=DECAY,
     )
     losses, kept = [], 3
-    frozen = PerturbedWeights(zeroth_parameters(model), ZEROTH_EPSILON) if kind == "zeroth_order" else None
+    perturbed = PerturbedWeights(zeroth_parameters(model), ZEROTH_EPSILON) if kind == "zeroth_order" else None
     for step, batch in enumerate(data.long()):
 
         def measure(batch=batch):
@@ -131,8 +139,8 @@ def one_at_a_time(kind: str, base, data, start: Start):
         torch.nn.utils.clip_grad_norm_(trained, CLIP)
         optimizer.step()
         losses.append(loss.item())
-        if frozen is not None:
-            two_point_step(frozen, measure, seed=start.seed, step=step, rate=ZEROTH_LR, directions=DIRECTIONS)
+        if perturbed is not None:
+            two_point_step(perturbed, measure, seed=start.seed, step=step, rate=ZEROTH_LR, directions=DIRECTIONS)
     count = sum(parameter.numel() for parameter in model.parameters() if parameter.requires_grad)
     with torch.no_grad():
         return losses, answer_logits(model, data[0].long(), kept), count
@@ -143,14 +151,20 @@ def zeroth_parameters(model):
     return [(name, p) for name, p in model.named_parameters() if name.endswith(".base_layer.weight")]
 
 
-@pytest.mark.parametrize("kind", ["hybrid", "lora", "dora", "full", "zeroth_order"])
+@pytest.mark.parametrize(
+    "kind",
+    ["hybrid", "lora", "dora", "full", "zeroth_order", "hybrid:mlp", "lora:attention", "dora:mlp", "full:attention"],
+)
 def test_a_replica_is_the_model_that_is_trained_alone(kind, base, problems):
     start, other = Start("tiny", "double_add", 5), Start("tiny", "subtract", 6)
     candidates = find_candidates(base)
-    rank = 0 if kind == "full" else RANK
-    choice = Choice(full_names(kind, candidates), rank, kind == "dora", kind == "zeroth_order")
+    plain, _, component = kind.partition(":")
+    rank, frozen = 0 if plain == "full" else RANK, frozen_names(component, candidates)
+    choice = Choice(full_names(kind, candidates), rank, plain == "dora", kind == "zeroth_order", frozen)
     zeroth = ZEROTH_LR if choice.zeroth else 0.0
-    beside = dataclasses.replace(choice, full=full_names("full", candidates)[:3] if kind == "hybrid" else choice.full)
+    # With all modules adapted or tuned, and nothing frozen.
+    full = full_names("full", candidates)
+    beside = dataclasses.replace(choice, full={"hybrid": full[:3], "full": full}.get(plain, ()), frozen=())
     runs = [
         Run("other", other, dataclasses.replace(beside, rank=rank and 4), 1e-2, 1e-3, STEPS, 3 * zeroth),
         Run(kind, start, choice, FULL_LR, LORA_LR, STEPS, zeroth),
@@ -180,7 +194,12 @@ def test_a_replica_is_the_model_that_is_trained_alone(kind, base, problems):
         moved = [(replicas.frozen.held[t][:, 1] - shared.matrices[t]).abs().max().item() for t in shared.matrices]
         assert min(moved) > 10 * ZEROTH_LR * 1e-3, "it would be LoRA alone"
     # What does not train has not moved.
-    if kind == "hybrid":
+    held = replicas.weights().matrices
+    for name in frozen:
+        layer, type_ = int(name.split(".")[2]), name.rpartition(".")[2]
+        assert torch.equal(held[type_][layer, 1], shared.matrices[type_][layer]), name
+        assert not torch.equal(held[type_][layer, 0], shared.matrices[type_][layer]), "of the run beside it"
+    if plain == "hybrid":
         for (type_, which), tensor in replicas.trained.items():
             if which == "weight":
                 still = tensor.mask[:, 1].flatten() == 0

@@ -4,12 +4,18 @@ from __future__ import annotations
 
 import json
 import sys
+from types import SimpleNamespace
 
 import pytest
+import torch
+import transformers
 
 from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.evidence.placed import left_frozen, read_placement
 from hybrid_lora_plugin.evidence.protocol import Arm, Choice, Run, Start
 from hybrid_lora_plugin.evidence.verl_runs import VerlProtocol
+from hybrid_lora_plugin.training.apply import apply_allocation
+from tests.support.tiny_families import make_family
 from tests.support.tiny_models import sums, write_jsonl
 
 START = Start("tiny", "sums", 7)
@@ -178,3 +184,100 @@ def test_arms_that_verl_cannot_train_are_refused(settings, tmp_path):
         ours.arguments(Run("dora", START, Choice((), 4, dora=True), 1e-6, 1e-5, 4))
     with pytest.raises(ConfigurationError, match="rank 0 leaves modules without an adapter"):
         ours.arguments(run((), 0))
+    # The plugin needs adapters, and verl's list of types knows no layers.
+    candidates = ours.candidates("tiny")
+    mlp, attention = ([one.name for one in candidates if one.component == kind] for kind in ("mlp", "attention"))
+    for choice, said in (
+        (Choice(tuple(mlp), 0, frozen=tuple(attention)), "full: verl trains all weights, and the plugin some of them"),
+        (Choice(tuple(mlp), 4, frozen=tuple(attention)), "full: verl trains all weights, and the plugin some of them"),
+        (Choice(tuple(mlp[:1]), 4, frozen=tuple(mlp[1:])), "is frozen and others of its component are fully tuned"),
+        (Choice((), 4, frozen=tuple(mlp[1:])), "_proj is frozen in some layers and adapted in others"),
+    ):
+        runs = [run((), 4), Run("full", START, choice, 1e-6, 1e-5, 4)]
+        with pytest.raises(ConfigurationError, match=said):
+            ours.train(runs, lambda *_: pytest.fail("a run began before another was refused"))
+
+
+# -- placements -------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def falcon(tmp_path_factory):
+    return make_family("falcon_h1", tmp_path_factory.mktemp("falcon"))
+
+
+def trained_by(config, path, dtype):
+    """The model that verl, or the plugin in it, makes of a configuration, unsharded."""
+    from verl.utils.config import omega_conf_to_dataclass
+    from verl.workers.engine.fsdp.transformer_impl import FSDPEngine
+
+    from hybrid_lora_plugin import load_allocation
+
+    model = transformers.AutoModelForCausalLM.from_pretrained(path, dtype=dtype)
+    if "hybrid_lora" in config:
+        lora = config.hybrid_lora.lora
+        return apply_allocation(model, load_allocation(config.hybrid_lora.allocation), rank=lora.rank, alpha=lora.alpha)
+    verls = omega_conf_to_dataclass(config.actor_rollout_ref.model)
+    return FSDPEngine._build_lora_module(SimpleNamespace(model_config=verls), model)
+
+
+ARMS = [
+    ("qwen2", "lora", "attention"), ("qwen2", "hybrid", "mlp"), ("falcon_h1", "lora", "attention"),
+    ("falcon_h1", "lora", "recurrent"), ("falcon_h1", "lora", "all"), ("falcon_h1", "hybrid", "recurrent+mlp"),
+    ("falcon_h1", "hybrid", {"attention": "lora", "recurrent": "frozen", "mlp": "auto"}),
+]  # fmt: skip
+
+
+@pytest.mark.verl
+@pytest.mark.parametrize(
+    ("family", "kind", "placement"), ARMS, ids=lambda value: value if isinstance(value, str) else "by_hand"
+)
+def test_what_a_placement_freezes_keeps_its_bits_in_the_model_of_its_command(
+    family, kind, placement, settings, tiny_qwen2, falcon, tmp_path, capsys
+):
+    pytest.importorskip("verl", reason="verl is not installed")
+    from hydra import compose, initialize_config_module
+
+    from hybrid_lora_plugin.verl_backend.preflight import check_configuration
+
+    path = tiny_qwen2 if family == "qwen2" else falcon
+    settings["bases"] = [{"name": "tiny", "path": str(path)}]
+    settings["arguments"] = [
+        *HEAD,
+        "actor_rollout_ref.model.use_remove_padding=false",
+        "actor_rollout_ref.rollout.tensor_model_parallel_size=1",
+    ]
+    ours = protocol(settings, tmp_path)
+    candidates = ours.candidates("tiny")
+    full = {next(one.name for one in candidates if one.component == "mlp")} if kind == "hybrid" else set()
+    frozen = left_frozen(kind, read_placement(placement, "placement"), candidates, full)
+    one = Run("placed", START, Choice(tuple(full), 4, frozen=frozen), 3e-3, 5e-3, 4)
+    with initialize_config_module("verl.trainer.config", version_base=None):
+        config = compose("ppo_trainer", overrides=ours.arguments(one)[3:], return_hydra_config=True)
+    assert ("hybrid_lora" in config) == (kind == "hybrid")
+    if kind == "hybrid":
+        check_configuration(config)
+    for dtype in (torch.float32, torch.bfloat16):
+        model = trained_by(config, path, dtype)
+        before = {name: value.detach().clone() for name, value in model.state_dict().items()}
+        adapted = {module_of(name) for name in before if "lora_A" in name}
+        assert adapted == {one.name for one in candidates} - {*full, *frozen} and adapted
+        trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        assert sum(parameter.numel() for parameter in trained) == ours._trained_parameters(one)
+        optimizer = torch.optim.AdamW(trained, lr=1e-2)
+        for _ in range(2):  # at first A stays, as B is 0
+            tokens = torch.arange(24).reshape(2, 12) % 40
+            with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
+                loss = model(input_ids=tokens, labels=tokens).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+        moved = {name for name, value in model.state_dict().items() if not torch.equal(value, before[name])}
+        assert {module_of(name) for name in moved} == adapted | full
+        assert all(".lora_" in name or module_of(name) in full for name in moved)
+
+
+def module_of(parameter):
+    """Plain name of the module that a parameter of a PEFT model belongs to."""
+    plain = parameter.removeprefix("base_model.model.").partition(".lora_")[0]
+    return plain.removesuffix(".weight").removesuffix(".bias")

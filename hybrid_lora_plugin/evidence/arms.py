@@ -10,9 +10,18 @@ from typing import Any
 
 from hybrid_lora_plugin.candidates import TYPE_ORDER, Candidate
 from hybrid_lora_plugin.config_evidence import EvidencePlanConfig
-from hybrid_lora_plugin.config_selection import CRITERIA, NAMING
+from hybrid_lora_plugin.config_selection import CRITERIA, NAMING, PLACEMENT_PRESETS
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.evidence.draws import stratified_draw
+from hybrid_lora_plugin.evidence.placed import (
+    OPTION,
+    Placement,
+    as_options,
+    left_to_a_criterion,
+    placement_in,
+    read_placement,
+    refuse_placement,
+)
 from hybrid_lora_plugin.evidence.protocol import ZEROTH, Arm, Start
 from hybrid_lora_plugin.evidence.tuning import rates_of
 from hybrid_lora_plugin.scoring import get_criterion
@@ -42,6 +51,7 @@ class PlannedArm:
             where there is none.
         role: ``random``, ``random_stratified``, ``lora_matched``, ``lora_flops`` or ``lora_passes``, or "" where
             nothing is special.
+        placement: where it may train, as ``placed.read_placement`` gives it; empty where that is everywhere.
     """
 
     name: str
@@ -51,6 +61,7 @@ class PlannedArm:
     draws: int = 1
     budget: float | None = None
     role: str = ""
+    placement: Placement = ()
 
     @property
     def selects(self) -> bool:
@@ -73,9 +84,10 @@ class PlannedArm:
         if self.role == RANDOM:
             selection["control.seed"] = _seed(start, draw, RANDOM)
         elif self.role == STRATIFIED:
-            drawn = stratified_draw(candidates, selection.pop("budget.ratio"), _seed(start, draw, STRATIFIED))
+            there = left_to_a_criterion(self.placement, candidates)
+            drawn = stratified_draw(there, selection.pop("budget.ratio"), _seed(start, draw, STRATIFIED))
             # Named, so that neither the budget nor its overflow applies.
-            selection = {"criterion": "explicit", "control.modules": drawn}
+            selection = {"criterion": "explicit", "control.modules": drawn} | as_options(self.placement)
         return Arm(self.draw_name(draw), self.kind, selection, self.rank, draw)
 
 
@@ -94,6 +106,7 @@ def planned_arms(plan: EvidencePlanConfig, candidates: Iterable[Sequence[Candida
     Raises:
         ConfigurationError: an arm is unknown, there twice, or needs another one that is not there.
     """
+    candidates = list(candidates)
     types = _common_types(candidates)
     named: dict[str, PlannedArm] = {}
     for arm in _entry("all", plan, types) if "all" in plan.arms else ():
@@ -107,10 +120,11 @@ def planned_arms(plan: EvidencePlanConfig, candidates: Iterable[Sequence[Candida
     for name in plan.without:
         if named.pop(name, None) is None:
             raise ConfigurationError(f"without: {name!r} is none of the arms{_closest(name, named)}")
+    named = {name: _with_placement_checked(arm, candidates) for name, arm in named.items()}
     arms = [
         _with_budget(arm, budget, len(plan.budgets) > 1)
         for arm in named.values()
-        for budget in (plan.budgets if _takes_budget(arm) else [None])
+        for budget in (plan.budgets if _takes_budget(arm, plan, named, candidates) else [None])
     ]
     _check(plan, arms)
     return arms
@@ -146,10 +160,41 @@ def matched_to(plan: EvidencePlanConfig, arms: Sequence[PlannedArm], arm: Planne
     return next((one for one in found if one.budget == arm.budget), found[0])
 
 
+def plain_of(arms: Sequence[PlannedArm], arm: PlannedArm) -> PlannedArm:
+    """The LoRA of the same placement that an arm of matched steps starts from."""
+    name = base_name(arm.name).replace(arm.role, LORA, 1)
+    found = next((one for one in arms if one.name == name), None)
+    if found is None:
+        raise ConfigurationError(
+            f"arms: {arm.role} needs {LORA}, whose FLOPs a step it starts from; name it too"
+            if name == LORA
+            else f"arms: {arm.name} needs {name}, whose FLOPs a step it starts from; name it too"
+        )
+    return found
+
+
 def baseline_of(arms: Sequence[PlannedArm], arm: PlannedArm) -> PlannedArm | None:
-    """The ``random`` arm of the same budget, of the first one for an arm without a budget; None if there is none."""
-    randoms = [one for one in arms if one.role == RANDOM]
-    return next((one for one in randoms if one.budget == arm.budget), randoms[0] if randoms else None)
+    """The ``random`` arm of the same placement and budget; None if there is none at all.
+
+    Where there is none of that placement it is one that may choose everywhere, and where there is none of that budget
+    the first.
+    """
+
+    def nearness(one: PlannedArm) -> tuple[bool, ...]:
+        return one.placement == arm.placement, not one.placement, one.budget == arm.budget
+
+    return max((one for one in arms if one.role == RANDOM), key=nearness, default=None)
+
+
+def asks_placement(plan: EvidencePlanConfig) -> bool:
+    """Whether an arm of the plan may train in some components only, as far as the plan alone tells."""
+
+    def asks(entry: Any) -> bool:
+        if isinstance(entry, str):
+            return bool(_placement_of_name(entry)[1])
+        return "placement" in entry or bool(placement_in(entry.get("selection", {})))
+
+    return bool(placement_in(plan.selection)) or any(asks(entry) for entry in plan.arms)
 
 
 def _common_types(candidates: Iterable[Sequence[Candidate]]) -> list[str]:
@@ -163,8 +208,12 @@ def _entry(entry: Any, plan: EvidencePlanConfig, types: Sequence[str]) -> list[P
         kind = entry.get("kind", "hybrid")
         rank = 0 if kind == FULL else entry.get("rank", plan.rank)
         if kind == "hybrid":
-            return [_hybrid(entry["name"], entry["selection"], plan, rank)]
-        return [PlannedArm(entry["name"], kind, rank=rank)]
+            arm = _hybrid(entry["name"], {"criterion": None} | entry.get("selection", {}), plan, rank)
+        else:
+            arm = PlannedArm(entry["name"], kind, rank=rank)
+        if "placement" in entry:
+            arm = _placed(arm, arm.name, read_placement(entry["placement"], f"arms: {arm.name}: placement"))
+        return [arm]
     names = all_names(types) if entry == "all" else [entry]
     return [_by_name(name, plan, types) for name in names]
 
@@ -189,7 +238,29 @@ def _all_names(types: Sequence[str]) -> Iterator[str]:
     yield from (RANDOM, STRATIFIED, LORA, LORA_MATCHED, LORA_FLOPS, DORA, FULL)
 
 
+def _placement_of_name(name: str) -> tuple[str, Placement]:
+    """A name without the preset behind it, and the placement of that; the name itself where there is none."""
+    plain, colon, preset = name.rpartition(":")
+    if not colon or preset not in PLACEMENT_PRESETS:
+        return name, ()
+    return plain, read_placement(preset, f"arms: {name}")
+
+
 def _by_name(name: str, plan: EvidencePlanConfig, types: Sequence[str]) -> PlannedArm:
+    plain, placement = _placement_of_name(name)
+    if plain != name:
+        return _placed(_unplaced(plain, plan, types), name, placement)
+    return _unplaced(name, plan, types)
+
+
+def _placed(arm: PlannedArm, name: str, placement: Placement) -> PlannedArm:
+    if arm.selects:
+        options = {key: value for key, value in arm.selection if not key.startswith(OPTION)} | as_options(placement)
+        return replace(arm, name=name, selection=_in_order(options), placement=placement)
+    return replace(arm, name=name, placement=placement)
+
+
+def _unplaced(name: str, plan: EvidencePlanConfig, types: Sequence[str]) -> PlannedArm:
     if name in (LORA, DORA, ZEROTH):
         return PlannedArm(name, name, rank=plan.rank)
     if name == FULL:
@@ -210,20 +281,50 @@ def _by_name(name: str, plan: EvidencePlanConfig, types: Sequence[str]) -> Plann
             selection["direction"] = "highest" if get_criterion(criterion).direction == "lowest" else "lowest"
         return _hybrid(name, selection, plan, plan.rank)
     names = ["all", *all_names(types), ZEROTH, LORA_PASSES]
-    raise ConfigurationError(f"arms: {name!r} is unknown{_closest(name, names)}; give some of {', '.join(names)}")
+    raise ConfigurationError(
+        f"arms: {name!r} is unknown{_closest(name, names)}; give some of {', '.join(names)}, or one of them with a "
+        f"placement behind it, as in {LORA}:attention"
+    )
 
 
 def _hybrid(name: str, selection: dict[str, Any], plan: EvidencePlanConfig, rank: int) -> PlannedArm:
     options = {"budget.overflow": "skip"} | plan.selection | selection
     if options["criterion"] in NAMING:
         options = {key: value for key, value in options.items() if not key.startswith("budget.")}
-    return PlannedArm(name, "hybrid", tuple(sorted(options.items(), key=lambda item: item[0])), rank)
+    return PlannedArm(name, "hybrid", _in_order(options), rank, placement=placement_in(options))
 
 
-def _takes_budget(arm: PlannedArm) -> bool:
+def _in_order(options: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+    return tuple(sorted(options.items(), key=lambda item: item[0]))
+
+
+def _with_placement_checked(arm: PlannedArm, candidates: Sequence[Sequence[Candidate]]) -> PlannedArm:
+    """The arm; with a criterion that measures nothing where its placement leaves nothing to one."""
+    if arm.placement and (arm.kind == ZEROTH or arm.role == LORA_PASSES):
+        raise ConfigurationError(
+            f"arms: {arm.name}: zeroth order moves the weights under every adapter, and {LORA_PASSES} follows from it; "
+            f"leave its placement out"
+        )
+    for of_base in candidates:
+        refuse_placement(arm.name, arm.kind, arm.placement, dict(arm.selection), of_base)
+    selection = dict(arm.selection)
+    if arm.selects and selection["criterion"] is None:
+        return replace(arm, selection=_in_order(selection | {"criterion": RANDOM}))
+    return arm
+
+
+def _takes_budget(
+    arm: PlannedArm,
+    plan: EvidencePlanConfig,
+    named: dict[str, PlannedArm],
+    candidates: Sequence[Sequence[Candidate]],
+) -> bool:
     if arm.role in (LORA_MATCHED, LORA_FLOPS):
-        return True
-    return arm.selects and dict(arm.selection)["criterion"] not in NAMING
+        other = named.get(base_name(match_name(plan)))
+        return other is None or other.selects
+    if not arm.selects or dict(arm.selection)["criterion"] in NAMING:
+        return False
+    return any(left_to_a_criterion(arm.placement, of_base) for of_base in candidates)
 
 
 def _with_budget(arm: PlannedArm, budget: float | None, several: bool) -> PlannedArm:
@@ -231,7 +332,7 @@ def _with_budget(arm: PlannedArm, budget: float | None, several: bool) -> Planne
         return arm
     selection = arm.selection
     if arm.selects:
-        selection = tuple(sorted((dict(selection) | {"budget.ratio": budget}).items(), key=lambda item: item[0]))
+        selection = _in_order(dict(selection) | {"budget.ratio": budget})
     return replace(arm, name=f"{arm.name}@{budget:g}" if several else arm.name, selection=selection, budget=budget)
 
 
@@ -240,13 +341,15 @@ def _check(plan: EvidencePlanConfig, arms: Sequence[PlannedArm]) -> None:
         find_arms(arms, one["arm"], f"primary[{at}].arm")
         for other in one["against"]:
             find_arms(arms, other, f"primary[{at}].against")
-    if any(arm.role in (LORA_MATCHED, LORA_FLOPS) for arm in arms):
-        for arm in find_arms(arms, match_name(plan), "match"):
-            if not arm.selects:
-                raise ConfigurationError(f"match: {arm.name} selects no modules; name an arm that does, e.g. {RANDOM}")
-    for role in MATCHED_STEPS:
-        if any(arm.role == role for arm in arms) and not any(arm.name == LORA for arm in arms):
-            raise ConfigurationError(f"arms: {role} needs {LORA}, whose FLOPs a step it starts from; name it too")
+    matched = [arm for arm in arms if arm.role in (LORA_MATCHED, LORA_FLOPS)]
+    for arm in find_arms(arms, match_name(plan), "match") if matched else ():
+        # Of the same placement it would be matched to itself.
+        other = not arm.role and arm.kind in (LORA, FULL) and all(one.placement != arm.placement for one in matched)
+        if not arm.selects and not other:
+            raise ConfigurationError(f"match: {arm.name} selects no modules; name an arm that does, e.g. {RANDOM}")
+    for arm in arms:
+        if arm.role in MATCHED_STEPS:
+            plain_of(arms, arm)
     zeroth = sum(arm.kind == ZEROTH for arm in arms)
     if any(arm.role == LORA_PASSES for arm in arms) and zeroth != 1:
         raise ConfigurationError(

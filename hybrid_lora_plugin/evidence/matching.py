@@ -23,25 +23,28 @@ class MatchedRank:
     wanted: float
 
 
-def trainable_parameters(candidates: Sequence[Candidate], full: Collection[str], rank: int) -> int:
-    """Weights and biases of the full modules, and LoRA factors of that rank on the others."""
-    chosen = set(full)
+def trainable_parameters(
+    candidates: Sequence[Candidate], full: Collection[str], rank: int, frozen: Collection[str] = ()
+) -> int:
+    """Weights and biases of the full modules, and LoRA factors of that rank on the others that are not frozen."""
+    chosen, left = set(full), set(frozen)
     return sum(
         candidate.parameters if candidate.name in chosen else candidate.lora_parameters(rank)
         for candidate in candidates
+        if candidate.name not in left
     )
 
 
-def matched_rank(candidates: Sequence[Candidate], choices: Sequence[Collection[str]], rank: int) -> MatchedRank:
-    """The rank at which LoRA alone trains about as many parameters as a hybrid.
+def matched_rank(candidates: Sequence[Candidate], trained: Sequence[int], frozen: Collection[str] = ()) -> MatchedRank:
+    """The rank at which LoRA alone trains about as many parameters as another arm.
 
     Args:
         candidates: of the base.
-        choices: the modules that the hybrid tunes fully, at each of several starts.
-        rank: its LoRA rank.
+        trained: trainable parameters of the other arm, at each of several starts.
+        frozen: modules that the LoRA leaves out.
     """
-    wanted = sum(trainable_parameters(candidates, full, rank) for full in choices) / len(choices)
-    one = trainable_parameters(candidates, (), 1)
+    wanted = sum(trained) / len(trained)
+    one = trainable_parameters(candidates, (), 1, frozen)
     found = max(1, int(wanted // one))
     return MatchedRank(found, found * one, wanted)
 

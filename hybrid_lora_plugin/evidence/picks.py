@@ -5,9 +5,12 @@ from __future__ import annotations
 import itertools
 import statistics
 from collections import Counter
+from typing import Any
 
-from hybrid_lora_plugin.evidence.arms import PlannedArm
+from hybrid_lora_plugin.allocation.placement import placement_in_words
+from hybrid_lora_plugin.evidence.arms import PlannedArm, baseline_of
 from hybrid_lora_plugin.evidence.comparison import Comparison
+from hybrid_lora_plugin.evidence.placed import record_of
 from hybrid_lora_plugin.report.groups import depth_thirds, present_types, short_type
 
 
@@ -20,6 +23,16 @@ def picked(comparison: Comparison, arm: PlannedArm, base: str) -> dict[str, floa
     )
     total = len(starts) * arm.draws
     return {candidate.name: counts[candidate.name] / total for candidate in study.prepared.candidates[base]}
+
+
+def left(comparison: Comparison, arm: PlannedArm, base: str) -> dict[str, float]:
+    """Share of starts and draws in which an arm leaves a module of a base frozen, of those that it does in some."""
+    study = comparison.study
+    starts = [start for start in study.starts(comparison.seeds) if start.base == base]
+    counts = Counter(
+        name for start in starts for draw in range(arm.draws) for name in study.frozen_names(arm, start, draw)
+    )
+    return {name: count / (len(starts) * arm.draws) for name, count in counts.items()}
 
 
 def agreement(comparison: Comparison, arm: PlannedArm) -> float | None:
@@ -72,3 +85,64 @@ def picks_table(comparison: Comparison) -> list[str]:
         ]
         lines.append(f"| {arm.name} | " + " | ".join(cells) + " |")
     return lines
+
+
+def frozen_content(comparison: Comparison) -> dict[str, dict[str, dict[str, Any]]]:
+    """By arm and base, of the arms that leave modules frozen: their placement, and means of how many and how much.
+
+    ``placement`` is by component, or None where only what takes no adapter is frozen; ``modules`` of ``of``, and
+    ``parameters``, are means over starts and draws.
+    """
+    study, found = comparison.study, {}
+    for arm in study.arms:
+        for base in study.plan.bases:
+            candidates = study.prepared.candidates[base]
+            parameters, shares = {one.name: one.parameters for one in candidates}, left(comparison, arm, base)
+            if shares:
+                found.setdefault(arm.name, {})[base] = {
+                    "placement": record_of(arm.placement, candidates),
+                    "modules": sum(shares.values()),
+                    "of": len(candidates),
+                    "parameters": sum(share * parameters[name] for name, share in shares.items()),
+                }
+    return found
+
+
+def frozen_table(comparison: Comparison) -> list[str]:
+    """Markdown: where arms may train and what they leave frozen; empty where none leaves anything."""
+    rows = [
+        f"| {arm} | {base} | {_words(one['placement'])} | {one['modules']:.1f} of {one['of']} | "
+        f"{one['parameters']:,.0f} |"
+        for arm, by_base in frozen_content(comparison).items()
+        for base, one in by_base.items()
+    ]
+    if not rows:
+        return []
+    return [
+        "## What each arm left frozen",
+        "",
+        "Modules that got neither a gradient nor an adapter, means over starts and draws. Arms that are not here left "
+        "none.",
+        "",
+        "| arm | base | placement | modules | parameters |",
+        "| --- | --- | --- | ---: | ---: |",
+        *rows,
+        "",
+    ]
+
+
+def _words(record: dict[str, str] | None) -> str:
+    return "modules that take no adapter frozen" if record is None else placement_in_words(record)
+
+
+def baselines_in_words(comparison: Comparison) -> list[str]:
+    """Which arm each is compared with as ``random``, where placements make that differ."""
+    arms = comparison.study.arms
+    if not any(arm.placement for arm in arms):
+        return []
+    pairs = [(arm.name, one.name) for arm in arms if (one := baseline_of(arms, arm)) not in (None, arm)]
+    said = [
+        f"`{baseline}` for {', '.join(f'`{name}`' for name, other in pairs if other == baseline)}"
+        for baseline in dict.fromkeys(other for _, other in pairs)
+    ]
+    return [f"- *against random* is against {'; '.join(said)}."] if said else []

@@ -8,11 +8,13 @@ from pathlib import Path
 from hybrid_lora_plugin.evidence.arms import FULL, LORA, PlannedArm
 from hybrid_lora_plugin.evidence.comparison import Comparison
 from hybrid_lora_plugin.evidence.intervals import CONTRADICTED, SUPPORTED
-from hybrid_lora_plugin.evidence.picks import picked
+from hybrid_lora_plugin.evidence.picks import left, picked
 from hybrid_lora_plugin.report.groups import present_types, short_type
 
 # Colours that stay apart for colour-blind readers (Okabe and Ito).
 _BETTER, _WORSE, _UNCLEAR = "#0072b2", "#d55e00", "#7f7f7f"
+#: of what an arm leaves frozen in every start
+_FROZEN = "#bdbdbd"
 _LINES = ("#0072b2", "#e69f00", "#009e73", "#cc79a7", "#56b4e9", "#d55e00", "#8c6bb1", "#000000")
 #: strips side by side, and inches and cells between and of them
 _STRIPS, _CELL, _BETWEEN = 4, 0.13, (3, 2.2)
@@ -98,10 +100,13 @@ def _mean_curve(comparison: Comparison, arm: PlannedArm, base: str, task: str) -
 def draw_picks(comparison: Comparison, base: str, file: Path) -> bool:
     """Write a PNG: for each selecting arm a strip of types × layers, dark where it tunes a module fully in every start.
 
+    What it leaves frozen in every start is grey.
+
     Returns:
         Whether there was an arm to draw.
     """
     import numpy as np
+    from matplotlib.colors import ListedColormap
 
     study = comparison.study
     arms = [arm for arm in study.arms if arm.selects]
@@ -115,31 +120,32 @@ def draw_picks(comparison: Comparison, base: str, file: Path) -> bool:
     cell = max(1.0, _NARROWEST / layers)
     wide, high = cell * layers + _BETWEEN[0], len(types) + _BETWEEN[1]
     figure, axes = _figure(0.6 + _CELL * wide * columns, 0.6 + _CELL * high * rows)
+    some_frozen = False
     for place, arm in enumerate(arms):
-        left, top = place % columns * wide, place // columns * high
+        x, top = place % columns * wide, place // columns * high
         shares = picked(comparison, arm, base)
         grid = np.full((len(types), layers), np.nan)
+        still, frozen = np.full((len(types), layers), np.nan), left(comparison, arm, base)
         for one in candidates:
             grid[types.index(one.type), one.layer] = shares[one.name]
-        axes.pcolormesh(
-            left + cell * np.arange(layers + 1),
-            top + np.arange(len(types) + 1),
-            grid,
-            cmap="Blues",
-            vmin=0,
-            vmax=1,
-            edgecolors="#e6e6e6",
-            linewidth=0.5,
-        )
-        axes.text(left, top - 0.3, arm.name, fontsize=6.5, va="bottom")
+            if frozen.get(one.name) == 1:
+                still[types.index(one.type), one.layer] = 1
+        edges = x + cell * np.arange(layers + 1), top + np.arange(len(types) + 1)
+        axes.pcolormesh(*edges, grid, cmap="Blues", vmin=0, vmax=1, edgecolors="#e6e6e6", linewidth=0.5)
+        if not np.isnan(still).all():
+            axes.pcolormesh(*edges, still, cmap=ListedColormap([_FROZEN]), edgecolors="#e6e6e6", linewidth=0.5)
+            some_frozen = True
+        axes.text(x, top - 0.3, arm.name, fontsize=6.5, va="bottom")
         if place % columns == 0:
             for at, type_ in enumerate(types):
-                axes.text(left - 0.2, top + at + 0.55, short_type(type_), fontsize=5, ha="right", va="center")
+                axes.text(x - 0.2, top + at + 0.55, short_type(type_), fontsize=5, ha="right", va="center")
     axes.set_xlim(-2, columns * wide)
     axes.set_ylim(rows * high - _BETWEEN[1] + 0.5, -1.8)
     axes.set_axis_off()
+    grey = ", grey frozen" if some_frozen else ""
     axes.set_title(
-        f"{base}: layers from left to right, by share of starts\nin which a module is fully tuned: white 0, blue 1",
+        f"{base}: layers from left to right, by share of starts\n"
+        f"in which a module is fully tuned: white 0, blue 1{grey}",
         fontsize=8,
         loc="left",
     )

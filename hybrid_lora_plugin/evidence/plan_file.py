@@ -15,11 +15,12 @@ from hybrid_lora_plugin.config_evidence import EvidencePlanConfig
 from hybrid_lora_plugin.config_field import leaf_fields
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ConfigurationError, reason_of
+from hybrid_lora_plugin.evidence.placed import placement_in, read_placement
 from hybrid_lora_plugin.evidence.protocol import KINDS
 
 #: ``@`` and ``/`` are for the budget and the draw that the harness puts behind a name.
-_ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:\-]*")
-_ARM_KEYS = ("name", "kind", "rank", "selection")
+_ARM_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.:+\-]*")
+_ARM_KEYS = ("name", "kind", "rank", "placement", "selection")
 _RATES = ("full", "lora", "zeroth")
 _WANTED = {int: "a whole number", float: "a number", str: "a text", dict: "a block of settings", list: "a list"}
 #: Options of the probe's command that are the protocol's or the harness's to say.
@@ -152,7 +153,7 @@ def _check_arm(arm: Any, name: str) -> None:
             raise ConfigurationError(f"{name}.{key}: is no field of an arm; give one of {', '.join(_ARM_KEYS)}")
     if not isinstance(arm.get("name"), str) or not _ARM_NAME.fullmatch(arm["name"]):
         raise ConfigurationError(
-            f"{name}.name: {_said(arm.get('name'))} is not usable; give a name of letters, digits, _ . : and -"
+            f"{name}.name: {_said(arm.get('name'))} is not usable; give a name of letters, digits, _ . : + and -"
         )
     kind = arm.get("kind", "hybrid")
     if kind not in KINDS:
@@ -162,13 +163,24 @@ def _check_arm(arm: Any, name: str) -> None:
         raise ConfigurationError(f"{name}.rank: {_said(rank)} is not usable; give a rank, e.g. 2")
     if kind == "full" and "rank" in arm:
         raise ConfigurationError(f"{name}.rank: {rank} has no effect with kind: full; leave it out")
+    if "placement" in arm:
+        read_placement(arm["placement"], f"{name}.placement")
     if kind == "hybrid":
         selection = arm.get("selection")
+        # With a place for every component nothing is left to a criterion.
+        if selection is None and isinstance(arm.get("placement"), dict):
+            return
         if not isinstance(selection, dict) or "criterion" not in selection:
+            kinds = ", or kind: lora for adapters alone" if "placement" in arm else ""
             raise ConfigurationError(
                 f"{name}.selection: {_said(selection)} is not usable; give options such as {{criterion: lookahead}}"
+                f"{kinds}"
             )
         _check_selection(selection, f"{name}.selection")
+        if "placement" in arm and placement_in(selection):
+            raise ConfigurationError(
+                f"{name}.placement: selection has placement options, too; say where the arm trains in one of the two"
+            )
     elif "selection" in arm:
         raise ConfigurationError(f"{name}.selection: has no effect with kind: {kind}; leave it out")
 

@@ -52,15 +52,18 @@ class Choice:
 
     Attributes:
         full: names of the fully tuned modules, in the model's order; all candidates for ``full``.
-        rank: LoRA rank on every other candidate; 0 leaves them frozen.
+        rank: LoRA rank on every candidate that is neither fully tuned nor frozen; 0 where there is none.
         dora: whether the adapters have DoRA's magnitudes.
         zeroth: whether the weights under the adapters move too, by zeroth order after each step; only without ``full``.
+        frozen: names of the modules that get neither a gradient nor an adapter, in the model's order: those that the
+            placement leaves out, and those that take no adapter. What is in neither ``full`` nor here is adapted.
     """
 
     full: tuple[str, ...]
     rank: int
     dora: bool = False
     zeroth: bool = False
+    frozen: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -120,6 +123,8 @@ class Protocol(abc.ABC):
         stepped: call it with a number of optimizer steps, over all runs, that ``train`` has taken since it was called
             last, so that the user sees how far it is; where it is not called, a run counts once it is kept.
         knows_zeroth_order: whether it trains choices with ``zeroth``.
+        knows_placement: whether it chooses by ``placement.*`` of a selection, and leaves the modules of
+            ``Choice.frozen`` as they are.
     """
 
     measure: str
@@ -127,6 +132,7 @@ class Protocol(abc.ABC):
     trains_in_processes: bool = False
     stepped: Callable[[int], None] = staticmethod(lambda steps: None)
     knows_zeroth_order: bool = False
+    knows_placement: bool = False
 
     @abc.abstractmethod
     def identity(self) -> dict[str, Any]:

@@ -8,8 +8,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from hybrid_lora_plugin.config_evidence import EvidencePlanConfig
 from hybrid_lora_plugin.errors import ConfigurationError, reason_of
-from hybrid_lora_plugin.evidence.protocol import Protocol
+from hybrid_lora_plugin.evidence.arms import asks_placement
+from hybrid_lora_plugin.evidence.protocol import ZEROTH, Protocol
 
 #: name in a plan -> ``module:callable`` that makes it
 PROTOCOLS = {
@@ -48,3 +50,21 @@ def open_protocol(
             "module:callable on PYTHONPATH"
         ) from error
     return make(settings, Path(folder), device, list(bases), list(tasks))
+
+
+def refuse_unknown_kinds(protocol: Protocol, plan: EvidencePlanConfig) -> None:
+    """Refuse arms that a protocol does not train.
+
+    Raises:
+        ConfigurationError: zeroth order, or a placement.
+    """
+    arms = [arm if isinstance(arm, str) else arm.get("kind") for arm in plan.arms]
+    if ZEROTH in arms and not protocol.knows_zeroth_order:
+        raise ConfigurationError(
+            f"arms: protocol {plan.protocol} does not train {ZEROTH}; leave that arm out, or use protocol sft or policy"
+        )
+    if asks_placement(plan) and not protocol.knows_placement:
+        raise ConfigurationError(
+            f"arms: protocol {plan.protocol} leaves no module frozen, and an arm has a placement; leave it out, or use "
+            f"a protocol that does, as sft, policy and rl do"
+        )

@@ -11,7 +11,7 @@ from typing import Any
 from hybrid_lora_plugin.evidence.arms import MATCHED_STEPS
 from hybrid_lora_plugin.evidence.comparison import Cell, Comparison, Row
 from hybrid_lora_plugin.evidence.intervals import SUPPORTED, Difference
-from hybrid_lora_plugin.evidence.picks import picks_table
+from hybrid_lora_plugin.evidence.picks import baselines_in_words, frozen_content, frozen_table, picks_table
 from hybrid_lora_plugin.evidence.pictures import draw_curves, draw_forest, draw_picks
 from hybrid_lora_plugin.evidence.protocol import ZEROTH
 from hybrid_lora_plugin.evidence.results import canonical
@@ -63,6 +63,7 @@ def report_text(comparison: Comparison, digest: str, plan_text: str, pictures: S
         _primary(comparison, numbers),
         _tables(comparison, numbers),
         ["## What each arm picked", "", *picks_table(comparison), "", *(f"![picks]({name})" for name in pictures)],
+        *([frozen] if (frozen := frozen_table(comparison)) else []),
         _rates(comparison),
         _runs(comparison),
         _reading(comparison),
@@ -329,6 +330,7 @@ def _reading(comparison: Comparison) -> list[str]:
         "that nothing is said of others.",
         f"- Rates were chosen for every arm by itself, for {per[plan.tuning.per]}, on seeds {plan.seeds.tune}, which "
         "are not compared.",
+        *baselines_in_words(comparison),
         "- *sd* is over seeds within a base and task.",
         "- Only the primary comparisons were fixed as such before the runs. The others are exploratory: of forty arms "
         "two pass a 95 % interval by chance.",
@@ -381,4 +383,5 @@ def _content(comparison: Comparison, digest: str) -> dict[str, Any]:
             }
             for arm in study.arms
         },
+        **({"frozen": frozen} if (frozen := frozen_content(comparison)) else {}),
     }

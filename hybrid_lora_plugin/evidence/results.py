@@ -43,6 +43,8 @@ class RunKey:
     steps: int
     #: 0 too in files from before there was such a rate
     zeroth_lr: float = 0.0
+    #: of the names of the frozen modules; empty where there are none, as in files from before there were
+    frozen: str = ""
 
 
 def run_key(run: Run) -> RunKey:
@@ -59,6 +61,7 @@ def run_key(run: Run) -> RunKey:
         run.lora_lr,
         run.steps,
         run.zeroth_lr,
+        names_digest(choice.frozen) if choice.frozen else "",
     )
 
 
@@ -221,6 +224,6 @@ def selection_digest(selection: Mapping[str, Any]) -> str:
     return sha256_of(dict(selection))[:16]
 
 
-def choice_of(kind: str, full: Sequence[str], rank: int) -> Choice:
+def choice_of(kind: str, full: Sequence[str], rank: int, frozen: Sequence[str] = ()) -> Choice:
     """What an arm of that kind trains."""
-    return Choice(tuple(full), 0 if kind == "full" else rank, kind == "dora", kind == ZEROTH)
+    return Choice(tuple(full), 0 if kind == "full" else rank, kind == "dora", kind == ZEROTH, tuple(frozen))

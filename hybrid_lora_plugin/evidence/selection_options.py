@@ -6,7 +6,6 @@ import dataclasses
 import typing
 from typing import Any
 
-from hybrid_lora_plugin.allocation.placement import FROZEN
 from hybrid_lora_plugin.config import ProbeCommandConfig, ProbeConfig
 from hybrid_lora_plugin.config_validation import validate
 from hybrid_lora_plugin.errors import ConfigurationError
@@ -35,20 +34,7 @@ def selection_config(arm: Arm, probe: ProbeConfig, rank: int, seed: int) -> Prob
             check_trial(config)
     except ConfigurationError as error:
         raise ConfigurationError(f"arm {arm.name}: {error}") from error
-    _refuse_frozen(config, arm.name)
     return config
-
-
-def _refuse_frozen(config: ProbeCommandConfig, arm: str) -> None:
-    """A run here trains every module, fully or by an adapter; an arm that asks for less would get more, unsaid."""
-    asked = {name: value for name, value in vars(config.placement).items() if value == FROZEN}
-    if config.placement.preset != "all":
-        asked["preset"] = config.placement.preset
-    for name, value in asked.items():
-        raise ConfigurationError(
-            f"arm {arm}: selection.placement.{name}: {value!r} leaves modules frozen, and runs of this harness adapt "
-            f"all that is not fully tuned; give components full, lora or auto, or compare placements by your own runs"
-        )
 
 
 def _set(config: ProbeCommandConfig, arm: str, name: str, value: Any) -> None:

@@ -18,8 +18,8 @@ from hybrid_lora_plugin.config_evidence import EVIDENCE_STAGES, EvidenceCommandC
 from hybrid_lora_plugin.errors import ConfigurationError, HybridLoraError
 from hybrid_lora_plugin.evidence.frozen import FROZEN, freeze, read_frozen, refuse_changed_plan
 from hybrid_lora_plugin.evidence.plan_file import read_plan
-from hybrid_lora_plugin.evidence.protocol import ZEROTH, Arm, Outcome, Protocol, Run, Start
-from hybrid_lora_plugin.evidence.protocols import open_protocol
+from hybrid_lora_plugin.evidence.protocol import Arm, Outcome, Protocol, Run, Start
+from hybrid_lora_plugin.evidence.protocols import open_protocol, refuse_unknown_kinds
 from hybrid_lora_plugin.evidence.results import canonical
 from hybrid_lora_plugin.evidence.study import Prepared, Study
 from hybrid_lora_plugin.evidence.tuning import tuning_draws
@@ -227,7 +227,7 @@ class _Work:
             self._protocol = open_protocol(
                 plan.protocol, plan.settings, self._folder / _KEPT, self._config.device, plan.bases, plan.tasks
             )
-            _refuse_unknown_kinds(self._protocol, plan)
+            refuse_unknown_kinds(self._protocol, plan)
             self._protocol.prepare(self._watch.say)
         protocol, prepared = self._protocol, Prepared.read(self._folder)
         if prepared is None:
@@ -342,14 +342,6 @@ def alike(runs: Sequence[Run], size: int) -> list[list[Run]]:
         kind = run.start.base, run.start.task, choice.rank, choice.dora, bool(choice.full)
         found.setdefault(kind, []).append(run)
     return [members[at : at + size] for members in found.values() for at in range(0, len(members), size)]
-
-
-def _refuse_unknown_kinds(protocol: Protocol, plan: EvidencePlanConfig) -> None:
-    arms = [arm if isinstance(arm, str) else arm.get("kind") for arm in plan.arms]
-    if ZEROTH in arms and not protocol.knows_zeroth_order:
-        raise ConfigurationError(
-            f"arms: protocol {plan.protocol} does not train {ZEROTH}; leave that arm out, or use protocol sft or policy"
-        )
 
 
 def _named(arms: Sequence[Arm], chosen: Mapping[str, Sequence[str]]) -> list[tuple]:

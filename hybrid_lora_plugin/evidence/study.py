@@ -14,16 +14,17 @@ from hybrid_lora_plugin.candidates import Candidate
 from hybrid_lora_plugin.config_evidence import EvidencePlanConfig, EvidenceRatesConfig
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.evidence.arms import (
-    LORA,
     LORA_MATCHED,
     MATCHED_STEPS,
     PlannedArm,
     base_name,
     matched_to,
+    plain_of,
     planned_arms,
 )
-from hybrid_lora_plugin.evidence.matching import MatchedRank, matched_rank, matched_steps
-from hybrid_lora_plugin.evidence.protocol import Arm, Run, Start
+from hybrid_lora_plugin.evidence.matching import MatchedRank, matched_rank, matched_steps, trainable_parameters
+from hybrid_lora_plugin.evidence.placed import left_frozen, trained_fully
+from hybrid_lora_plugin.evidence.protocol import Arm, Choice, Run, Start
 from hybrid_lora_plugin.evidence.results import Choices, RunResults, choice_of, run_key
 from hybrid_lora_plugin.evidence.tuning import (
     Rates,
@@ -92,6 +93,7 @@ class Study:
         self._ranks: dict[tuple, MatchedRank] = {}
         self._steps: dict[tuple, int] = {}
         self._names: dict[tuple, tuple[str, ...]] = {}
+        self._frozen: dict[tuple, tuple[str, ...]] = {}
 
     def close(self) -> None:
         """No more results are coming."""
@@ -139,10 +141,8 @@ class Study:
         if place not in self._names:
             candidates = self.prepared.candidates[start.base]
             order = {candidate.name: at for at, candidate in enumerate(candidates)}
-            if arm.kind == "full":
-                names = order
-            elif not arm.selects:
-                names = ()
+            if not arm.selects:
+                names = trained_fully(arm.kind, arm.placement, candidates)
             else:
                 asked = arm.at(start, draw, candidates)
                 names = self.choices.get(start, asked.selection)
@@ -154,6 +154,24 @@ class Study:
             self._names[place] = tuple(sorted(names, key=order.__getitem__))
         return self._names[place]
 
+    def frozen_names(self, arm: PlannedArm, start: Start, draw: int) -> tuple[str, ...]:
+        """What gets neither a gradient nor an adapter from an arm at a start; raises as ``full_names``."""
+        full = self.full_names(arm, start, draw)
+        # It follows from the modules that are chosen, which many starts may have in common.
+        place = (arm.name, start.base, full)
+        if place not in self._frozen:
+            candidates = self.prepared.candidates[start.base]
+            try:
+                self._frozen[place] = left_frozen(arm.kind, arm.placement, candidates, full)
+            except ConfigurationError as error:
+                raise ConfigurationError(f"arm {arm.draw_name(draw)}: {error}") from error
+        return self._frozen[place]
+
+    def choice(self, arm: PlannedArm, start: Start, draw: int) -> Choice:
+        """What an arm trains at a start."""
+        full, frozen = self.full_names(arm, start, draw), self.frozen_names(arm, start, draw)
+        return choice_of(arm.kind, full, self.rank(arm, start.base), frozen)
+
     # -- what is matched
 
     def rank(self, arm: PlannedArm, base: str) -> int:
@@ -163,10 +181,12 @@ class Study:
     def matched_rank(self, arm: PlannedArm, base: str) -> MatchedRank:
         """The rank of ``lora_matched``, by the choices of the arm it is matched to at the starts that are compared."""
         if (arm.name, base) not in self._ranks:
-            other = matched_to(self.plan, self.arms, arm)
+            other, candidates = matched_to(self.plan, self.arms, arm), self.prepared.candidates[base]
             starts = [start for start in self.starts(self.plan.seeds.compare) if start.base == base]
-            choices = [self.full_names(other, start, draw) for start in starts for draw in range(other.draws)]
-            self._ranks[arm.name, base] = matched_rank(self.prepared.candidates[base], choices, other.rank)
+            choices = [self.choice(other, start, draw) for start in starts for draw in range(other.draws)]
+            trained = [trainable_parameters(candidates, one.full, one.rank, one.frozen) for one in choices]
+            frozen = left_frozen(arm.kind, arm.placement, candidates, ())
+            self._ranks[arm.name, base] = matched_rank(candidates, trained, frozen)
         return self._ranks[arm.name, base]
 
     def steps(self, arm: PlannedArm, base: str, task: str) -> int:
@@ -177,7 +197,7 @@ class Study:
         if arm.role not in MATCHED_STEPS:
             return self.plan.steps
         if (arm.name, base, task) not in self._steps:
-            (lora,) = (one for one in self.arms if one.name == LORA)
+            lora = plain_of(self.arms, arm)
             own, wanted = (self._flops(one, base, task) for one in (lora, matched_to(self.plan, self.arms, arm)))
             self._steps[arm.name, base, task] = matched_steps(self.plan.steps, own, wanted)
         return self._steps[arm.name, base, task]
@@ -203,7 +223,7 @@ class Study:
 
     def run(self, arm: PlannedArm, start: Start, draw: int, rates: Rates) -> Run:
         """One training run of an arm."""
-        choice = choice_of(arm.kind, self.full_names(arm, start, draw), self.rank(arm, start.base))
+        choice = self.choice(arm, start, draw)
         steps = self.steps(arm, start.base, start.task)
         return Run(arm.draw_name(draw), start, choice, rates.full, rates.lora, steps, rates.zeroth)
 
@@ -218,7 +238,8 @@ class Study:
     def tunes(self, arm: PlannedArm) -> bool:
         """Whether an arm has tuning runs: not where it has one pair of rates and no steps follow from its FLOPs."""
         matching = [one for one in self.arms if one.role in MATCHED_STEPS]
-        measured = {LORA} | {matched_to(self.plan, self.arms, one).name for one in matching} if matching else set()
+        measured = {plain_of(self.arms, one).name for one in matching}
+        measured |= {matched_to(self.plan, self.arms, one).name for one in matching}
         return len(self.grid(arm)) > 1 or arm.name in measured
 
     def tuning_runs(self, arm: PlannedArm) -> Iterator[tuple[tuple[str, ...], Rates, Run]]:

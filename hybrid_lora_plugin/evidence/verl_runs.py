@@ -32,6 +32,7 @@ from hybrid_lora_plugin.evidence.matching import trainable_parameters
 from hybrid_lora_plugin.evidence.protocol import Arm, Outcome, Protocol, Run, Start
 from hybrid_lora_plugin.evidence.selection_options import selection_config
 from hybrid_lora_plugin.evidence.settings_block import fill
+from hybrid_lora_plugin.evidence.verl_choice import adapter_targets, frozen_components, refuse_untrainable
 from hybrid_lora_plugin.evidence.verl_process import run_verl
 from hybrid_lora_plugin.probing.loading import load_model_config, parameter_count
 from hybrid_lora_plugin.probing.runner import probe_model
@@ -131,6 +132,8 @@ class VerlProtocol(Protocol):
         ConfigurationError: a setting that there is not, a base or a task without an entry.
     """
 
+    knows_placement = True
+
     def __init__(
         self, settings: Mapping[str, Any], folder: Path, device: str, bases: Sequence[str], tasks: Sequence[str]
     ) -> None:
@@ -224,6 +227,10 @@ class VerlProtocol(Protocol):
 
     def train(self, runs: Sequence[Run], keep: Callable[[Run, Outcome], None]) -> None:
         """One after the other; each has the machine to itself."""
+        candidates = {base: self.candidates(base) for base in {run.start.base for run in runs}}
+        for run in runs:
+            # Before the first has taken its hours.
+            refuse_untrainable(run.arm, run.choice, candidates[run.start.base])
         for run in runs:
             keep(run, self._trained(run))
 
@@ -235,12 +242,7 @@ class VerlProtocol(Protocol):
         """
         base, task, choice = self._bases[run.start.base], self._tasks[run.start.task], run.choice
         candidates = self.candidates(run.start.base)
-        if choice.dora:
-            raise ConfigurationError(f"arms: {run.arm}: verl trains no DoRA; leave it out of plans with protocol rl")
-        if choice.rank == 0 and len(choice.full) < len(candidates):
-            raise ConfigurationError(
-                f"arms: {run.arm}: rank 0 leaves modules without an adapter; give a rank of 1 or more"
-            )
+        refuse_untrainable(run.arm, choice, candidates)
         command = self.settings.command
         command = [sys.executable if command[0] == "python" else command[0], *command[1:]]
         command += [
@@ -263,7 +265,7 @@ class VerlProtocol(Protocol):
             command += [f"actor_rollout_ref.model.lora_{name}={lora[name]}" for name in ("rank", "alpha")]
             command += [
                 f"actor_rollout_ref.actor.optim.lr={run.lora_lr}",
-                "actor_rollout_ref.model.target_modules=all-linear",
+                f"actor_rollout_ref.model.target_modules={adapter_targets(run.arm, choice, candidates)}",
             ]
             command += ["actor_rollout_ref.model.lora.merge=true", "actor_rollout_ref.rollout.load_format=safetensors"]
         return [
@@ -277,8 +279,9 @@ class VerlProtocol(Protocol):
         ]
 
     def _explicit(self, run: Run) -> Path:
-        """The folder of an allocation that tunes exactly the modules of the run."""
-        config = ProbeCommandConfig(criterion="explicit")
+        """The folder of an allocation that tunes exactly the modules of the run, and freezes what it leaves frozen."""
+        placement = frozen_components(run.arm, run.choice, self.candidates(run.start.base))
+        config = ProbeCommandConfig(criterion="explicit", placement=placement)
         config.model.path, config.lora.rank = self._bases[run.start.base].path, run.choice.rank
         config.control.modules = list(run.choice.full)
         self._artifact(config)
@@ -338,7 +341,7 @@ class VerlProtocol(Protocol):
         if len(run.choice.full) == len(candidates := self.candidates(run.start.base)):
             # verl trains what is no candidate as well: embeddings, norms, the head.
             return self._weights(run.start.base)
-        return trainable_parameters(candidates, run.choice.full, run.choice.rank)
+        return trainable_parameters(candidates, run.choice.full, run.choice.rank, run.choice.frozen)
 
     def _wait(self, process: subprocess.Popen, metrics: Path) -> int | str:
         """The status of a run that ended, or in words that it did not; a measure it lacks is told after step 0."""

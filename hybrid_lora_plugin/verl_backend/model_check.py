@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from hybrid_lora_plugin.base_checkpoint import check_model_folder
 from hybrid_lora_plugin.candidates import FUSED_TYPES, Candidate, find_candidates, meta_model
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.linear_account import account_text, frozen_linear
 from hybrid_lora_plugin.model_families import recurrent_layers, untried
-from hybrid_lora_plugin.verl_backend.requirements import check_sequence_parallel
+from hybrid_lora_plugin.verl_backend.requirements import check_sequence_parallel, hybrid_config
 from hybrid_lora_plugin.verl_backend.run_kinds import ACTOR, MODEL, ROLLOUT, kind_of_run, tell
+from hybrid_lora_plugin.verl_backend.zeroth_order_requirements import check_moving_modules
 from hybrid_lora_plugin.weight_loading import check_weights
 
 
@@ -44,6 +45,8 @@ def checked_model(config: DictConfig) -> tuple[Any, list[Candidate]] | None:
         model = meta_model(model_config, trust)
         candidates = find_candidates(model)
     _refuse_split_packed(config, candidates)
+    hybrid = hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
+    check_moving_modules(hybrid, model_config, model, candidates)
     if recurrent_layers(model_config):
         for line in _check_recurrent(config, model_config):
             tell(line)

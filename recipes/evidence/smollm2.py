@@ -112,6 +112,7 @@ class SmolLm2Protocol(Protocol):
     """
 
     measure, lower_is_better = "held_out_loss", True
+    knows_placement = True
 
     def __init__(
         self, settings: Mapping[str, Any], folder: Path, device: str, bases: Sequence[str], tasks: Sequence[str]
@@ -229,12 +230,12 @@ class SmolLm2Protocol(Protocol):
         from peft.tuners.lora import LoraLayer
 
         model = copy.deepcopy(self.model).requires_grad_(False)
-        full = set(choice.full)
+        others = {*choice.full, *choice.frozen}
         trained = {"full": [], "lora": []}
         modules = dict(model.named_modules())
         for name in choice.full:
             trained["full"] += [parameter.requires_grad_(True) for parameter in modules[name].parameters()]
-        adapted = [one.name for one in self.candidates("") if one.name not in full] if choice.rank else []
+        adapted = [one.name for one in self.candidates("") if one.name not in others] if choice.rank else []
         if adapted:
             config = LoraConfig(
                 r=choice.rank, lora_alpha=2 * choice.rank, target_modules=adapted, bias="none", use_dora=choice.dora
@@ -292,7 +293,9 @@ class SmolLm2Protocol(Protocol):
         exact = self._exact(model, run.start.task) if settings.generated and not diverged else 0.0
         seconds = time.monotonic() - started
         print(f"{run.arm}, seed {run.start.seed}: {curve[0][1]:.3f} -> {curve[-1][1]:.3f}, {seconds:.0f} s", flush=True)
-        assert run.choice.dora or count == trainable_parameters(self.candidates(""), run.choice.full, run.choice.rank)
+        choice = run.choice
+        wanted = trainable_parameters(self.candidates(""), choice.full, choice.rank, choice.frozen)
+        assert choice.dora or count == wanted
         return Outcome(
             curve=tuple(curve),
             measures={"exact_match": exact} if settings.generated else {},

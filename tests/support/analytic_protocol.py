@@ -12,10 +12,12 @@ from typing import Any
 import torch
 
 from hybrid_lora_plugin.allocation.budget import allocate
+from hybrid_lora_plugin.allocation.placement import places_of
 from hybrid_lora_plugin.candidates import COMPONENT_OF_TYPE, Candidate
 from hybrid_lora_plugin.config import BudgetConfig
 from hybrid_lora_plugin.config_selection import NAMING
 from hybrid_lora_plugin.errors import ConfigurationError
+from hybrid_lora_plugin.evidence.placed import placement_in, record_of
 from hybrid_lora_plugin.evidence.protocol import Arm, Choice, Outcome, Protocol, Run, Start
 from hybrid_lora_plugin.seeding import generator_for
 
@@ -40,7 +42,7 @@ class AnalyticProtocol(Protocol):
     def __init__(
         self, settings: Mapping[str, Any], folder: Path, device: str, bases: Sequence[str], tasks: Sequence[str]
     ) -> None:
-        known = {"lora_reaches": 0.3, "version": 1}
+        known = {"lora_reaches": 0.3, "version": 1} | ({"ignores_placement": False} if self.knows_placement else {})
         for name in settings:
             if name not in known:
                 raise ConfigurationError(f"settings.{name}: unknown; give some of {', '.join(known)}")
@@ -101,6 +103,8 @@ class AnalyticProtocol(Protocol):
         budget = BudgetConfig(ratio=selection["budget.ratio"], overflow=selection["budget.overflow"])
         return allocate(candidates, scores, budget, "lowest").full_names
 
+    # -- training
+
     def train(self, runs: Sequence[Run], keep: Callable[[Run, Outcome], None]) -> None:
         stop = int(os.environ.get(STOP_AFTER, "-1"))
         for run in runs:
@@ -119,7 +123,9 @@ class AnalyticProtocol(Protocol):
             curve.append((step, value))
         candidates = self.candidates(run.start.base)
         trainable = sum(
-            one.parameters if one.name in choice.full else one.lora_parameters(choice.rank) for one in candidates
+            one.parameters if one.name in choice.full else one.lora_parameters(choice.rank)
+            for one in candidates
+            if one.name not in choice.frozen
         )
         weights = sum(one.parameters for one in candidates)
         full = sum(one.parameters for one in candidates if one.name in choice.full)
@@ -130,9 +136,29 @@ class AnalyticProtocol(Protocol):
         choice: Choice = run.choice
         if name in choice.full:
             reached, rate = 1.0, 100 * run.full_lr
-        elif choice.rank:
+        elif choice.rank and name not in choice.frozen:
             reached = min(1.0, self.settings["lora_reaches"] * (1 + 0.1 * choice.rank) + 0.02 * choice.dora)
             rate = 10 * run.lora_lr
         else:
             return gain
         return gain * (1 - reached * (1 - abs(1 - rate) ** (2 * step)))
+
+
+class PlacedProtocol(AnalyticProtocol):
+    """The same, where arms may train in some components only: the module with the most to gain of those left open."""
+
+    knows_placement = True
+
+    def _chosen(self, start: Start, selection: Mapping[str, Any]) -> list[str]:
+        placement = placement_in(selection)
+        if not placement:
+            return super()._chosen(start, selection)
+        candidates = self.candidates(start.base)
+        if selection["criterion"] == "explicit":
+            return list(selection["control.modules"])
+        places = places_of(record_of(placement, candidates), candidates)
+        if self.settings["ignores_placement"]:
+            return [candidates[0].name]
+        chosen = [one.name for one, place in zip(candidates, places, strict=True) if place == "full"]
+        open_ = [one.name for one, place in zip(candidates, places, strict=True) if place == "auto"]
+        return chosen + sorted(open_, key=self.gains(start).__getitem__)[-1:]

@@ -44,8 +44,8 @@ def step_flops(
         rows, positions, answer_tokens: problems a step, S, and positions whose logits are needed.
         zeroth_directions: K of a choice with ``zeroth``.
     """
-    tokens, full = rows * positions, set(choice.full)
-    trained_layers = [c.layer for c in candidates if c.name in full or choice.rank]
+    tokens, full, frozen = rows * positions, set(choice.full), set(choice.frozen)
+    trained_layers = [c.layer for c in candidates if c.name in full or (choice.rank and c.name not in frozen)]
     lowest = min(trained_layers, default=config.num_hidden_layers)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     attention = 4 * tokens * positions * config.num_attention_heads * head_dim
@@ -56,7 +56,10 @@ def step_flops(
     for candidate in candidates:
         product = 2 * tokens * candidate.in_features * candidate.out_features
         total += product * (1 + (candidate.layer >= lowest))
-        forward += product + 2 * tokens * candidate.lora_parameters(choice.rank)
+        forward += product
+        if candidate.name in frozen:
+            continue
+        forward += 2 * tokens * candidate.lora_parameters(choice.rank)
         if candidate.name in full:
             total += product
         elif choice.rank:
@@ -89,12 +92,14 @@ def rollout_flops(
 
 
 def trainable_parameters(candidates: Sequence[Candidate], choice: Choice) -> int:
-    """Weights and biases of full modules, and adapters on the others, with DoRA's magnitudes: what gets a gradient."""
-    full = set(choice.full)
+    """Weights and biases of full modules, and adapters on what is not frozen, with DoRA's magnitudes: what gets a
+    gradient.
+    """
+    full, frozen = set(choice.full), set(choice.frozen)
     total = 0
     for candidate in candidates:
         if candidate.name in full:
             total += candidate.parameters
-        elif choice.rank:
+        elif choice.rank and candidate.name not in frozen:
             total += candidate.lora_parameters(choice.rank) + (candidate.out_features if choice.dora else 0)
     return total

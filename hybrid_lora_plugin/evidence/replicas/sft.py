@@ -49,6 +49,7 @@ class SftProtocol(Protocol):
     measure = "held_out_loss"
     lower_is_better = True
     knows_zeroth_order = True
+    knows_placement = True
 
     def __init__(
         self,

@@ -2,7 +2,8 @@
 
 Every candidate of every replica is ``P + s·B·A``, with P the base's weight and B zero at first, or DoRA's
 ``m · (P + s·B·A) / ‖P + s·B·A‖``. Masks on the updates decide: P moves where the module is fully tuned, A, B and m
-where it has an adapter. As a module never has both, this is what ``training.apply`` trains one model at a time.
+where it has an adapter, and nothing where it is frozen. As a module never has both, this is what ``training.apply``
+trains one model at a time.
 """
 
 from __future__ import annotations
@@ -92,15 +93,9 @@ class Replicas:
             FULL: torch.tensor([run.full_lr for run in runs], device=like.device, dtype=like.dtype),
             LORA: torch.tensor([run.lora_lr for run in runs], device=like.device, dtype=like.dtype),
         }
-        chosen = [set(run.choice.full) for run in runs]
-        full = {
-            type_: torch.tensor(
-                [[module_name(layer, type_) in names for names in chosen] for layer in range(base.layers)],
-                device=like.device,
-                dtype=like.dtype,
-            )
-            for type_ in TYPES
-        }  # [L, R] each
+        chosen, left = [set(run.choice.full) for run in runs], [set(run.choice.frozen) for run in runs]
+        full = self._masks(chosen)
+        adapted = {type_: 1 - full[type_] - frozen for type_, frozen in self._masks(left).items()}
         self.trains_full, self.trains_lora = any(chosen), self.rank > 0
         (zeroth,) = {run.choice.zeroth for run in runs}
         self.frozen = FrozenWeights(base, runs, zeroth_epsilon, zeroth_directions) if zeroth else None
@@ -110,17 +105,29 @@ class Replicas:
                 self._add((type_, "weight"), self._repeated(base.matrices[type_]), FULL, full[type_])
             for type_ in BIASED:
                 self._add((type_, "bias"), self._repeated(base.biases[type_]), FULL, full[type_])
-        self._adapted = {type_: mask == 0 for type_, mask in full.items()}
+        self._adapted = {type_: mask == 1 for type_, mask in adapted.items()}
         if self.trains_lora:
             first = [(run.start.seed, run.choice.rank) for run in runs]
             for type_ in TYPES:
-                adapts, (_, outputs, inputs) = 1 - full[type_], base.matrices[type_].shape
+                adapts, (_, outputs, inputs) = adapted[type_], base.matrices[type_].shape
                 a = self._first_factors(type_, first, inputs)
                 self._add((type_, "A"), a, LORA, adapts)
                 self._add((type_, "B"), like.new_zeros(base.layers, self.count, outputs, self.rank), LORA, adapts)
                 if self.dora:
                     norms = torch.linalg.vector_norm(base.matrices[type_], dim=-1)  # [L, d_out]
                     self._add((type_, "magnitude"), self._repeated(norms), LORA, adapts)
+
+    def _masks(self, named: Sequence[set[str]]) -> dict[str, Tensor]:
+        """``[L, R]`` of each type: 1 where a run's names hold the module."""
+        like = self.base.embedding
+        return {
+            type_: torch.tensor(
+                [[module_name(layer, type_) in names for names in named] for layer in range(self.base.layers)],
+                device=like.device,
+                dtype=like.dtype,
+            )
+            for type_ in TYPES
+        }
 
     def _repeated(self, values: Tensor) -> Tensor:
         """``[L, ...]`` as ``[L, R, ...]`` of their own."""
@@ -164,7 +171,7 @@ class Replicas:
         if not self.trains_lora:
             return plain
         a, b = self.trained[type_, "A"].value, self.trained[type_, "B"].value
-        # B stays 0 where the module is fully tuned.
+        # B stays 0 where the module is fully tuned or frozen.
         updated = torch.baddbmm(plain.flatten(0, 1), b.flatten(0, 1), a.flatten(0, 1), alpha=self.scale)
         updated = updated.view_as(plain)
         if not self.dora:
