@@ -8,9 +8,9 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from functools import partial
+from typing import Any
 
 import torch
-from tensordict import TensorDict
 from verl.trainer.ppo.core_algos import agg_loss
 from verl.workers.utils.losses import ppo_loss
 from verl.workers.utils.padding import no_padding_2_padding
@@ -51,7 +51,7 @@ def surrogate_of(loss_function: Callable) -> Callable:
 
 
 def _surrogate(
-    model_output: dict, data: TensorDict, dp_group=None, *, kind: str, mode: str, scale: float | None
+    model_output: dict, data: Any, dp_group=None, *, kind: str, mode: str, scale: float | None
 ) -> tuple[torch.Tensor, dict]:
     log_prob = no_padding_2_padding(model_output["log_probs"], data).double()
     batch = {name: data[name] for name in ("dp_size", "batch_num_tokens", "global_batch_size")}

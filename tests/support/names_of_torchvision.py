@@ -19,6 +19,9 @@ from types import ModuleType
 PROVIDE = "NAMES_OF_TORCHVISION"
 
 
+_NAME = "torchvision"
+
+
 class _Name(type):
     """A class of which every attribute is another such class."""
 
@@ -40,7 +43,7 @@ class _Module(ModuleType):
 
 class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
     def find_spec(self, fullname, path=None, target=None):
-        if fullname.partition(".")[0] == "torchvision":
+        if fullname.partition(".")[0] == _NAME:
             return importlib.machinery.ModuleSpec(fullname, self, is_package=True)
         return None
 
@@ -53,7 +56,7 @@ class _Finder(importlib.abc.MetaPathFinder, importlib.abc.Loader):
 
 def provide() -> None:
     """Let ``import torchvision`` and what is below it succeed, unless the real one is there."""
-    if importlib.util.find_spec("torchvision") is None:
+    if importlib.util.find_spec(_NAME) is None:
         sys.meta_path.append(_Finder())
 
 

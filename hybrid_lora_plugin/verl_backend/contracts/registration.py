@@ -43,7 +43,7 @@ REGISTRATION = Subject(
             ("register_adv_est", "verl_backend/advantages.py", "registry of advantages", "name_or_enum"),
         ),
         *rows(
-            "loss",
+            "loss engine",
             "verl.trainer.ppo.core_algos",
             "",
             (
@@ -52,6 +52,11 @@ REGISTRATION = Subject(
                 "averages over the global number of sequences, or of tokens",
                 "loss_mat loss_mask loss_agg_mode dp_size batch_num_tokens global_batch_size loss_scale_factor",
             ),
+        ),
+        *rows(
+            "loss",
+            "verl.trainer.ppo.core_algos",
+            "",
             ("PolicyLossFn", _LOSSES, "what a policy loss is called with"),
             (
                 "compute_policy_loss_gspo",
