@@ -86,7 +86,7 @@ def test_the_runs_of_the_last_digits_pass_the_preflight_and_verls_own_validation
         config = compose("ppo_trainer", overrides=[search, *options], return_hydra_config=True)
     if hybrid:
         checked = check_configuration(config)
-        assert (checked.full_lr, checked.lora.lr, checked.lora.rank, checked.lora.alpha) == (2e-3, 5e-3, 1, 2)
+        assert (checked.full_lr, checked.lora.lr, checked.lora.rank, checked.lora.alpha) == (4e-3, 5e-3, 1, 2)
     with open_dict(config):
         del config["hydra"]
     OmegaConf.resolve(config)
