@@ -4,7 +4,7 @@
 #
 #   probe.sh MODEL SELECTION [OPTIONS OF hybrid-lora-probe ...]
 #
-#   MODEL      qwen2_5_1_5b, qwen2_5_3b, qwen2_5_7b
+#   MODEL      qwen2_5_1_5b, qwen2_5_3b, qwen2_5_7b, falcon_h1_0_5b
 #   SELECTION  hybrid_lora, adalora, autolora, lora_drop, lora_ffn, random, gradient_norm, o_proj
 #
 # Variables: those of settings.sh, and

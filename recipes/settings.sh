@@ -47,6 +47,10 @@ DATA=$(realpath -m -- "$DATA") OUTPUT=$(realpath -m -- "$OUTPUT")  # workers may
 
 [ "$TASK" != stand_ins ] || MODEL_PATH=${MODEL_PATH:-$DATA/stand_ins/model}
 
+is_recurrent() {  # is_recurrent MODEL: it has recurrent layers beside attention
+  case $1 in falcon_h1_*) return 0 ;; *) return 1 ;; esac
+}
+
 name_run() {  # name_run MODEL ALGORITHM SELECTION
   RUN=${RUN:-$TASK-$1-$2-$3}
 }

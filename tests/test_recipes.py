@@ -18,6 +18,8 @@ pytest.importorskip("verl", reason="verl is not installed")
 
 from hydra import compose, initialize_config_module  # noqa: E402
 from omegaconf import OmegaConf, open_dict  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 from hybrid_lora_plugin.cli.arguments import parse  # noqa: E402
 from hybrid_lora_plugin.config import (  # noqa: E402
@@ -32,6 +34,7 @@ from hybrid_lora_plugin.config_validation import validate  # noqa: E402
 from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
 from recipes.merge_lora import merge_lora  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
+from tests.support.tiny_families import make_family  # noqa: E402
 from tests.support.verl_processes import ROOT  # noqa: E402
 
 RECIPES = ROOT / "recipes"
@@ -52,6 +55,9 @@ ROWS = [
     ("qwen2_5_1_5b", "gspo_narrow_clip", "hybrid_lora"),
     *itertools.product(["qwen2_5_3b", "qwen2_5_7b"], ["grpo", "gspo", "sft"], ["hybrid_lora"]),
 ]
+#: with recurrent layers beside attention, and what a tiny model of its kind is called in ``tests/support``
+RECURRENT = {"falcon_h1_0_5b": "falcon_h1"}
+QWEN = [name for name in MODELS if name not in RECURRENT]
 
 
 def script(name, *arguments, **environment):
@@ -145,17 +151,84 @@ def test_a_row_passes_verls_and_the_plugins_checks(row, setting, capsys):
         assert (optimizer.lr, model.lora_rank) == (2.5e-5 if rank else 1e-6, rank)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", QWEN)
 def test_rows_of_models_differ_in_the_path_alone(model):
     (path,) = yaml.safe_load((RECIPES / "recipe" / "model" / f"{model}.yaml").read_text())["model"].values()
     assert path.lower() == "qwen/" + model.replace("qwen2_5_", "qwen2.5-").replace("1_5", "1.5") + "-instruct"
     for algorithm, selection in itertools.product(ALGORITHMS, SELECTIONS):
-        ours, first = [commands("run", name, algorithm, selection, OUTPUT="/o") for name in (model, MODELS[0])]
-        first = [[word.replace(MODELS[0], model).replace("Qwen/Qwen2.5-1.5B-Instruct", path) for word in line]
+        ours, first = [commands("run", name, algorithm, selection, OUTPUT="/o") for name in (model, QWEN[0])]
+        first = [[word.replace(QWEN[0], model).replace("Qwen/Qwen2.5-1.5B-Instruct", path) for word in line]
                  for line in first]  # fmt: skip
         assert ours == first
     for algorithm, at in (("gspo", "actor_rollout_ref.model.path"), ("sft", "model.path")):
         assert OmegaConf.select(composed(commands("run", model, algorithm, "full")[-1]), at) == path
+
+
+@pytest.fixture(scope="module")
+def recurrent(tmp_path_factory):
+    """A tiny model of each kind with an allocation."""
+    folder, found = tmp_path_factory.mktemp("recurrent"), {}
+    for name, family in RECURRENT.items():
+        path = make_family(family, folder / name)
+        found[name] = {"MODEL_PATH": str(path), "ALLOCATION": str(make_allocation(path, folder / f"{name}-allocation"))}
+    return found
+
+
+#: machine, algorithm, selection
+PADDED = [
+    ("a800x8", "gspo", "hybrid_lora"), ("a800x8", "gspo", "lora"), ("a800x8", "grpo", "full"),
+    ("rtx4090x2", "gspo", "hybrid_lora"), ("a800x8", "sft", "hybrid_lora"), ("a800x8", "sft", "lora"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", RECURRENT)
+def test_rows_of_a_recurrent_model_are_padded_whatever_the_machine_says(model, recurrent, capsys):
+    from verl.trainer.ppo.utils import need_reference_policy
+    from verl.utils.config import validate_config
+
+    for machine, algorithm, selection in PADDED:
+        setting = recurrent[model] | {"TASK": "gsm8k", "MACHINE": machine}
+        (command,) = commands("run", model, algorithm, selection, **setting)
+        config = checked(composed(command))
+        said = capsys.readouterr().out
+        assert ("hybrid_lora" in config) == (selection == "hybrid_lora") and "WARNING" not in said
+        models = config.model if algorithm == "sft" else config.actor_rollout_ref.model
+        assert models.use_remove_padding is False and models.path == setting["MODEL_PATH"]
+        if algorithm == "sft":
+            assert not config.data.use_dynamic_bsz
+        else:
+            validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=False)
+            actor, rollout, ref = (config.actor_rollout_ref[name] for name in ("actor", "rollout", "ref"))
+            assert rollout.tensor_model_parallel_size == 1 and rollout.dtype == "bfloat16"
+            assert not (actor.use_dynamic_bsz or rollout.log_prob_use_dynamic_bsz or ref.log_prob_use_dynamic_bsz)
+            # verl cuts a mini-batch of answers, and the batch, into whole micro-batches on each GPU.
+            gpus = config.trainer.n_gpus_per_node
+            assert actor.ppo_mini_batch_size * rollout.n // gpus % actor.ppo_micro_batch_size_per_gpu == 0
+            assert config.data.train_batch_size * rollout.n // gpus % rollout.log_prob_micro_batch_size_per_gpu == 0
+        if selection == "lora":
+            lora = get_peft_model(AutoModelForCausalLM.from_pretrained(models.path), lora_of(models))
+            named = {name.partition(".lora_")[0].rpartition(".")[2] for name, _ in lora.named_parameters()}
+            assert {"q_proj", "in_proj", "down_proj"} <= named and "out_proj" not in named
+
+
+def lora_of(model):
+    """PEFT's configuration, as verl makes it of a model's (``FSDPEngine._build_lora_module``)."""
+    excluded = OmegaConf.to_container(model).get("exclude_modules")
+    return LoraConfig(
+        r=model.lora_rank, lora_alpha=model.lora_alpha, target_modules=model.target_modules, exclude_modules=excluded
+    )
+
+
+@pytest.mark.parametrize("model", RECURRENT)
+def test_a_recurrent_model_is_probed_with_its_placement_where_its_run_looks(model, tmp_path):
+    probe, train = commands("run", model, "gspo", "hybrid_lora", TASK="gsm8k", OUTPUT=str(tmp_path))
+    (placed,) = commands("probe", model, "hybrid_lora", "placement.preset=mlp", TASK="gsm8k", OUTPUT=str(tmp_path))
+    config = parse(module_and_arguments(placed)[1], ProbeCommandConfig)
+    validate(config)
+    assert config.placement.preset == "mlp" and placed[: len(probe)] == probe
+    assert f"hybrid_lora.allocation={config.output_dir}" in train
+    path = yaml.safe_load((RECIPES / "recipe" / "model" / f"{model}.yaml").read_text())["model"]["path"]
+    assert config.model.path == path == OmegaConf.select(composed(train), "actor_rollout_ref.model.path")
 
 
 @pytest.mark.parametrize(
@@ -325,8 +398,7 @@ def test_every_command_of_the_page_is_one(tmp_path):
 
 def test_an_adapter_that_verls_merger_leaves_is_added_to_the_model(tiny_qwen2, tmp_path):
     import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from peft import PeftModel
 
     shutil.copytree(tiny_qwen2, tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
