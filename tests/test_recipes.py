@@ -16,6 +16,8 @@ import yaml
 
 pytest.importorskip("verl", reason="verl is not installed")
 
+import torch  # noqa: E402
+import transformers  # noqa: E402
 from hydra import compose, initialize_config_module  # noqa: E402
 from omegaconf import OmegaConf, open_dict  # noqa: E402
 from peft import LoraConfig, get_peft_model  # noqa: E402
@@ -32,9 +34,12 @@ from hybrid_lora_plugin.config import (  # noqa: E402
 )
 from hybrid_lora_plugin.config_validation import validate  # noqa: E402
 from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
+from hybrid_lora_plugin.weight_loading import check_weights  # noqa: E402
 from recipes.merge_lora import merge_lora  # noqa: E402
+from recipes.text_model import save_text_model  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
-from tests.support.tiny_families import make_family  # noqa: E402
+from tests.support.tiny_families import SIZES, SPECIAL, make_family  # noqa: E402
+from tests.support.tiny_models import make_char_tokenizer  # noqa: E402
 from tests.support.verl_processes import ROOT  # noqa: E402
 
 RECIPES = ROOT / "recipes"
@@ -56,7 +61,7 @@ ROWS = [
     *itertools.product(["qwen2_5_3b", "qwen2_5_7b"], ["grpo", "gspo", "sft"], ["hybrid_lora"]),
 ]
 #: with recurrent layers beside attention, and what a tiny model of its kind is called in ``tests/support``
-RECURRENT = {"falcon_h1_0_5b": "falcon_h1"}
+RECURRENT = {"falcon_h1_0_5b": "falcon_h1", "qwen3_5_0_8b": "qwen3_5_text"}
 QWEN = [name for name in MODELS if name not in RECURRENT]
 
 
@@ -208,7 +213,11 @@ def test_rows_of_a_recurrent_model_are_padded_whatever_the_machine_says(model, r
         if selection == "lora":
             lora = get_peft_model(AutoModelForCausalLM.from_pretrained(models.path), lora_of(models))
             named = {name.partition(".lora_")[0].rpartition(".")[2] for name, _ in lora.named_parameters()}
-            assert {"q_proj", "in_proj", "down_proj"} <= named and "out_proj" not in named
+            adapted = {"falcon_h1_0_5b": {"in_proj"}, "qwen3_5_0_8b": {"in_proj_qkv", "in_proj_b", "out_proj"}}[model]
+            assert {"q_proj", "down_proj"} | adapted <= named and ("out_proj" in named) == ("out_proj" in adapted)
+            assert models.lora_rank == (8 if model.startswith("qwen3_5") else 16)
+        elif selection == "hybrid_lora":
+            assert config.hybrid_lora.lora.rank == (8 if model.startswith("qwen3_5") else 16)
 
 
 def lora_of(model):
@@ -228,7 +237,38 @@ def test_a_recurrent_model_is_probed_with_its_placement_where_its_run_looks(mode
     assert config.placement.preset == "mlp" and placed[: len(probe)] == probe
     assert f"hybrid_lora.allocation={config.output_dir}" in train
     path = yaml.safe_load((RECIPES / "recipe" / "model" / f"{model}.yaml").read_text())["model"]["path"]
+    path = os.path.abspath(path) if os.path.dirname(path) == "data/models" else path
     assert config.model.path == path == OmegaConf.select(composed(train), "actor_rollout_ref.model.path")
+    rank = OmegaConf.select(composed(train), "hybrid_lora.lora.rank")
+    assert config.lora.rank == rank and config.lora.alpha == 2 * rank
+
+
+def test_the_text_model_of_a_multimodal_checkpoint_is_saved_where_runs_look_for_it(tmp_path, capsys):
+    model, folder = tmp_path / "published", tmp_path / "rows" / "models" / "qwen3_5_0_8b"
+    text = SIZES | SPECIAL["qwen3_5_text"][1] | {"vocab_size": 60}
+    vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64)
+    config = transformers.Qwen3_5Config(text_config=text, vision_config=vision | {"num_position_embeddings": 16})
+    whole = transformers.Qwen3_5ForConditionalGeneration(config).bfloat16()
+    whole.save_pretrained(model)
+    make_char_tokenizer().save_pretrained(model)
+    variables = {"DATA": str(tmp_path / "rows"), "SOURCE": str(model)}
+    (command,) = commands("prepare_model", "qwen3_5_0_8b", **variables)
+    module, arguments = module_and_arguments(command)
+    assert module == "recipes.text_model" and arguments == [str(model), str(folder)]
+    assert save_text_model(*arguments) == folder
+    check_weights(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(loaded).__name__ == "Qwen3_5ForCausalLM" and loaded.dtype == torch.bfloat16
+    ids = torch.arange(20)[None]
+    assert torch.equal(loaded(ids).logits, whole(input_ids=ids).logits)
+    assert transformers.AutoTokenizer.from_pretrained(folder).get_vocab()
+    assert "is there" in script("prepare_model", "qwen3_5_0_8b", **variables).stdout
+    command = commands("run", "qwen3_5_0_8b", "gspo", "full", DATA=str(tmp_path / "rows"))[-1]
+    assert f"actor_rollout_ref.model.path={folder}" in command
+    done = script("prepare_model", "qwen2_5_3b")
+    assert done.returncode == 2 and "used as it is published" in done.stderr
+    (command,) = commands("prepare_model", "qwen3_5_0_8b", DATA=str(tmp_path / "none"))
+    assert module_and_arguments(command)[1][0] == "Qwen/Qwen3.5-0.8B"
 
 
 @pytest.mark.parametrize(
@@ -397,7 +437,6 @@ def test_every_command_of_the_page_is_one(tmp_path):
 
 
 def test_an_adapter_that_verls_merger_leaves_is_added_to_the_model(tiny_qwen2, tmp_path):
-    import torch
     from peft import PeftModel
 
     shutil.copytree(tiny_qwen2, tmp_path / "model")
