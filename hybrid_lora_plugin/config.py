@@ -11,6 +11,7 @@ generated from or checked against these files, so a field is documented there an
     config_trial.py       criterion `trial`
     config_sync.py        the weight sync of a run
     config_checkpoint.py  its checkpoints
+    config_zeroth_order.py  frozen weights that move without a gradient
     config_evaluation.py  an evaluation
     config_data.py        what `hybrid-lora-data` takes
     config_plan.py        the plan of a run
@@ -43,6 +44,7 @@ from hybrid_lora_plugin.config_selection import (
 )
 from hybrid_lora_plugin.config_sync import ROUNDINGS, SYNC_MODES, SyncConfig
 from hybrid_lora_plugin.config_trial import TrialConfig
+from hybrid_lora_plugin.config_zeroth_order import ZerothOrderConfig
 
 __all__ = [
     "AUTO",
@@ -82,6 +84,7 @@ __all__ = [
     "SyncConfig",
     "TrainedAdapterConfig",
     "TrainingConfig",
+    "ZerothOrderConfig",
 ]
 
 FROZEN_DTYPES = ("auto", "float32")
@@ -197,6 +200,9 @@ class TrainingConfig(SelectionConfig):
         bound=at_least(0, "0 steps or more"),
     )
     lora: TrainedAdapterConfig = documented(TrainedAdapterConfig, "LoRA adapters.", source="paper §4.3")
+    zeroth_order: ZerothOrderConfig = documented(
+        ZerothOrderConfig, "Frozen weights that move without a gradient.", source="own choice"
+    )
     frozen_dtype: str = documented(
         "auto",
         "Dtype that frozen weights are held in: `auto` is the checkpoint's own where that has two bytes, which loses "

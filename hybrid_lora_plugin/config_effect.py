@@ -9,6 +9,7 @@ from typing import Any, NamedTuple
 from hybrid_lora_plugin.config_probe import AUTO, AdaLoraConfig
 from hybrid_lora_plugin.config_selection import NAMING, WITHOUT_PROBE, WITHOUT_WARMUP
 from hybrid_lora_plugin.config_trial import criterion_of
+from hybrid_lora_plugin.config_zeroth_order import ZerothOrderConfig
 from hybrid_lora_plugin.errors import ConfigurationError
 
 TRIAL = "trial"
@@ -114,6 +115,12 @@ PROBE = (
     ),
     Effect("probe.init", _probed_by_svd_lora, "with another criterion, as this one has its own"),
     Effect("probe.controls", _measures_controls, "with another criterion, as this one measures no controls"),
+)
+#: of a run
+TRAINING = tuple(
+    Effect(f"zeroth_order.{spec.name}", lambda config: config.zeroth_order.enabled, "with zeroth_order.enabled=true")
+    for spec in dataclasses.fields(ZerothOrderConfig)
+    if spec.name != "enabled"
 )
 #: of the command that probes and trains nothing else
 COMMAND = (

@@ -43,6 +43,12 @@ def validate(config: Any, prefix: str = "") -> None:
         require(bool(config.control.modules), "control.modules", example)
     if hasattr(config, "probe"):
         _check_probe(config.probe, require)
+    if hasattr(config, "zeroth_order") and config.zeroth_order.enabled:
+        require(
+            config.zeroth_order.lr is not None,
+            "zeroth_order.lr",
+            "a learning rate of the frozen weights, e.g. 1e-8; there is none that works for every model",
+        )
 
 
 def _check_fields(config: Any, prefix: str) -> None:

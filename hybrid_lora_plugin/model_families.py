@@ -29,10 +29,9 @@ FAMILIES = {
     "glm": "GLM-4-9B (glm)",
     "glm4": "GLM-4-0414 (glm4)",
     "falcon_h1": "Falcon-H1",
+    "qwen3_5_text": "Qwen3.5, text only",
 }
-#: those that can be probed and have an allocation, and are not trained under verl yet
-PROBED_FAMILIES = {"qwen3_5_text": "Qwen3.5, text only"}
-#: of both, those with recurrent layers beside attention
+#: of these, those with recurrent layers beside attention
 RECURRENT_FAMILIES = ("falcon_h1", "qwen3_5_text")
 _WAY_OUT = "give a text-only dense decoder, docs/models.md lists the families"
 #: fields in which configs say how many experts a layer has
@@ -43,7 +42,7 @@ _DECAYS = ("A_log", "dt_bias")
 
 def untried(config: Any) -> str | None:
     """One line where no test takes the family of a Hugging Face config all the way; None where one does."""
-    if config.model_type in FAMILIES | PROBED_FAMILIES:
+    if config.model_type in FAMILIES:
         return None
     return (
         f"{_name_of(config)}: found by its structure; no test takes a model of this family ({config.model_type}) "
@@ -71,7 +70,7 @@ def refuse_config(config: Any) -> None:
     if parts:
         raise ConfigurationError(
             f"model: {name} is multimodal, with {', '.join(parts)} in its config; which of its parts train and how "
-            f"they are named in the rollout engine is not known here; {_WAY_OUT}",
+            f"they are named in the rollout engine is not known here; {_text_model_alone(config) or _WAY_OUT}",
             see="multimodal-model-not-supported",
         )
     if getattr(config, "is_encoder_decoder", False):
@@ -84,28 +83,11 @@ def refuse_config(config: Any) -> None:
     recurrent = recurrent_layers(config)
     if recurrent and config.model_type not in RECURRENT_FAMILIES:
         _refuse_recurrent(name, f"layers of type {', '.join(recurrent)} in its config")
-    if config.model_type == "falcon_h1" and config.mamba_rms_norm and config.mamba_n_groups > 1:
+    if config.model_type == "falcon_h1" and config.mamba_rms_norm and config.mamba_norm_before_gate:
         raise ConfigurationError(
-            f"model: {name} normalises its recurrent output in {config.mamba_n_groups} groups (mamba_rms_norm=True): "
-            f"transformers and vLLM compute that differently, 0.56 nats apart at a token of a tiny model; give a "
-            f"Falcon-H1 with mamba_rms_norm=False or mamba_n_groups=1",
-            see="recurrent-model-not-supported",
-        )
-
-
-def refuse_untrained(config: Any) -> None:
-    """Refuse a model that can be probed and not trained under verl.
-
-    Args:
-        config: a ``transformers.PretrainedConfig``.
-
-    Raises:
-        ConfigurationError: what vLLM makes of its weights cannot be read back yet.
-    """
-    if config.model_type in PROBED_FAMILIES:
-        raise ConfigurationError(
-            f"model: {_name_of(config)} can be probed, and not trained here: vLLM packs its linear_attn projections in "
-            f"a layout that is not read back; {_WAY_OUT}",
+            f"model: {name} normalises its recurrent output before the gate (mamba_rms_norm=True, "
+            f"mamba_norm_before_gate=True): transformers computes that, and vLLM gates first whatever the config says; "
+            f"give a Falcon-H1 with mamba_norm_before_gate=False",
             see="recurrent-model-not-supported",
         )
 
@@ -165,6 +147,17 @@ def refuse_quantised(name: str, method: str) -> None:
 
 def _name_of(config: Any) -> str:
     return (getattr(config, "architectures", None) or [type(config).__name__])[0]
+
+
+def _text_model_alone(config: Any) -> str | None:
+    """The way out for a multimodal config whose text model is a family of its own, and what transformers loads of it
+    as a causal language model; None for the others."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as CLASSES
+
+    kind = getattr(getattr(config, "text_config", None), "model_type", None)
+    if kind not in FAMILIES or CLASSES.get(config.model_type) != CLASSES[kind]:
+        return None
+    return f"save its text model alone ({CLASSES[kind]}) and give that folder, docs/models.md has the command"
 
 
 def _refuse_recurrent(name: str, what: str) -> None:

@@ -23,6 +23,8 @@ from hybrid_lora_plugin.errors import ConfigurationError, reason_of
 _WRAPPERS = ("_orig_mod.", "module.", "base_model.model.", "_fsdp_wrapped_module.")
 #: names that a message lists
 _NAMED = 2
+#: what the text model's names begin with in a multimodal model
+_IN_MULTIMODAL = "model.language_model."
 
 
 def check_weights(path: str | Path, trust_remote_code: bool = False) -> None:
@@ -37,7 +39,7 @@ def check_weights(path: str | Path, trust_remote_code: bool = False) -> None:
 
     Raises:
         ConfigurationError: a weight is missing, belongs to no part of the model, or has another shape; or an adapter
-            lies beside them; or it cannot be read.
+            lies beside them; or it cannot be read; or its weights are named as those of a multimodal model.
     """
     from transformers import AutoModelForCausalLM
 
@@ -60,6 +62,7 @@ def check_weights(path: str | Path, trust_remote_code: bool = False) -> None:
     refuse_report(path, report)
     if Path(path).is_dir():
         _refuse_other_tied(Path(path), getattr(model, "all_tied_weights_keys", {}))
+        _refuse_multimodal_names(Path(path), model)
 
 
 def refuse_loaded_adapter(path: str | Path, model: torch.nn.Module) -> None:
@@ -125,6 +128,19 @@ def _refuse_other_tied(folder: Path, tied: Mapping[str, str]) -> None:
                 f"other; write tie_word_embeddings: false there, or leave {target} out of the files",
                 see="checkpoint-does-not-fit-its-config",
             )
+
+
+def _refuse_multimodal_names(folder: Path, model: torch.nn.Module) -> None:
+    """Refuse a text model under the names of the multimodal one that it comes from: transformers reads and by default
+    writes it so, and a sync and the rollout engine's checkpoint would have no name in common."""
+    name = next((name for name in sorted(stored_tensors(folder)) if name.startswith(_IN_MULTIMODAL)), None)
+    if name is not None and not any(own.startswith(_IN_MULTIMODAL) for own, _ in model.named_parameters()):
+        raise ConfigurationError(
+            f"model: {folder} names its weights as the multimodal model does that it comes from ({name}), and "
+            f"{type(model).__name__} names them model.…; save it again with "
+            f"save_pretrained(FOLDER, save_original_format=False), docs/models.md has the command",
+            see="multimodal-model-not-supported",
+        )
 
 
 def _equal(one: StoredTensor, other: StoredTensor) -> bool:

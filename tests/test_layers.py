@@ -41,6 +41,7 @@ CONFIG_PARTS = {
     "config_evaluation",
     "config_plan",
     "config_evidence",
+    "config_zeroth_order",
 }
 #: What looks at a whole configuration.
 CONFIG_CHECKS = {"config_validation", "config_effect"}
@@ -61,6 +62,7 @@ INTERNAL = {
         f"config_{part}.py": {"config_field", "errors"}
         for part in ("selection", "probe", "trial", "sync", "checkpoint", "data", "evaluation", "plan", "evidence")
     },
+    "config_zeroth_order.py": {"config_field", "errors"},
     "config.py": CONFIG_PARTS | {"errors"},
     "config_validation.py": CONFIG_PARTS | {"config", "errors"},
     "config_effect.py": CONFIG_PARTS | {"errors"},

@@ -13,7 +13,12 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from hybrid_lora_plugin.base_checkpoint import check_model_folder
-from hybrid_lora_plugin.candidates import FUSED_TYPES, find_candidates, find_candidates_from_config, meta_model
+from hybrid_lora_plugin.candidates import (
+    FUSED_TYPES,
+    find_candidates,
+    find_candidates_from_config,
+    meta_model,
+)
 from hybrid_lora_plugin.config import ModelConfig
 from hybrid_lora_plugin.errors import ConfigurationError, split_reference
 from hybrid_lora_plugin.linear_account import account_markdown, account_text, frozen_linear
@@ -42,7 +47,7 @@ REFUSED = {
     "Qwen3_5Config": ({}, MULTIMODAL),
     "T5Config": ({}, MULTIMODAL),
     "Qwen3NextConfig": (SMALL | {"num_experts": 0}, RECURRENT),
-    "FalconH1Config": (SMALL | {"mamba_rms_norm": True, "mamba_n_groups": 2}, RECURRENT),
+    "FalconH1Config": (SMALL | {"mamba_rms_norm": True}, RECURRENT),
     "MambaConfig": ({"vocab_size": 50, "hidden_size": 32, "num_hidden_layers": 1}, RECURRENT),
     "Lfm2Config": (SMALL | {"layer_types": ["conv", "full_attention"]}, RECURRENT),
 }
@@ -429,8 +434,11 @@ def test_packed_projections_take_one_rollout_worker_each(checked, tmp_path):
     assert checked(run_of(model)) is not None
 
 
-def test_a_recurrent_model_takes_one_worker_and_whole_rows_and_is_told_of_packing(checked, tmp_path, capsys):
-    run = run_of(make_family("falcon_h1", tmp_path / "model"))
+@pytest.mark.parametrize(("family", "packed"), [("falcon_h1", "in_proj"), ("qwen3_5_text", "in_proj_qkv")])
+def test_a_recurrent_model_takes_one_worker_and_whole_rows_and_is_told_of_packing(
+    checked, family, packed, tmp_path, capsys
+):
+    run = run_of(make_family(family, tmp_path / "model"))
     checked(run)
     said = [line for line in capsys.readouterr().out.splitlines() if "WARNING" in line]
     assert len(said) == 1 and "actor_rollout_ref.model.use_remove_padding: True packs rows" in said[0]
@@ -444,17 +452,8 @@ def test_a_recurrent_model_takes_one_worker_and_whole_rows_and_is_told_of_packin
         with pytest.raises(ConfigurationError, match=rf"^actor_rollout_ref.actor.{place}: 2, but .*; give 1"):
             checked(split)
     run.actor_rollout_ref.rollout.tensor_model_parallel_size = 2
-    with pytest.raises(ConfigurationError, match="tensor_model_parallel_size: 2, but the in_proj of this model"):
+    with pytest.raises(ConfigurationError, match=f"tensor_model_parallel_size: 2, but the {packed} of this model"):
         checked(run)
-
-
-def test_a_family_that_is_only_probed_is_refused_where_it_would_train(checked, tmp_path):
-    config = transformers.Qwen3_5TextConfig(**SMALL)
-    assert find_candidates_from_config(config)
-    config.save_pretrained(tmp_path)
-    save_file({"weight": torch.ones(1)}, tmp_path / WEIGHTS)
-    text, anchor = refusal(checked, run_of(tmp_path))
-    assert anchor == RECURRENT and "can be probed, and not trained here" in text
 
 
 def test_a_kernel_without_the_cap_of_a_model_is_said(checked, tmp_path, capsys):

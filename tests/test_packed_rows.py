@@ -35,7 +35,7 @@ SETTINGS = {
     "ulysses": PACKED | {"attention": host_flash_attention.NAME, "sharding": {"ulysses_sequence_parallel_size": 2}},
     "fused": {"model_options": PACKED["model_options"] | FUSED},
 }
-RECURRENT = ("falcon_h1", "falcon_h1-bfloat16")
+RECURRENT = ("falcon_h1", "falcon_h1-bfloat16", "qwen3_5_text")
 OF_RANKS = {1: {name: setting for name, setting in SETTINGS.items() if name != "ulysses"}, 2: SETTINGS}
 PASSING = ("float32", "bfloat16", "eager", "fsdp1", "fsdp1-offload", "ulysses", "fused")
 CASES = [(ranks, name) for ranks, settings in OF_RANKS.items() for name in settings]
@@ -45,9 +45,13 @@ CASES = [(ranks, name) for ranks, settings in OF_RANKS.items() for name in setti
 def said(tmp_path_factory):
     folder = tmp_path_factory.mktemp("packed")
     model = make_tiny_qwen2(folder / "model", layers=2)
-    falcon = {"model": make_family("falcon_h1", folder / "falcon"), "attention": "eager"}
-    falcon |= {"allocation": make_allocation(falcon["model"], folder / "falcon-allocation")} | PACKED
-    recurrent = {"falcon_h1": falcon, "falcon_h1-bfloat16": falcon | {"param_dtype": "bf16"}}
+    recurrent = {}
+    for name in RECURRENT:
+        family, _, dtype = name.partition("-")
+        if not dtype:
+            made = make_family(family, folder / family)
+            own = {"model": made, "allocation": make_allocation(made, folder / f"{family}-allocation")}
+        recurrent[name] = PACKED | own | {"attention": "eager"} | ({"param_dtype": "bf16"} if dtype else {})
     common = dict(worker="tests/support/packed_worker.py", model=model)
     common["allocation"] = make_allocation(model, folder / "allocation")
     return {

@@ -5,6 +5,7 @@
                                `<module>.lora_A.weight` [r, d_in] and `<module>.lora_B.weight` [d_out, r]
       trainables.json          base model and its type, rank, alpha, step, how rollout weights are rounded
       allocation.json          the allocation the run trained under
+      zeroth_order.json        where frozen weights moved without a gradient: every move (``zeroth_order.move_log``)
       base_weights.json        what tells the base model's weights from others (``recorded_base``)
 
 The folder appears under its name only when it is complete.
@@ -28,15 +29,25 @@ from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.files import complete_folder
 from hybrid_lora_plugin.training.recorded_base import write_base_weights
 from hybrid_lora_plugin.training.rounding import Rounding
+from hybrid_lora_plugin.training.zeroth_order.move_log import MOVES, MoveLog
 
 FOLDER = "hybrid_lora"
 TENSORS, DESCRIPTION, ALLOCATION = "trainables.safetensors", "trainables.json", "allocation.json"
 SCHEMA_VERSION = 3
+#: of a checkpoint whose base weights have moved: a reader that does not know of moves must not take it
+MOVED_VERSION = 4
 #: by version, what its description does not say yet: 1 knew no rounding of rollout weights, so it was to nearest
 _NOT_SAID = {
-    1: {"rollout_dtype": None, "rounding_mode": "nearest", "rounding_seed": 0, "base_dtype": None},
-    2: {"base_dtype": None},
-    SCHEMA_VERSION: {},
+    1: {
+        "rollout_dtype": None,
+        "rounding_mode": "nearest",
+        "rounding_seed": 0,
+        "base_dtype": None,
+        "zeroth_order": False,
+    },
+    2: {"base_dtype": None, "zeroth_order": False},
+    SCHEMA_VERSION: {"zeroth_order": False},
+    MOVED_VERSION: {"zeroth_order": True},
 }
 
 
@@ -58,7 +69,13 @@ class CheckpointDescription:
     #: what a model card says of the training: ``run``, its kind, and the rates ``full_lr`` and ``lora_lr``; None where
     #: the checkpoint does not say
     recipe: dict | None = None
-    schema_version: int = SCHEMA_VERSION
+    #: whether frozen weights move by zeroth order, and ``zeroth_order.json`` has the moves
+    zeroth_order: bool = False
+
+    @property
+    def schema_version(self) -> int:
+        """Of the JSON."""
+        return MOVED_VERSION if self.zeroth_order else SCHEMA_VERSION
 
     @property
     def scaling(self) -> float:
@@ -77,6 +94,7 @@ def save_trained(
     description: CheckpointDescription,
     allocation_json: str,
     base_weights: dict[str, str] | None = None,
+    moves: MoveLog | None = None,
 ) -> Path:
     """Write ``<folder>/hybrid_lora``; an older one there is replaced only once the new one is complete.
 
@@ -86,13 +104,19 @@ def save_trained(
         description: what they belong to.
         allocation_json: text of the allocation file to keep beside them.
         base_weights: ``base_identity.weight_digests`` of the base model as the run loaded it, where they are known.
+        moves: of the frozen weights, where ``description.zeroth_order``.
     """
     target = Path(folder) / FOLDER
     with complete_folder(target, replace=True) as unfinished:
         save_file(tensors, unfinished / TENSORS, metadata={"format": "pt"})
-        (unfinished / DESCRIPTION).write_text(json.dumps(asdict(description), indent=2) + "\n")
+        content = asdict(description) | {"schema_version": description.schema_version}
+        # The version says it.
+        del content["zeroth_order"]
+        (unfinished / DESCRIPTION).write_text(json.dumps(content, indent=2) + "\n")
         (unfinished / ALLOCATION).write_text(allocation_json)
         write_base_weights(unfinished, base_weights)
+        if moves is not None:
+            moves.save(unfinished / MOVES)
     return target
 
 
@@ -133,7 +157,7 @@ def load_description(folder: Path) -> CheckpointDescription:
         raw |= _NOT_SAID[version]
         # Nothing but a card depends on the recipe, so it is no reason for another version.
         raw.setdefault("recipe", None)
-        names = [f.name for f in fields(CheckpointDescription) if f.name != "schema_version"]
+        names = [f.name for f in fields(CheckpointDescription)]
         return _checked(CheckpointDescription(**{name: raw[name] for name in names}))
     except (OSError, ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ConfigurationError(
@@ -164,6 +188,39 @@ def require_same_setting(folder: Path, allocation: Allocation, rank: int, alpha:
         raise ConfigurationError(
             f"hybrid_lora.lora: rank {rank} and alpha {alpha} differ from the checkpoint in {str(folder)!r}; resume "
             f"with hybrid_lora.lora.rank={description.rank} hybrid_lora.lora.alpha={description.alpha}",
+            see="checkpoint-of-another-setting",
+        )
+
+
+def load_moves(folder: Path) -> MoveLog | None:
+    """The moves of the frozen weights of a checkpoint; None where they are the base model's.
+
+    Args:
+        folder: the checkpoint's ``hybrid_lora`` folder.
+
+    Raises:
+        ConfigurationError: the description or the log is missing or not understood.
+    """
+    if not load_description(folder).zeroth_order:
+        return None
+    with explained(otherwise="checkpoint-cannot-be-read"):
+        return MoveLog.load(folder / MOVES)
+
+
+def require_same_moves(folder: Path, enabled: bool) -> None:
+    """Refuse to go on without zeroth order from frozen weights that have moved: later checkpoints would not say so.
+
+    Args:
+        folder: the checkpoint's ``hybrid_lora`` folder.
+        enabled: ``hybrid_lora.zeroth_order.enabled`` of the run that resumes.
+
+    Raises:
+        ConfigurationError: the frozen weights have moved, and this run would not move them.
+    """
+    if not enabled and load_description(folder).zeroth_order:
+        raise ConfigurationError(
+            f"hybrid_lora.zeroth_order.enabled: False, and the frozen weights of the checkpoint in {str(folder)!r} "
+            "move by zeroth order; resume with hybrid_lora.zeroth_order.enabled=true and the run's other options of it",
             see="checkpoint-of-another-setting",
         )
 

@@ -31,6 +31,7 @@ from hybrid_lora_plugin.training.model_folder import LARGEST_FILE, ModelFolder
 from hybrid_lora_plugin.training.recorded_base import require_recorded_base
 from hybrid_lora_plugin.training.rounding import NEAREST, Rounding, on_grid, round_weight
 from hybrid_lora_plugin.training.trained import Trained
+from hybrid_lora_plugin.training.zeroth_order.move_log import MoveLog
 
 
 @dataclass(frozen=True)
@@ -138,12 +139,19 @@ class Export:
         if os.path.lexists(output):
             raise ConfigurationError(f"output_dir: {str(output)!r} exists already; give a new folder or remove it")
         trained = self.trained
+        if trained.moves is not None and self.format != "merged":
+            raise ConfigurationError(
+                f"format: {self.format!r} leaves the base model as it is, and this run moved frozen weights of it by "
+                "zeroth order; give format=merged"
+            )
         base = self._model = self._known_base()
         trained.allocation.check_model(base.structure.config, find_candidates(base.structure))
         trained.require_all(base)
         if not base.is_streamed:
             self.notes.append(f"{base.name}: not in safetensors under the names of its model, so it was loaded whole")
         self._choose_dtype()
+        if trained.moves is not None:
+            self.notes.append(self._said_of_moves(trained.moves))
         self._arrival, self._bytes = Arrival(sampled=None), self._largest_size()
         try:
             with complete_folder(output) as unfinished:
@@ -182,6 +190,15 @@ class Export:
                 f"dtype: {self._target} is asked for and the delta holds {held}; give dtype=auto, or export the delta "
                 f"from the checkpoint again with dtype=float32".replace("torch.", "")
             )
+
+    def _said_of_moves(self, log: MoveLog) -> str:
+        said = f"zeroth order: {len(log.moves)} moves of {len(log.shapes)} frozen weights made again on the base model"
+        if any(dtype.itemsize > self._target.itemsize for dtype in log.dtypes.values()):
+            said += (
+                f"; rounded to nearest in {self._target}, which loses moves that are small; give dtype=float32 to keep "
+                "all of them"
+            )
+        return said.replace("torch.", "")
 
     # -- the three formats ----------------------------------------------------------------------------------------
 
@@ -234,6 +251,7 @@ class Export:
         for name in self._model.entries:
             base = self._model.read(name)
             self.trained.check_base(name, base)
+            base = self.trained.moved(name, base)
             if name in lora:
                 how = (description.scaling, self._target, description.rounding, name, self._arrival)
                 yield name, merge_weight(base, *self.trained.factors(lora[name]), *how)

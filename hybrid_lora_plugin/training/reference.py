@@ -40,7 +40,8 @@ def adapters_off(model: torch.nn.Module) -> Iterator[None]:
 
 def _compact(values: torch.Tensor) -> torch.Tensor:
     """A copy in bfloat16 where that loses nothing (a bf16 checkpoint in fp32 masters), else in its own dtype."""
-    half = values.to(torch.bfloat16)
+    # A copy also of what is in bfloat16 already: the weight itself will move.
+    half = values.to(torch.bfloat16, copy=True)
     return half if torch.equal(half.to(values.dtype), values) else values.clone()
 
 

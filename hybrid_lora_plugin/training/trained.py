@@ -13,8 +13,15 @@ from hybrid_lora_plugin.allocation.storage import load_allocation
 from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.names import wire_factor
 from hybrid_lora_plugin.training.base_model import BaseModel
-from hybrid_lora_plugin.training.checkpoint import ALLOCATION, TENSORS, CheckpointDescription, load_trained
+from hybrid_lora_plugin.training.checkpoint import (
+    ALLOCATION,
+    TENSORS,
+    CheckpointDescription,
+    load_moves,
+    load_trained,
+)
 from hybrid_lora_plugin.training.tensor_file import read_tensor, shapes_in
+from hybrid_lora_plugin.training.zeroth_order.move_log import MoveLog
 
 #: where verl puts configuration and tokenizer of a run, beside the ``hybrid_lora`` folder
 _RUN_FOLDER = "huggingface"
@@ -33,6 +40,7 @@ class Trained:
         allocation: that the run trained under.
         tokenizer: folder with the tokenizer and the chat template that the run used; None where there is none.
         dtype: of the weights of full modules; float32 in a checkpoint.
+        moves: of the frozen weights by zeroth order; None where they are the base model's.
 
     Raises:
         ConfigurationError: nothing there, or not readable.
@@ -41,10 +49,12 @@ class Trained:
     #: how messages call it
     kind = "checkpoint"
     dtype = torch.float32
+    moves: MoveLog | None = None
 
     def __init__(self, checkpoint: str | os.PathLike) -> None:
         _, self.description, allocation = load_trained(checkpoint)
         self._open(allocation.parent, allocation.parent / TENSORS)
+        self.moves = load_moves(self.folder)
         of_run = self.folder.parent / _RUN_FOLDER
         self.tokenizer = of_run if (of_run / TOKENIZER_CONFIG).is_file() else None
 
@@ -83,6 +93,13 @@ class Trained:
                     f"rank {rank} and to {base.name!r}; use another, or give the base it was trained from",
                     see="checkpoint-cannot-be-read",
                 )
+        for name, shape in self.moves.shapes.items() if self.moves else ():
+            if name in wanted or name not in base.entries or base.entries[name].shape != shape:
+                raise ConfigurationError(
+                    f"{self.kind}: weight {name!r} has moved by zeroth order, and {base.name!r} has no frozen one of "
+                    f"shape {list(shape)} by that name; give the base it was trained from",
+                    see="checkpoint-cannot-be-read",
+                )
         if unused := self._shapes.keys() - wanted.keys():
             raise ConfigurationError(
                 f"{self.kind}: tensor {min(unused)!r} belongs to no module of {base.name!r}; give the base it was "
@@ -110,6 +127,18 @@ class Trained:
             original: of the base model, in the type that the run held it in.
         """
         return self._read(name)
+
+    def moved(self, name: str, base: torch.Tensor) -> torch.Tensor:
+        """A weight of the base model as the run held it at last: itself, unless zeroth order moved it.
+
+        Args:
+            name: plain name.
+            base: of the base model, in the type that the run held it in; stays as it is.
+
+        Raises:
+            ConfigurationError: the run held it in another type, or shape.
+        """
+        return base if self.moves is None else self.moves.moved(name, base)
 
     def check_base(self, name: str, weight: torch.Tensor) -> None:
         """Refuse a weight of another base model, where it is known which it was.

@@ -18,7 +18,13 @@ from hybrid_lora_plugin.allocation.storage import ALLOCATION_FILE, load_allocati
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import ConfigurationError, explained, with_reference
 from hybrid_lora_plugin.files import bring_back, complete_file
-from hybrid_lora_plugin.training.checkpoint import FOLDER, has_trained, require_same_rounding, require_same_setting
+from hybrid_lora_plugin.training.checkpoint import (
+    FOLDER,
+    has_trained,
+    require_same_moves,
+    require_same_rounding,
+    require_same_setting,
+)
 from hybrid_lora_plugin.training.rounding import Rounding
 from hybrid_lora_plugin.verl_backend.checkpoint_files import is_archive
 from hybrid_lora_plugin.verl_backend.checkpoint_retention import TRACKER
@@ -178,6 +184,8 @@ def check_earlier_checkpoint(config: DictConfig, hybrid: HybridLoraConfig) -> No
     if allocation is not None:
         rank, alpha = (kind.select(config, f"{MODEL}lora_{name}") for name in ("rank", "alpha"))
         require_same_setting(actor / FOLDER, allocation, rank, alpha)
+    if (actor / FOLDER).is_dir():
+        require_same_moves(actor / FOLDER, hybrid.zeroth_order.enabled)
     dtype = kind.select(config, ROLLOUT + "dtype")
     if (actor / FOLDER).is_dir() and dtype in ("bfloat16", "float16"):
         require_same_rounding(actor / FOLDER, dtype, Rounding(hybrid.sync_rounding, hybrid.sync_seed))

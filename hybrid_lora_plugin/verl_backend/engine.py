@@ -7,12 +7,14 @@ optimizer's groups, the reference policy, what the rollout engine receives, and 
 from __future__ import annotations
 
 import copy
-from contextlib import contextmanager
+import math
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch.distributed.fsdp import FSDPModule, FullyShardedDataParallel, ShardingStrategy
+from verl.utils import tensordict_utils as tu
 from verl.utils.device import get_device_id, get_torch_device
 from verl.utils.fsdp_utils import fsdp_version, load_fsdp_model_to_gpu, offload_fsdp_model_to_cpu
 from verl.workers.config.optimizer import build_optimizer
@@ -24,7 +26,7 @@ from hybrid_lora_plugin.base_checkpoint import check_model_folder
 from hybrid_lora_plugin.base_identity import weight_digests
 from hybrid_lora_plugin.config import HybridLoraConfig
 from hybrid_lora_plugin.errors import explained
-from hybrid_lora_plugin.model_families import refuse_config, refuse_untrained
+from hybrid_lora_plugin.model_families import refuse_config
 from hybrid_lora_plugin.names import plain_name
 from hybrid_lora_plugin.probing.distributed import Ranks
 from hybrid_lora_plugin.sync.base_weights import base_digests, stored_dtypes
@@ -39,6 +41,7 @@ from hybrid_lora_plugin.training.full_rate import FullRate, factors_of
 from hybrid_lora_plugin.training.memory import TrainingBytes, rank_bytes
 from hybrid_lora_plugin.training.precision import frozen_dtype
 from hybrid_lora_plugin.training.reference import BaseSnapshot, adapters_off
+from hybrid_lora_plugin.training.zeroth_order.two_point import mean_over_ranks
 from hybrid_lora_plugin.verl_backend import requirements
 from hybrid_lora_plugin.verl_backend.checkpoint_files import require_writable
 from hybrid_lora_plugin.verl_backend.checkpoint_retention import Retention
@@ -48,7 +51,10 @@ from hybrid_lora_plugin.verl_backend.patches import only_parameters_cast
 from hybrid_lora_plugin.verl_backend.probe.sft import probed_allocation
 from hybrid_lora_plugin.verl_backend.run_kinds import ACTOR, kind_of_model
 from hybrid_lora_plugin.verl_backend.sender.logprob_prompt import TrainerLogProbs
-from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource
+from hybrid_lora_plugin.verl_backend.sender.weight_source import WeightSource, rollout_dtype
+from hybrid_lora_plugin.verl_backend.surrogate import surrogate_of
+from hybrid_lora_plugin.verl_backend.zeroth_order import ZerothOrder
+from hybrid_lora_plugin.verl_backend.zeroth_order_requirements import check_model_dropout, check_moved_dtype
 from hybrid_lora_plugin.weight_loading import check_weights
 
 
@@ -59,6 +65,8 @@ class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
     _weight_source: WeightSource | None = None
     _log_probs: TrainerLogProbs | None = None
     _base_snapshot: BaseSnapshot | None = None
+    #: where frozen weights move without a gradient
+    _zeroth_order: ZerothOrder | None = None
     _retention: Retention
     #: on rank 0 what tells the base model's weights from others, once the model is built
     _base_weights: dict[str, str] | None = None
@@ -93,6 +101,8 @@ class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
             print(f"hybrid_lora: {packed}")
         if self.rank == 0 and self._base_snapshot is not None:
             print(f"hybrid_lora: {self.training_bytes()}")
+            if self._zeroth_order is not None:
+                print(f"hybrid_lora: {self._zeroth_order}")
 
     def training_bytes(self) -> TrainingBytes:
         """What this rank holds for training, in bytes."""
@@ -117,6 +127,7 @@ class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
         torch.distributed.broadcast_object_list(dtype)
         self.engine_config = copy.copy(given)
         self._base_dtype = str(dtype[0]).removeprefix("torch.")
+        check_moved_dtype(self.hybrid, dtype[0], rollout_dtype(self.model_config))
         object.__setattr__(self.engine_config, "model_dtype", self._base_dtype)
         if self.rank == 0:
             print(f"hybrid_lora: frozen weights in {dtype[0]}".replace("torch.", ""))
@@ -131,7 +142,7 @@ class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
     def _check_base(self) -> None:
         """Refuse a model that the driver could not see before its weights are read; its modules are looked at later."""
         refuse_config(self.model_config.hf_config)
-        refuse_untrained(self.model_config.hf_config)
+        check_model_dropout(self.hybrid, self.model_config.hf_config)
         ulysses = ACTOR + "fsdp_config.ulysses_sequence_parallel_size"
         requirements.check_sequence_parallel(
             self.model_config.hf_config,
@@ -169,6 +180,10 @@ class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
         # Here the weights are the checkpoint's and no step has been taken, also when a run resumes later.
         get_torch_device().synchronize()
         self._base_snapshot = BaseSnapshot(trainable_groups(module)["full"])
+        if self.hybrid.zeroth_order.enabled:
+            self._zeroth_order = ZerothOrder(
+                module, self.allocation, self.hybrid.zeroth_order, computes_in=self._autocast_dtype
+            )
         if self.rank == 0:
             print(f"hybrid_lora: {parts_of(module).counts}; {len(self.allocation.full_names)} modules fully tuned")
         return module
@@ -191,12 +206,37 @@ class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
 
     def train_batch(self, data, loss_function):
         rates = self._rates()
+        surrogate = surrogate_of(loss_function) if self._zeroth_order is not None else None
         outputs = super().train_batch(data, loss_function)
+        metrics = self._norms | {f"lr_{kind}": rate for kind, rate in rates.items()}
+        if surrogate is not None:
+            metrics |= self._move_frozen(data, surrogate)
         if self.is_mp_src_rank_with_outputs():
             # Lists, like the per-micro-batch metrics: verl chains them over ranks and mini-batches.
-            for name, value in (self._norms | {f"lr_{kind}": rate for kind, rate in rates.items()}).items():
+            for name, value in metrics.items():
                 outputs["metrics"][name] = [value]
         return outputs
+
+    def _move_frozen(self, data, surrogate) -> dict[str, float]:
+        """The step of zeroth order that follows an optimizer step, on the same rows in the same micro-batches."""
+        passes = data.clone(recurse=False)
+        tu.assign_non_tensor(passes, calculate_entropy=False)
+
+        def measure() -> float:
+            losses = self.infer_batch(passes, loss_function=surrogate)["loss"]
+            # The root keeps what it gathered for a pass, and the weights are about to be written.
+            self._reshard()
+            # verl's losses are of the whole mini-batch, times the ranks: the mean over these is the loss.
+            return mean_over_ranks(math.fsum(losses), 1.0, get_device_id())
+
+        lora = self.optimizer.param_groups[0]
+        training = self.module.training
+        self._reshard()
+        self.module.eval()
+        try:
+            return self._zeroth_order.step(measure, lora["lr"] / lora["initial_lr"])
+        finally:
+            self.module.train(training)
 
     def _rates(self) -> dict[str, float]:
         """What the next step trains at: ``lora``, ``full``, and ``full_TYPE`` of types with a factor of their own."""
@@ -239,12 +279,18 @@ class HybridLoraEngine(Checkpoints, FSDPEngineWithLMHead):
         super().to(device, model, optimizer, grad)
         if model and self._base_snapshot is not None:
             self._base_snapshot.to(device)
+            if self._zeroth_order is not None:
+                self._zeroth_order.to(device)
 
     @contextmanager
     def disable_adapter(self):
-        """The untouched base model: adapters off and the original values of the full modules in place."""
+        """The untouched base model: adapters off and the original values of whatever moved in place."""
         self._reshard()
-        with self._base_snapshot.swapped_in(trainable_groups(self.module)["full"]), adapters_off(self.module):
+        with ExitStack() as entered:
+            entered.enter_context(self._base_snapshot.swapped_in(trainable_groups(self.module)["full"]))
+            if self._zeroth_order is not None:
+                entered.enter_context(self._zeroth_order.base_in_place())
+            entered.enter_context(adapters_off(self.module))
             try:
                 yield
             finally:

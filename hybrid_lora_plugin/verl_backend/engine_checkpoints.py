@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from contextlib import nullcontext
 from pathlib import Path
 
 import torch
@@ -19,7 +20,9 @@ from hybrid_lora_plugin.training.apply import parts_of, trainable_groups
 from hybrid_lora_plugin.training.checkpoint import (
     FOLDER,
     CheckpointDescription,
+    load_moves,
     other_rounding,
+    require_same_moves,
     require_same_rounding,
     require_same_setting,
     save_trained,
@@ -80,7 +83,9 @@ class Checkpoints:
 
             def write() -> None:
                 with unwritable_explained(folder):
-                    kept = save_trained(unfinished, tensors, description, self._allocation_json, self._base_weights)
+                    moves = self._zeroth_order.log if self._zeroth_order is not None else None
+                    recorded = self._allocation_json, self._base_weights, moves
+                    kept = save_trained(unfinished, tensors, description, *recorded)
                     if self._saves_state:
                         schedule = self.lr_scheduler.state_dict()
                         save_state(kept, self.optimizer, optimizer, schedule, base, self._ranks.size)
@@ -105,6 +110,7 @@ class Checkpoints:
             rounding_mode=self.hybrid.sync_rounding,
             rounding_seed=self.hybrid.sync_seed,
             base_dtype=self._base_dtype,
+            zeroth_order=self._zeroth_order is not None,
             recipe={"run": self._kind.name, "full_lr": self.hybrid.full_lr, "lora_lr": self.hybrid.lora.lr},
         )
 
@@ -145,7 +151,9 @@ class Checkpoints:
                     original = self._base_snapshot.values[name].to(device)
                     yield plain_name(name), whole(with_local(parameter, original), device)
 
-            digests = json.dumps(base_digests(weights(), self._shard_group()), sort_keys=True)
+            self._reshard()
+            with self._zeroth_order.base_in_place() if self._zeroth_order is not None else nullcontext():
+                digests = json.dumps(base_digests(weights(), self._shard_group()), sort_keys=True)
             self._base_identity_kept = hashlib.sha256(digests.encode()).hexdigest()
         return self._base_identity_kept
 
@@ -159,6 +167,7 @@ class Checkpoints:
                 self._load_trainable(folder, state, hdfs_path, del_local_after_load, **kwargs)
                 return
             self._ranks.on_each(lambda: self._require_shards(local_path))
+        self._resume_moves(folder / FOLDER if local_path is not None else None)
         base = self._frozen_sums()
         super().load_checkpoint(local_path, hdfs_path, del_local_after_load, **kwargs)
         # On each rank: a difference may lie in one rank's shard alone.
@@ -180,6 +189,7 @@ class Checkpoints:
             super().load_checkpoint(str(folder), hdfs_path, del_local_after_load, **kwargs)
         finally:
             manager.checkpoint_load_contents = given
+        self._resume_moves(kept)
         names = self._trained_names()
         groups = trainable_groups(self.module)
         load_weights(kept, [(names[id(p)], p) for kind in ("lora", "full") for _, p in groups[kind]], ranks)
@@ -196,6 +206,17 @@ class Checkpoints:
                     flush=True,
                 )
 
+    def _resume_moves(self, kept: Path | None) -> None:
+        """Make the moves of a checkpoint's frozen weights again, from the base model's; every rank must call it.
+
+        What verl then loads from a checkpoint with all weights has to be the same.
+        """
+        if kept is None or self._zeroth_order is None:
+            return
+        log = self._ranks.from_first(lambda: load_moves(kept))
+        self._reshard()
+        self._zeroth_order.resume(log)
+
     def _compare_setting(self, kept: Path) -> None:
         """Refuse a checkpoint of another model, and say on rank 0 where rollouts will be rounded otherwise."""
         if not kept.is_dir():
@@ -203,6 +224,7 @@ class Checkpoints:
             require_hybrid(kept.parent)
             return
         require_same_setting(kept, self.allocation, self.model_config.lora_rank, self.model_config.lora_alpha)
+        require_same_moves(kept, self.hybrid.zeroth_order.enabled)
         rounding = Rounding(self.hybrid.sync_rounding, self.hybrid.sync_seed)
         dtype = str(rollout_dtype(self.model_config)).removeprefix("torch.")
         require_same_rounding(kept, dtype, rounding)

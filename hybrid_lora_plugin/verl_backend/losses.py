@@ -6,6 +6,9 @@ own ``gspo`` averages over tokens unless the user also sets ``loss_agg_mode=seq-
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 
 
@@ -46,6 +49,28 @@ def gspo_sequence_losses(
     return torch.maximum(plain, bounded), (bounded > plain).detach(), log_ratio.detach()
 
 
+def sequence_agg_loss(losses: torch.Tensor, mask: torch.Tensor, batch: Mapping[str, Any]) -> torch.Tensor:
+    """The mean of losses of sequences over the whole mini-batch, of the part that is given here.
+
+    Args:
+        losses: [B], 0 for a row without tokens.
+        mask: [B, S], 1 on response tokens.
+        batch: verl's ``global_batch_info``.
+
+    Returns:
+        A scalar, times the number of data-parallel ranks, as ``agg_loss`` has it.
+    """
+    from verl.trainer.ppo.core_algos import agg_loss
+
+    has_tokens = mask.any(dim=-1).to(losses.dtype)
+    batch = dict(batch)
+    if batch.get("global_batch_size") is None and batch.get("dp_size", 1) == 1:
+        # verl would divide by the local number of non-empty rows, which may be 0.
+        batch["global_batch_size"] = has_tokens.sum().clamp(min=1.0)
+    # One column per sequence: "token-sum" over that column is the sequence's own loss, without verl's 1e-8.
+    return agg_loss(losses.unsqueeze(-1), has_tokens.unsqueeze(-1), "seq-mean-token-sum", **batch)
+
+
 def hybrid_gspo(
     old_log_prob: torch.Tensor,
     log_prob: torch.Tensor,
@@ -70,8 +95,6 @@ def hybrid_gspo(
         The scalar loss, and ``actor/pg_clipfrac`` (share of sequences clipped), ``actor/ppo_kl``,
         ``actor/pg_clipfrac_lower`` (0: GSPO has no dual clip).
     """
-    from verl.trainer.ppo.core_algos import agg_loss
-
     clip_low = config.clip_ratio_low if config.clip_ratio_low is not None else config.clip_ratio
     clip_high = config.clip_ratio_high if config.clip_ratio_high is not None else config.clip_ratio
     losses, clipped, log_ratio = gspo_sequence_losses(
@@ -82,12 +105,7 @@ def hybrid_gspo(
 
     has_tokens = response_mask.any(dim=-1).to(losses.dtype)
     sequences = has_tokens.sum().clamp(min=1.0)
-    batch = dict(config.global_batch_info)
-    if batch.get("global_batch_size") is None and batch.get("dp_size", 1) == 1:
-        # verl would divide by the local number of non-empty rows, which may be 0.
-        batch["global_batch_size"] = sequences
-    # One column per sequence: "token-sum" over that column is the sequence's own loss, without verl's 1e-8.
-    loss = agg_loss(losses.unsqueeze(-1), has_tokens.unsqueeze(-1), "seq-mean-token-sum", **batch)
+    loss = sequence_agg_loss(losses, response_mask, config.global_batch_info)
     return loss, {
         "actor/pg_clipfrac": ((clipped * has_tokens).sum() / sequences).item(),
         "actor/ppo_kl": ((-log_ratio * has_tokens).sum() / sequences).item(),

@@ -5,15 +5,16 @@ from __future__ import annotations
 import os
 from typing import Any
 
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from hybrid_lora_plugin.base_checkpoint import check_model_folder
 from hybrid_lora_plugin.candidates import FUSED_TYPES, Candidate, find_candidates, meta_model
 from hybrid_lora_plugin.errors import ConfigurationError, explained
 from hybrid_lora_plugin.linear_account import account_text, frozen_linear
-from hybrid_lora_plugin.model_families import recurrent_layers, refuse_untrained, untried
-from hybrid_lora_plugin.verl_backend.requirements import check_sequence_parallel
+from hybrid_lora_plugin.model_families import recurrent_layers, untried
+from hybrid_lora_plugin.verl_backend.requirements import check_sequence_parallel, hybrid_config
 from hybrid_lora_plugin.verl_backend.run_kinds import ACTOR, MODEL, ROLLOUT, kind_of_run, tell
+from hybrid_lora_plugin.verl_backend.zeroth_order_requirements import check_moving_modules
 from hybrid_lora_plugin.weight_loading import check_weights
 
 
@@ -40,11 +41,12 @@ def checked_model(config: DictConfig) -> tuple[Any, list[Candidate]] | None:
     model_config = _config_of(path, trust, local, kind.place(MODEL + "path"))
     if model_config is None:
         return None
-    refuse_untrained(model_config)
     with explained(otherwise="model-without-known-modules"):
         model = meta_model(model_config, trust)
         candidates = find_candidates(model)
     _refuse_split_packed(config, candidates)
+    hybrid = hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
+    check_moving_modules(hybrid, model_config, model, candidates)
     if recurrent_layers(model_config):
         for line in _check_recurrent(config, model_config):
             tell(line)
@@ -88,8 +90,8 @@ def _left_to_workers(name: str, path: str, reason: str) -> None:
 
 def _refuse_split_packed(config: DictConfig, candidates: list[Candidate]) -> None:
     workers = int(kind_of_run(config).select(config, ROLLOUT + "tensor_model_parallel_size") or 1)
-    # Mamba's in_proj packs five, and its convolution three.
-    packed = sorted({candidate.type for candidate in candidates} & {*FUSED_TYPES, "in_proj"})
+    # Mamba's in_proj packs five, Qwen3.5's in_proj_qkv three, and the convolutions beside them three.
+    packed = sorted({candidate.type for candidate in candidates} & {*FUSED_TYPES, "in_proj", "in_proj_qkv"})
     if workers > 1 and packed:
         raise ConfigurationError(
             f"{ROLLOUT}tensor_model_parallel_size: {workers}, but the {' and '.join(packed)} of this model pack "

@@ -278,6 +278,11 @@ class _Reader:
         optimizer = str(self(ACTOR + "optim.optimizer", "AdamW"))
         if "adam" not in optimizer.lower() or "8bit" in optimizer.lower():
             self.notes.append(f"the optimizer is planned as Adam with two moments, not as {optimizer}")
+        if hybrid is not None and hybrid.zeroth_order.enabled:
+            self.notes.append(
+                "zeroth order is not planned: for each weight that moves 6 to 8 bytes, shared out over the ranks, and "
+                f"{2 * hybrid.zeroth_order.directions} forward passes over each mini-batch"
+            )
         self._note_other_models()
         return Run(
             training=training,

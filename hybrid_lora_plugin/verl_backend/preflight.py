@@ -57,6 +57,7 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
     from hybrid_lora_plugin.verl_backend.earlier_checkpoint import check_earlier_checkpoint, settle_tracker
     from hybrid_lora_plugin.verl_backend.reward_check import check_rewards
     from hybrid_lora_plugin.verl_backend.unused_settings import unused_settings
+    from hybrid_lora_plugin.verl_backend.zeroth_order_requirements import said_of_order
 
     registration.register()
     kind = run_kinds.kind_of_run(config)
@@ -65,7 +66,8 @@ def check_configuration(config: DictConfig) -> HybridLoraConfig:
     requirements.check_run(config)
     gate.require_features(config, hybrid)
     check_rewards(config)
-    for line in [*decided, *unused_settings(config), *validation_log.said_of_best(config, hybrid)]:
+    said = [*unused_settings(config), *validation_log.said_of_best(config, hybrid), *said_of_order(config, hybrid)]
+    for line in [*decided, *said]:
         run_kinds.tell(line)
     if validation_log.saves(config, kind):
         folder = str(OmegaConf.select(config, "trainer.default_local_dir"))

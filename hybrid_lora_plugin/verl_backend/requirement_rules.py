@@ -11,6 +11,9 @@ from typing import Any, NamedTuple
 
 from hybrid_lora_plugin.verl_backend.run_kinds import ACTOR, MODEL, ROLLOUT
 
+#: policy losses of which ``surrogate`` knows the surrogate without clipping
+SURROGATES = ("vanilla", "gspo", "hybrid_gspo")
+
 
 def _is_fp32(value: Any) -> bool:
     return value is None or str(value).removeprefix("torch.") in ("fp32", "float32", "float")
@@ -230,5 +233,34 @@ ADAPTER_RULES: dict[str, Rule] = {
         lambda v: v <= 512,
         "at most 512, the largest rank of vLLM's adapters, or hybrid_lora.sync=receiver_merge",
         see="setting-does-not-fit-the-sync-mode",
+    ),
+}
+#: of a run in which frozen weights move without a gradient
+ZEROTH_ORDER_RULES: dict[str, Rule] = {
+    ACTOR + "strategy": Rule(
+        lambda v: v == "fsdp2",
+        "fsdp2: FSDP1 hides which rows of a weight a rank holds",
+        see="zeroth-order-not-possible",
+    ),
+    "hybrid_lora.sync": Rule(
+        lambda v: v == "merge",
+        "merge: the other modes leave frozen weights in the rollout engine as they were",
+        see="zeroth-order-not-possible",
+    ),
+    "hybrid_lora.lora.dropout": Rule(
+        lambda v: not v,
+        "0.0: slopes are measured without dropout, so they would be those of another loss",
+        see="zeroth-order-not-possible",
+    ),
+    # None: not given, as verl's default.
+    ACTOR + "policy_loss.loss_mode": Rule(
+        lambda v: v in (None, *SURROGATES),
+        f"one of {', '.join(SURROGATES)}, whose surrogate without clipping is known here",
+        see="zeroth-order-not-possible",
+    ),
+    "distillation.enabled": Rule(
+        lambda v: not v,
+        "false: the surrogate of a distillation is not known here",
+        see="zeroth-order-not-possible",
     ),
 }

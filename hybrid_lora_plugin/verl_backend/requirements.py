@@ -42,6 +42,11 @@ from hybrid_lora_plugin.verl_backend.run_kinds import (
 )
 from hybrid_lora_plugin.verl_backend.sender import waits
 from hybrid_lora_plugin.verl_backend.vllm_arguments import check_vllm_arguments
+from hybrid_lora_plugin.verl_backend.zeroth_order_requirements import (
+    PARAM_DTYPE,
+    ZEROTH_ORDER_SETTINGS,
+    check_zeroth_order,
+)
 
 ENGINE_MODULE = "hybrid_lora_plugin.verl_backend.engine_registration"
 
@@ -283,6 +288,8 @@ def check_run(config) -> None:
     fsdp_size = int(kind.select(config, ACTOR + "fsdp_config.fsdp_size", default=-1))
     check_sharding(settings[ACTOR + "strategy"], fsdp_size, kind.ranks(config), kind)
     check_save(setting("hybrid_lora.save"), settings[ACTOR + "strategy"], kind)
+    hybrid = hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
+    check_zeroth_order({name: setting(name) for name in ZEROTH_ORDER_SETTINGS}, hybrid, kind)
     if not kind.samples:
         return
     check_sync(settings, setting("hybrid_lora.sync"))
@@ -313,6 +320,13 @@ def check_engine(model_config, engine_config, checkpoint_config) -> HybridLoraCo
     }
     check(settings, kind)
     check_save(hybrid.save, engine_config.strategy, kind)
+    moved = {
+        ACTOR + "strategy": engine_config.strategy,
+        "hybrid_lora.sync": hybrid.sync,
+        "hybrid_lora.lora.dropout": hybrid.lora.dropout,
+        PARAM_DTYPE: precision.get("param_dtype"),
+    }
+    check_zeroth_order(moved, hybrid, kind)
     if kind.samples:
         check_sync(settings, hybrid.sync)
     return hybrid

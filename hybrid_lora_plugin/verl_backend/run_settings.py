@@ -16,7 +16,7 @@ from omegaconf import DictConfig, OmegaConf, open_dict
 from omegaconf.errors import OmegaConfBaseException
 
 from hybrid_lora_plugin.config import HybridLoraConfig, SelectionConfig, SyncConfig
-from hybrid_lora_plugin.config_effect import PROBE, SELECTION, without_effect
+from hybrid_lora_plugin.config_effect import PROBE, SELECTION, TRAINING, without_effect
 from hybrid_lora_plugin.config_probe import LOOKAHEAD_STEPS
 from hybrid_lora_plugin.config_trial import criterion_of
 from hybrid_lora_plugin.errors import ConfigurationError
@@ -173,17 +173,19 @@ def _unread(config: DictConfig, given: dict[str, Given]) -> str:
     """A line on options that nothing reads under the others; refused where the command itself gives one."""
     options, group = config.hybrid_lora, "hybrid_lora."
     names = [name.removeprefix(group) for name in given if name.startswith(group)]
+    effects, lines = (*PROBE, *SELECTION, *TRAINING), []
     if options.get("allocation"):
         # Kept by a command that probed when it was first started.
         choosing = {spec.name for spec in dataclasses.fields(SelectionConfig)} | {"probe", "trial", "output_dir"}
         unread = sorted(group + name for name in names if name.partition(".")[0] in choosing)
-        return f"without effect, as hybrid_lora.allocation is given: {', '.join(unread)}" if unread else ""
-    if options.get("phase") == "probe":
+        lines += [f"without effect, as hybrid_lora.allocation is given: {', '.join(unread)}"] if unread else []
+        effects = TRAINING
+    elif options.get("phase") == "probe":
         return ""
     try:
-        unread = without_effect(options, names, (*PROBE, *SELECTION))
+        unread = without_effect(options, names, effects)
     except OmegaConfBaseException:
-        return ""  # what is no such option is refused where all are read
+        unread = []  # what is no such option is refused where all are read
     # An empty list gives nothing: it only says so.
     unread = [(name, when) for name, when in unread if given[group + name].value not in ([], "[]")]
     for name, when in unread:
@@ -192,7 +194,9 @@ def _unread(config: DictConfig, given: dict[str, Given]) -> str:
                 f"{group}{name}: {given[group + name].value!r} has no effect here; leave it out, it is read {when}",
                 see="option-not-usable",
             )
-    return f"without effect under the other options: {', '.join(group + name for name, _ in unread)}" if unread else ""
+    if unread:
+        lines.append(f"without effect under the other options: {', '.join(group + name for name, _ in unread)}")
+    return "; ".join(lines)
 
 
 def _settle_modules(config: DictConfig, name: str, given: Given | None) -> str:

@@ -19,7 +19,7 @@ from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.training.checkpoint import FOLDER, load_description
 from recipes.demo import evidence, lora_run
 from recipes.demo.environment import cpu_environment
-from recipes.demo.lessons import LESSONS, Lesson
+from recipes.demo.lessons import LESSONS, Lesson, hybrid_overrides, run_overrides
 from recipes.demo.memory import PeakMemory
 from recipes.demo.report import Findings, print_summary, write_report
 from recipes.demo.verl_run import ROOT, RunFailed, Step, new_run_folder, probe_metrics_of, read_metrics, run_verl
@@ -138,25 +138,13 @@ def demo(
         else:
             allocated = on_the_fly(lesson, objective, files.probe_rows)
         probing = "" if objective is None else f"probe on the fly (objective {objective}), then "
-        both = [
-            "+recipe=demo",
-            *lesson.settings,
-            f"actor_rollout_ref.model.path={files.model}",
-            f"data.train_files={files.rows['train']}",
-            f"data.val_files={files.rows['validation']}",
-            f"trainer.n_gpus_per_node={ranks}",
-            f"trainer.total_training_steps={steps}",
-        ]
+        both = run_overrides(lesson, files, steps, ranks)
         with stage("train", f"{probing}verl GSPO run, {steps} steps, log in {run / 'verl.log'}"):
             results = run_verl(
                 [
-                    "+hybrid_lora=enabled",
+                    *hybrid_overrides(lesson),
                     *both,
                     *allocated,
-                    f"hybrid_lora.full_lr={lesson.full_lr}",
-                    f"hybrid_lora.lora.lr={lesson.lora_lr}",
-                    f"hybrid_lora.lora.rank={lesson.rank}",
-                    f"hybrid_lora.lora.alpha={2 * lesson.rank}",
                     f"trainer.save_freq={steps}",
                     f"trainer.default_local_dir={run / 'checkpoints'}",
                     f"trainer.validation_data_dir={run / 'validation'}",
@@ -172,10 +160,10 @@ def demo(
             allocation = load_allocation(artifact)
         lora = None
         if beside_lora:
-            matched = lora_run.rank_of_size(files.model, allocation, lesson.rank)
+            matched = lora_run.rank_of_size(files.model, allocation)
             doing = f"LoRA alone of rank {matched.rank}, as many steps, log in {run / 'lora' / 'verl.log'}"
             with stage("lora", doing):
-                lora = lora_run.train(lesson, files, matched, steps, both, run / "lora", say, describe)
+                lora = lora_run.train(lesson, matched, steps, both, run / "lora", say, describe)
         with stage("export", "export: a plain Hugging Face folder"):
             exported, checkpoint = run / "exported", run / "checkpoints" / f"global_step_{steps}"
             command(

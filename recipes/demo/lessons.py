@@ -55,6 +55,30 @@ class Lesson:
     probes: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
 
 
+def run_overrides(lesson: Lesson, files: Files, steps: int, ranks: int) -> list[str]:
+    """Overrides that every verl run of a lesson has, hybrid or not."""
+    return [
+        "+recipe=demo",
+        *lesson.settings,
+        f"actor_rollout_ref.model.path={files.model}",
+        f"data.train_files={files.rows['train']}",
+        f"data.val_files={files.rows['validation']}",
+        f"trainer.n_gpus_per_node={ranks}",
+        f"trainer.total_training_steps={steps}",
+    ]
+
+
+def hybrid_overrides(lesson: Lesson) -> list[str]:
+    """Those that switch the hybrid on, with the lesson's rates."""
+    return [
+        "+hybrid_lora=enabled",
+        f"hybrid_lora.full_lr={lesson.full_lr}",
+        f"hybrid_lora.lora.lr={lesson.lora_lr}",
+        f"hybrid_lora.lora.rank={lesson.rank}",
+        f"hybrid_lora.lora.alpha={2 * lesson.rank}",
+    ]
+
+
 def _carry(cache: Path) -> Files:
     model, data = cache / "demo-base-model", cache / "demo-data"
     base_model.build(model)

@@ -11,7 +11,7 @@ from hybrid_lora_plugin.candidates import find_candidates, meta_model
 from hybrid_lora_plugin.config import ModelConfig
 from hybrid_lora_plugin.evidence.matching import MatchedRank, matched_rank
 from hybrid_lora_plugin.probing.loading import load_model_config
-from recipes.demo.lessons import Files, Lesson
+from recipes.demo.lessons import Lesson
 from recipes.demo.verl_run import Step, run_verl
 
 
@@ -30,15 +30,26 @@ class LoraRun:
     steps: list[Step]
 
 
-def rank_of_size(model: Path, allocation: Allocation, rank: int) -> MatchedRank:
-    """The largest rank of LoRA alone whose parameters do not pass those of a hybrid with adapters of ``rank``."""
+def rank_of_size(model: Path, allocation: Allocation) -> MatchedRank:
+    """The largest rank of LoRA alone whose parameters do not pass those that an allocation trains."""
     candidates = find_candidates(meta_model(load_model_config(ModelConfig(path=str(model))), False))
-    return matched_rank(candidates, [allocation.full_names], rank)
+    return matched_rank(candidates, [allocation.parameter_counts().trainable])
+
+
+def lora_overrides(lesson: Lesson, matched: MatchedRank) -> list[str]:
+    """verl's own LoRA, without the plugin's engine, at the lesson's rate for it."""
+    return [
+        f"actor_rollout_ref.actor.optim.lr={lesson.matched_lr}",
+        f"actor_rollout_ref.model.lora_rank={matched.rank}",
+        f"actor_rollout_ref.model.lora_alpha={2 * matched.rank}",
+        "actor_rollout_ref.model.target_modules=all-linear",
+        "actor_rollout_ref.model.lora.merge=true",
+        "actor_rollout_ref.rollout.load_format=safetensors",
+    ]
 
 
 def train(
     lesson: Lesson,
-    files: Files,
     matched: MatchedRank,
     steps: int,
     settings: list[str],
@@ -46,10 +57,10 @@ def train(
     say: Callable[[str], None],
     describe: Callable[[Step], str],
 ) -> LoraRun:
-    """The verl run of verl's own LoRA, without the plugin's engine.
+    """The verl run.
 
     Args:
-        lesson, files: what is learnt, and from what.
+        lesson: what is learnt.
         matched: rank.
         steps: as many as the hybrid's.
         settings: overrides that both runs have.
@@ -63,12 +74,7 @@ def train(
     results = run_verl(
         [
             *settings,
-            f"actor_rollout_ref.actor.optim.lr={lesson.matched_lr}",
-            f"actor_rollout_ref.model.lora_rank={matched.rank}",
-            f"actor_rollout_ref.model.lora_alpha={2 * matched.rank}",
-            "actor_rollout_ref.model.target_modules=all-linear",
-            "actor_rollout_ref.model.lora.merge=true",
-            "actor_rollout_ref.rollout.load_format=safetensors",
+            *lora_overrides(lesson, matched),
             f"trainer.default_local_dir={folder / 'checkpoints'}",
             f"hydra.run.dir={folder / 'hydra'}",
         ],

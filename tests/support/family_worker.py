@@ -30,6 +30,7 @@ from hybrid_lora_plugin.candidates import TYPE_ORDER, architecture_of
 from hybrid_lora_plugin.cli.arguments import parse
 from hybrid_lora_plugin.config import AllocateCommandConfig, ProbeCommandConfig
 from hybrid_lora_plugin.config_selection import ControlConfig
+from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.names import wire_name
 from hybrid_lora_plugin.probing.runner import run_probe
 from hybrid_lora_plugin.report import artifact
@@ -42,8 +43,9 @@ from hybrid_lora_plugin.training.export import export_checkpoint
 from hybrid_lora_plugin.verl_backend.receiver.server import WORKER_EXTENSION
 from hybrid_lora_plugin.verl_backend.receiver.vllm_model import VllmRolloutModel
 from hybrid_lora_plugin.verl_backend.receiver.worker import Reception
+from tests.support import names_of_torchvision
 from tests.support.hybrid_model_engine import HybridModelEngine
-from tests.support.tiny_families import NO_ADAPTER_FILES, make_family
+from tests.support.tiny_families import NO_ADAPTER_FILES, NO_FLOAT32, make_family
 from tests.support.tiny_models import sums, write_jsonl
 
 RANK, ALPHA = 4, 8
@@ -54,6 +56,7 @@ ENGINES = (("float32", ("adapter",)), ("bfloat16", ("merge", "sparse_merge", "re
 
 # Pictures take as long as all the rest, and show nothing of a family.
 artifact.draw_heatmap = artifact.draw_scores = lambda *_: None
+names_of_torchvision.provide()
 # Where vLLM has no model of its own for a family, it marks the class of transformers for compiling, and that is the
 # trainer's class, too, here in the same process. Nothing is compiled in eager mode.
 Base._decorate_for_torch_compile = lambda _: None
@@ -114,6 +117,7 @@ class Pair:
             for _, view in views:
                 view.view(torch.uint8).fill_(0xA5) if view.dim() else None
         report = reception.finish()
+        self._reception = reception
         content, manifest = read_manifest(dict(sent)[MANIFEST])
         compare_entries(manifest, entries_of(report["tensors"]), "sent", "loaded", see="engine-holds-other-weights")
         sync_mode(mode).check_reports(reception.header, content.get("account", {}), [report])
@@ -143,6 +147,25 @@ class Pair:
             theirs = self.trainer.log_probs(tokens + new)[-NEW:]
             ours = [entry[token].logprob for token, entry in zip(new, rollout.logprobs, strict=True)]
             found += [abs(one - other) for one, other in zip(ours, theirs, strict=True)]
+        return found
+
+    def tampered(self) -> dict[str, str | None]:
+        """Of each of vLLM's parameters, its first row and its last: what the read-back says when it is not as sent."""
+        found = {}
+        for name, parameter in self.worker.model_runner.model.named_parameters():
+            # Of an embedding and of a head the last rows are padding.
+            for row in {0, len(parameter) - 1} if name.endswith("weight") and "layers" in name else {0}:
+                with torch.no_grad():
+                    before = parameter[row].clone()
+                    parameter[row] += 0.5
+                try:
+                    self._reception._received.prove(self._rollout.verify())
+                    found[f"{name} {row}"] = None
+                except WeightSyncError as error:
+                    found[f"{name} {row}"] = str(error).partition(": ")[0]
+                with torch.no_grad():
+                    parameter[row] = before
+        self._reception._received.prove(self._rollout.verify())
         return found
 
     def close(self) -> None:
@@ -204,6 +227,7 @@ def round_trip(family: str, folder: Path) -> dict[str, Any]:
         "differences": {},
     }
     for dtype, modes in ENGINES:
+        dtype = "bfloat16" if family in NO_FLOAT32 else dtype
         pair = Pair(model, allocation, dtype, adapter="adapter" in modes)
         try:
             if not pair.adapter:
@@ -216,6 +240,7 @@ def round_trip(family: str, folder: Path) -> dict[str, Any]:
                     sent = pair.sync(mode)
                     seen["differences"][f"{dtype} {mode} {step}"] = pair.differences()
                 if mode == "merge":
+                    seen["tampered"] = pair.tampered()
                     seen["export"] = exported(pair.trainer, model, allocation, folder, sent)
             if pair.adapter and family not in NO_ADAPTER_FILES:
                 # The engine holds the weights of full modules from the sync, and reads the adapter from the folder.

@@ -20,8 +20,11 @@ SIZES = dict(
     # Large for this width: with nearly uniform predictions a wrong weight would hardly show.
     initializer_range=0.15,
 )
-#: whose packed projection vLLM's own loader of adapters knows by its parts only; a sync hands it those
-NO_ADAPTER_FILES = ("glm", "glm4")
+#: whose packed projection vLLM's own loader of adapters knows by its parts only, or by all of its parts together; a
+#: sync hands it those
+NO_ADAPTER_FILES = ("glm", "glm4", "qwen3_5_text")
+#: which vLLM computes on the CPU in bfloat16 alone
+NO_FLOAT32 = ("qwen3_5_text",)
 #: model_type -> class of its config in transformers and what makes it differ from Llama
 SPECIAL = {
     "qwen2": ("Qwen2Config", {"tie_word_embeddings": True}),
@@ -61,8 +64,10 @@ SPECIAL = {
             "mamba_d_ssm": 64,
             "mamba_n_heads": 4,
             "mamba_d_head": 16,
-            "mamba_n_groups": 1,
+            "mamba_n_groups": 2,
             "mamba_d_state": 16,
+            "mamba_rms_norm": True,
+            "mamba_norm_before_gate": False,
             "mamba_chunk_size": 16,
             "attention_in_multiplier": 0.9,
             "key_multiplier": 0.8,
@@ -72,20 +77,37 @@ SPECIAL = {
             "lm_head_multiplier": 0.7,
         },
     ),
+    "qwen3_5_text": (
+        "Qwen3_5TextConfig",
+        {
+            # Of each kind one layer with an even number and one with an odd one.
+            "num_hidden_layers": 4,
+            "layer_types": ["linear_attention"] * 2 + ["full_attention"] * 2,
+            # As its checkpoints have it: vLLM takes the type of the recurrent state from here.
+            "mamba_ssm_dtype": "float32",
+            # vLLM's kernel on the CPU takes no other.
+            "linear_key_head_dim": 128,
+            "linear_value_head_dim": 128,
+            "linear_num_key_heads": 2,
+            # As many rows as in_proj_b and in_proj_a have: more than the rank.
+            "linear_num_value_heads": 8,
+        },
+    ),
 }
 
 
-def make_family(model_type: str, folder: str | Path) -> Path:
-    """Save a random model of a family and a tokenizer for it to ``folder``.
+def make_family(model_type: str, folder: str | Path, tokenizer=None, **fields) -> Path:
+    """Save a random model of a family and a tokenizer for it to ``folder``, one of characters unless one is given.
 
-    Biases and the weights of norms are random too, so that one that is lost or transformed shows.
+    Biases and the weights of norms are random too, so that one that is lost or transformed shows. ``fields`` are of
+    the config, in place of those above.
     """
     import transformers
 
-    folder, tokenizer = Path(folder), make_char_tokenizer()
+    folder, tokenizer = Path(folder), tokenizer or make_char_tokenizer()
     kind, changes = SPECIAL[model_type]
     tokens = {"bos_token_id": None, "eos_token_id": tokenizer.eos_token_id, "pad_token_id": tokenizer.pad_token_id}
-    config = getattr(transformers, kind)(vocab_size=len(tokenizer), **SIZES | tokens | changes)
+    config = getattr(transformers, kind)(vocab_size=len(tokenizer), **SIZES | tokens | changes | fields)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         model = transformers.AutoModelForCausalLM.from_config(config, dtype=torch.float32)

@@ -1,6 +1,6 @@
 """Every move of a run, as JSON: with the base model it is all that the moved weights are made of.
 
-    {"schema_version": 1, "epsilon": 0.001,
+    {"schema_version": 2, "epsilon": 0.001, "steps": 120,
      "parameters": {"model.layers.0.mlp.up_proj.weight": {"shape": [64, 32], "dtype": "bfloat16"}, …},
      "moves": [[step, seed, slope, rate], …]}
 
@@ -23,7 +23,9 @@ from hybrid_lora_plugin.errors import ConfigurationError
 from hybrid_lora_plugin.files import complete_file
 from hybrid_lora_plugin.training.zeroth_order.weights import HELD, Move, PerturbedWeights
 
-SCHEMA_VERSION = 1
+#: of a checkpoint's ``hybrid_lora`` folder
+MOVES = "zeroth_order.json"
+SCHEMA_VERSION = 2
 _WAY_OUT = "give an unchanged file written by the run"
 _DTYPES = {str(dtype).removeprefix("torch."): dtype for dtype in HELD}
 
@@ -36,12 +38,14 @@ class MoveLog:
         epsilon: ε, for people: a replay measures nothing.
         shapes, dtypes: of the whole parameters that move, as the model of the run held them, by plain name.
         moves: in their order.
+        steps: that were taken, also those in which nothing moved: the number of the next one.
     """
 
     epsilon: float
     shapes: dict[str, tuple[int, ...]]
     dtypes: dict[str, torch.dtype]
     moves: list[Move] = field(default_factory=list)
+    steps: int = 0
 
     @classmethod
     def of(cls, weights: PerturbedWeights) -> MoveLog:
@@ -49,14 +53,16 @@ class MoveLog:
         return cls(weights.epsilon, dict(weights.shapes), dict(weights.dtypes))
 
     def add(self, moves: Sequence[Move]) -> None:
-        """Note moves that were made."""
+        """Note the moves of the next step; there may be none."""
         self.moves.extend(moves)
+        self.steps += 1
 
     def save(self, file: str | Path) -> None:
         """Write the log; an older file of that name is replaced whole."""
         content = {
             "schema_version": SCHEMA_VERSION,
             "epsilon": self.epsilon,
+            "steps": self.steps,
             "parameters": {
                 name: {"shape": list(shape), "dtype": str(self.dtypes[name]).removeprefix("torch.")}
                 for name, shape in self.shapes.items()
@@ -108,6 +114,21 @@ class MoveLog:
         weights.move(self.moves)
         weights.restore()
 
+    def moved(self, name: str, base: Tensor) -> Tensor:
+        """A weight as the model of the run held it after all moves; itself where it is none of those that move.
+
+        Args:
+            name: plain name.
+            base: the base model's, whole, in the type that the run held it in; stays as it is.
+
+        Raises:
+            ConfigurationError: as ``replay``.
+        """
+        if name not in self.shapes:
+            return base
+        alone = MoveLog(self.epsilon, {name: self.shapes[name]}, {name: self.dtypes[name]}, self.moves)
+        return replayed(alone, {name: base})[name].to(self.dtypes[name])
+
 
 def replayed(log: MoveLog, parameters: dict[str, Tensor]) -> dict[str, Tensor]:
     """The moved weights of base weights, whole, in the masters' type; ``parameters`` stay as they are.
@@ -134,7 +155,7 @@ def _built(content: Any) -> MoveLog:
     moves = [
         Move(_whole(step), _whole(seed), _number(slope), _number(rate)) for step, seed, slope, rate in content["moves"]
     ]
-    return MoveLog(_number(content["epsilon"]), shapes, dtypes, moves)
+    return MoveLog(_number(content["epsilon"]), shapes, dtypes, moves, _whole(content["steps"]))
 
 
 def _whole(value: Any) -> int:

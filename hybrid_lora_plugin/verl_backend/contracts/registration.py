@@ -7,6 +7,7 @@ from hybrid_lora_plugin.verl_backend.contracts.record import Contract, Subject, 
 _ENGINES = "verl_backend/engine_registration.py"
 _PLUGIN = "verl_backend/registration.py"
 _LOSSES = "verl_backend/losses.py"
+_SURROGATE = "verl_backend/surrogate.py"
 _PREFLIGHT = "verl_backend/preflight.py"
 _REQUIREMENTS = "verl_backend/requirements.py"
 _SEARCH_PATH = "../hydra_plugins/hybrid_lora/search_path.py"
@@ -47,9 +48,9 @@ REGISTRATION = Subject(
             "",
             (
                 "agg_loss",
-                _LOSSES,
-                "averages over the global number of sequences",
-                "loss_mat loss_mask loss_agg_mode dp_size global_batch_size",
+                (_LOSSES, _SURROGATE),
+                "averages over the global number of sequences, or of tokens",
+                "loss_mat loss_mask loss_agg_mode dp_size batch_num_tokens global_batch_size loss_scale_factor",
             ),
             ("PolicyLossFn", _LOSSES, "what a policy loss is called with"),
             (
@@ -65,6 +66,18 @@ REGISTRATION = Subject(
             "ActorConfig",
             ("clip_ratio clip_ratio_low clip_ratio_high", _LOSSES, "clip range of the loss"),
             ("global_batch_info", _LOSSES, "ranks and sequences of the whole mini-batch"),
+        ),
+        *rows(
+            "engine",
+            "verl.workers.config.actor",
+            "ActorConfig",
+            ("policy_loss loss_agg_mode loss_scale_factor", _SURROGATE, "whose surrogate zeroth order measures"),
+        ),
+        *rows(
+            "engine",
+            "verl.workers.utils.losses",
+            "",
+            ("ppo_loss", _SURROGATE, "what the worker trains with", "config model_output data dp_group"),
         ),
         *rows(
             "registration",

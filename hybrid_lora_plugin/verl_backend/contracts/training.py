@@ -169,7 +169,11 @@ TRAINING = Subject(
             "registration probe",
             "transformers.models.auto.modeling_auto",
             "",
-            ("MODEL_FOR_CAUSAL_LM_MAPPING_NAMES", "candidates.py", "class name of a config that was never saved"),
+            (
+                "MODEL_FOR_CAUSAL_LM_MAPPING_NAMES",
+                ("candidates.py", "model_families.py"),
+                "class name of a config that was never saved, and of the text model in a multimodal one",
+            ),
         ),
         *rows(
             "registration engine probe export",

@@ -14,6 +14,7 @@ _SOURCE = "verl_backend/sender/weight_source.py"
 _PROMPT = "verl_backend/sender/logprob_prompt.py"
 _PACKED = "verl_backend/packed_rows.py"
 _ROWS = "verl_backend/row_log_probs.py"
+_SURROGATE = "verl_backend/surrogate.py"
 _SERVER = "verl_backend/receiver/server.py"
 _REQUIREMENTS = "verl_backend/requirements.py"
 _REFERENCE = "training/reference.py"
@@ -121,21 +122,27 @@ ENGINE = Subject(
             ("engine_config", _ENGINE, "the strategy's settings; replaced while the model loads"),
             ("optimizer_config", _BOTH_ENGINES, "passed to build_optimizer"),
             ("_is_offload_param", _ENGINE, "whether FSDP1's weights lie on the host"),
-            ("infer_batch", _ROWS, "log-probabilities of a few rows", "data loss_function"),
+            (
+                "infer_batch",
+                (_ROWS, _ENGINE),
+                "log-probabilities of a few rows; the loss of a mini-batch",
+                "data loss_function",
+            ),
             ("eval_mode", (_PACKED, _PROMPT), "around that pass"),
         ),
         *rows(
             "engine",
             "verl.utils.tensordict_utils",
             "",
-            ("", _ROWS, "batches as verl's engine takes them"),
+            ("", (_ROWS, _ENGINE), "batches as verl's engine takes them"),
+            ("assign_non_tensor", _ENGINE, "a setting of a batch", "tensor_dict"),
             ("get_tensordict", _ROWS, "makes a batch", "tensor_dict non_tensor_dict"),
         ),
         *rows(
             "engine",
             "verl.workers.utils.padding",
             "",
-            ("no_padding_2_padding", _ROWS, "log-probabilities of the answer"),
+            ("no_padding_2_padding", (_ROWS, _SURROGATE), "log-probabilities of the answer"),
         ),
         *rows(
             "engine",
@@ -157,7 +164,12 @@ ENGINE = Subject(
             ),
             ("optimizer_zero_grad", _POLICY, "clears gradients between masks"),
             ("lr_scheduler_step", _POLICY, "tells that a step is over"),
-            ("_autocast_dtype", _POLICY, "precision that the artifact records"),
+        ),
+        *rows(
+            "engine policy_probe",
+            "verl.workers.engine",
+            "FSDPEngineWithLMHead",
+            ("_autocast_dtype", _BOTH_ENGINES, "what forward passes compute in"),
         ),
         *rows(
             SYNC,

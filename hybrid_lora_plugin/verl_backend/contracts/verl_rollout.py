@@ -5,6 +5,7 @@ from __future__ import annotations
 from hybrid_lora_plugin.verl_backend.contracts.record import SYNC, Subject, behaviour, rows
 
 _ADAPTER = "verl_backend/sender/server_adapter.py"
+_MOVES = "verl_backend/zeroth_order_requirements.py"
 _SOURCE = "verl_backend/sender/weight_source.py"
 _PROMPT = "verl_backend/sender/logprob_prompt.py"
 _PACKED = "verl_backend/packed_rows.py"
@@ -66,8 +67,12 @@ SENDER = Subject(
             SYNC,
             "verl.utils.torch_dtypes",
             "PrecisionType",
-            ("", (_SOURCE, _PROMPT, _PACKED), "names of types"),
-            ("to_dtype", (_SOURCE, _PROMPT, _PACKED), "type of the rollout engine, and of the trainer's passes"),
+            ("", (_SOURCE, _PROMPT, _PACKED, _MOVES), "names of types"),
+            (
+                "to_dtype",
+                (_SOURCE, _PROMPT, _PACKED, _MOVES),
+                "type of the rollout engine, and of the trainer's passes",
+            ),
         ),
         *rows(
             SYNC,

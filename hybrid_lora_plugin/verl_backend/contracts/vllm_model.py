@@ -145,6 +145,13 @@ RECEIVER = Subject(
         ),
         *rows(
             SYNC,
+            f"{_MODELS}.utils",
+            "WeightsMapper",
+            ("orig_to_new_substr", _LAYOUT, "parts of names that a loader replaces"),
+            ("orig_to_new_stacked", _LAYOUT, "into which module a loader stacks another, and at which places"),
+        ),
+        *rows(
+            SYNC,
             "vllm.model_executor.model_loader.utils",
             "",
             (
@@ -216,6 +223,26 @@ RECEIVER = Subject(
             _MODEL,
             "Mamba-2's in_proj and conv1d lie as in the checkpoint, and A is -exp(A_log) in float32",
             "tests/test_model_families.py::test_a_family_goes_all_the_way",
+        ),
+        # Its module imports torchvision, which runs of other models need not have.
+        behaviour(
+            SYNC,
+            _LAYOUT,
+            "`Qwen3_5Model` has a `hf_to_vllm_mapper` that stacks in_proj_qkv, z, b and a at the places in it",
+            "tests/test_model_families.py::test_a_family_goes_all_the_way",
+        ),
+        behaviour(
+            "adapter",
+            _LAYOUT,
+            "of the factors for a module that others are stacked into, one of several places needs all others beside "
+            "it; zeros are none",
+            "tests/test_model_families.py::test_a_family_goes_all_the_way",
+        ),
+        behaviour(
+            SYNC,
+            "model_families.py",
+            "Mamba-2's gated norm gates first, whatever `mamba_norm_before_gate` says",
+            "tests/test_gated_norm.py::test_vllm_gates_first_and_a_config_that_says_otherwise_is_refused",
         ),
         behaviour(
             SYNC,

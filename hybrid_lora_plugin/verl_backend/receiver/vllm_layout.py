@@ -14,12 +14,17 @@ from vllm.model_executor.layers import linear
 from hybrid_lora_plugin.errors import WeightSyncError
 from hybrid_lora_plugin.sync.live_weight import LiveWeight
 
+#: the places of a plain module in vLLM's, one behind the other
+Places = tuple[int, ...]
+#: how vLLM's loader names the places of a packed attention
+_ATTENTION = {"q": 0, "k": 1, "v": 2}
+
 
 class PackedModules:
-    """Which of vLLM's modules holds a plain module, and at which place: it packs q, k, v and gate, up into one each.
+    """Which of vLLM's modules holds a plain module, and at which places: it packs q, k, v and gate, up into one each.
 
     A family whose own weights are packed (Phi-3, GLM-4, Falcon-H1's recurrence) has vLLM's module as its plain one, and
-    no place in it.
+    no place in it. Qwen3.5's ``in_proj_qkv`` takes three places of four.
     """
 
     def __init__(self, model: torch.nn.Module):
@@ -30,16 +35,31 @@ class PackedModules:
         self._merged = {
             name for name, module in model.named_modules() if isinstance(module, linear.MergedColumnParallelLinear)
         }
-        self._owner = {part: (owner, index) for owner, parts in self._parts.items() for index, part in enumerate(parts)}
+        self._owner = {
+            part: (owner, (index,)) for owner, parts in self._parts.items() for index, part in enumerate(parts)
+        }
+        # What the loaders go by, of the whole model or of a part. The mapping above is of adapters, and has no offsets.
+        for module in model.modules():
+            self._owner |= _stacked(getattr(module, "hf_to_vllm_mapper", None))
 
-    def find(self, module: str) -> tuple[str, int | None]:
-        """(name of vLLM's module, place in it); the place is None where the plain module is all of a packed one."""
+    def find(self, module: str) -> tuple[str, Places | None]:
+        """(name of vLLM's module, places in it); None in their place where the plain module is all of a packed one."""
         module = self.renamed(module)
         parent, _, last = module.rpartition(".")
         if last in self._parts or not self._merged.isdisjoint((module, f"{module}.base_layer")):
             return module, None
-        owner, index = self._owner.get(last, (last, 0))
-        return (f"{parent}.{owner}" if parent else owner), index
+        owner, places = self._owner.get(last, (last, (0,)))
+        return (f"{parent}.{owner}" if parent else owner), places
+
+    def beside(self, module: str) -> list[tuple[str, Places]]:
+        """The other plain modules in vLLM's module of this one, with their places."""
+        (owner, places), (parent, dot, _) = self.find(module), module.rpartition(".")
+        last = owner.rpartition(".")[2]
+        return [
+            (parent + dot + part, other)
+            for part, (where, other) in self._owner.items()
+            if where == last and places is not None and other != places
+        ]
 
     def renamed(self, name: str) -> str:
         """A plain name with the parts of it that vLLM's loader replaces, as ``WeightsMapper`` does."""
@@ -55,6 +75,15 @@ class PackedModules:
         return [f"{parent}.{part}" for part in parts] if len(parts) > 1 else [module]
 
 
+def _stacked(mapper: Any) -> dict[str, tuple[str, Places]]:
+    """Of each plain module that a loader's ``WeightsMapper`` stacks: vLLM's module, and the places in it."""
+    found = {}
+    for part, (owner, places) in getattr(mapper, "orig_to_new_stacked", {}).items():
+        places = _ATTENTION.get(places, places)
+        found[part.rpartition(".")[2]] = owner.rpartition(".")[2], (places,) if isinstance(places, int) else places
+    return found
+
+
 def find_live_weight(modules: dict[str, torch.nn.Module], packed: PackedModules, name: str) -> LiveWeight:
     """The live part of the plain weight ``name``.
 
@@ -67,7 +96,7 @@ def find_live_weight(modules: dict[str, torch.nn.Module], packed: PackedModules,
         WeightSyncError: vLLM's model has no such weight in a layout known here.
     """
     prefix, _, plain_leaf = name.rpartition(".")
-    owner, index = packed.find(prefix)
+    owner, places = packed.find(prefix)
     layer = modules.get(owner)
     layer = getattr(layer, "base_layer", layer)
     leaf = packed.renamed(plain_leaf)
@@ -82,9 +111,12 @@ def find_live_weight(modules: dict[str, torch.nn.Module], packed: PackedModules,
     if plain_leaf == "A_log" and leaf != plain_leaf:
         _refuse_split(name, getattr(layer, "tp_size", 1))
         return LiveWeight(value, tuple(value.shape), None, 0, _decay)
-    if index is None:
+    # Rows of each place, or of each part of a convolution over them, are sharded by themselves.
+    if places is None or len(places) > 1 or value.dim() > 2:
         _refuse_split(name, getattr(layer, "tp_size", 1))
+    if places is None:
         return LiveWeight(value, tuple(value.shape), None, 0)
+    index = places[0]
     if isinstance(layer, linear.QKVParallelLinear):
         width = layer.head_size
         sizes = [layer.num_heads * width, layer.num_kv_heads * width, layer.num_kv_heads * _value_width(layer)]
@@ -94,9 +126,9 @@ def find_live_weight(modules: dict[str, torch.nn.Module], packed: PackedModules,
         view = value.narrow(0, sum(sizes[:index]), sizes[index])
         return LiveWeight(view, (total[index], *value.shape[1:]), 0, rank * sizes[index])
     if isinstance(layer, linear.MergedColumnParallelLinear):
-        sizes = [size // layer.tp_size for size in layer.output_sizes]
-        view = value.narrow(0, sum(sizes[:index]), sizes[index])
-        return LiveWeight(view, (layer.output_sizes[index], *value.shape[1:]), 0, layer.tp_rank * sizes[index])
+        whole = sum(layer.output_sizes[place] for place in places)
+        rows, above = whole // layer.tp_size, sum(layer.output_sizes[:index]) // layer.tp_size
+        return LiveWeight(value.narrow(0, above, rows), (whole, *value.shape[1:]), 0, layer.tp_rank * rows)
     if isinstance(layer, linear.ColumnParallelLinear):
         return LiveWeight(value, (layer.output_size, *value.shape[1:]), 0, layer.tp_rank * value.shape[0])
     if isinstance(layer, linear.RowParallelLinear) and leaf == "weight":
@@ -126,17 +158,47 @@ def _value_width(layer) -> int:
     return getattr(layer, "v_head_size", layer.head_size)
 
 
-def adapter_slices(layer: Any, index: int | None, lora_b: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
+def adapter_slices(layer: Any, places: Places | None, lora_b: torch.Tensor) -> list[tuple[int, torch.Tensor]]:
     """Where vLLM's LoRA layer keeps factor B of a plain module: (slice, rows of B), each slice with A beside it.
 
     Args:
         layer: of vLLM, around one of its linear layers.
-        index: as of ``PackedModules.find``.
+        places: as of ``PackedModules.find``.
         lora_b: [d_out, r] factor B of the plain module.
     """
-    if index is not None:
-        return [(index, lora_b)]
-    return list(enumerate(packed_rows(layer, len(layer.lora_b_stacked), lora_b)))
+    if places is None:
+        return list(enumerate(packed_rows(layer, len(layer.lora_b_stacked), lora_b)))
+    if len(places) == 1:
+        return [(places[0], lora_b)]
+    sizes = getattr(layer, "base_layer", layer).output_sizes
+    return list(zip(places, lora_b.split([sizes[place] for place in places]), strict=True))
+
+
+def absent_beside(
+    packed: PackedModules, modules: dict[str, torch.nn.Module], factors: dict[str, tuple[torch.Tensor, torch.Tensor]]
+) -> dict[str, tuple[torch.Tensor, torch.Tensor]]:
+    """Factors of zeros for plain modules without an adapter that vLLM cannot leave out.
+
+    Where a plain module takes several places, vLLM 0.28 finds these by the factors of all plain modules beside it
+    (``expand_packed_lora`` of ``lora/layers/column_parallel_linear.py``), and fails on one that is not there.
+
+    Args:
+        packed: of vLLM's model.
+        modules: those of vLLM's model by name.
+        factors: A [r, d_in] and B [d_out, r] by plain module.
+    """
+    found = {}
+    for module, (lora_a, lora_b) in factors.items():
+        (owner, places), others = packed.find(module), packed.beside(module)
+        if all(len(each) == 1 for each in [places or (0,), *(other for _, other in others)]):
+            continue
+        layer = modules[owner]
+        sizes = getattr(layer, "base_layer", layer).output_sizes
+        for other, theirs in others:
+            if other not in factors:
+                rows = sum(sizes[place] for place in theirs)
+                found[other] = torch.zeros_like(lora_a), lora_b.new_zeros(rows, lora_b.shape[1])
+    return found
 
 
 def packed_rows(layer: Any, parts: int, lora_b: torch.Tensor) -> tuple[torch.Tensor, ...]:

@@ -21,6 +21,7 @@ from hybrid_lora_plugin.sync.live_weight import LiveWeight
 from hybrid_lora_plugin.sync.wire import SyncHeader
 from hybrid_lora_plugin.verl_backend.receiver.vllm_layout import (
     PackedModules,
+    absent_beside,
     adapter_slices,
     find_live_weight,
     packed_rows,
@@ -222,7 +223,8 @@ class VllmRolloutModel:
                 "the rollout engine kept its old adapter when told to remove it", see="adapter-not-held-by-the-engine"
             )
         tensors, names = {}, []
-        for module, (lora_a, lora_b) in factors.items():
+        absent = absent_beside(self._packed, self._modules, factors)
+        for module, (lora_a, lora_b) in (factors | absent).items():
             parts = self._packed.adapter_names(module)
             rows = packed_rows(self._modules[self._packed.find(module)[0]], len(parts), lora_b)
             for part, part_b in zip(parts, rows, strict=True):
@@ -368,13 +370,13 @@ class VllmRolloutModel:
         slot = manager.lora_index_to_id.index(VLLM_LORA_INT_ID)
         filled = set()
         for module, (lora_a, lora_b) in factors.items():
-            owner, index = self._packed.find(module)
+            owner, places = self._packed.find(module)
             layer = manager.modules.get(owner)
             if layer is None:
                 raise WeightSyncError(
                     f"{module}: the rollout engine has no adapter slot for it", see="adapter-not-held-by-the-engine"
                 )
-            for place, part_b in adapter_slices(layer, index, lora_b):
+            for place, part_b in adapter_slices(layer, places, lora_b):
                 if not slice_holds(layer, slot, place, lora_a, part_b, header.scaling):
                     raise WeightSyncError(
                         f"{module}: the rollout engine's adapter holds other factors than arrived",
