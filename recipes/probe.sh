@@ -4,7 +4,7 @@
 #
 #   probe.sh MODEL SELECTION [OPTIONS OF hybrid-lora-probe ...]
 #
-#   MODEL      qwen2_5_1_5b, qwen2_5_3b, qwen2_5_7b
+#   MODEL      qwen2_5_1_5b, qwen2_5_3b, qwen2_5_7b, falcon_h1_0_5b, qwen3_5_0_8b
 #   SELECTION  hybrid_lora, adalora, autolora, lora_drop, lora_ffn, random, gradient_norm, o_proj
 #
 # Variables: those of settings.sh, and
@@ -28,6 +28,7 @@ if [ -n "$FROM" ]; then
   exit
 fi
 arguments+=("model.path=$(model_path "$MODEL")")
+case $MODEL in qwen3_5_*) arguments+=(lora.rank=8 lora.alpha=16) ;; esac  # as run.sh trains it
 start=("$PYTHON")
 case $criterion in
   random | lora_ffn | spread) ;;  # these read no measurement

@@ -3,7 +3,7 @@
 #
 #   run.sh MODEL ALGORITHM SELECTION [SETTINGS OF verl OR hybrid_lora ...]
 #
-#   MODEL      qwen2_5_1_5b, qwen2_5_3b, qwen2_5_7b
+#   MODEL      qwen2_5_1_5b, qwen2_5_3b, qwen2_5_7b, falcon_h1_0_5b, qwen3_5_0_8b
 #   ALGORITHM  grpo, gspo, gspo_narrow_clip, or sft
 #   SELECTION  hybrid_lora, adalora, autolora, lora_drop, lora_ffn, random, gradient_norm, o_proj; full and lora are
 #              verl's own, without the plugin
@@ -47,7 +47,9 @@ require "${groups#recipe/}machine" "$MACHINE"
 # Later parts win over earlier ones, and settings over all parts.
 parts=("+recipe/model@$at=$MODEL" "+${groups}task=$TASK")
 [ "$ALGORITHM" = sft ] || parts+=("+recipe/algorithm=$ALGORITHM")
-parts+=("+${groups}machine=$MACHINE" "+recipe/$selection=$SELECTION")
+parts+=("+${groups}machine=$MACHINE")
+! is_recurrent "$MODEL" || parts+=("+${groups}layout=padded")
+parts+=("+recipe/$selection=$SELECTION")
 
 settings=(
   "trainer.n_gpus_per_node=$GPUS"
@@ -61,6 +63,14 @@ rows=$DATA/$TASK/rl
 train=$rows/train.parquet
 [ -z "$CODE" ] || [ "$ALGORITHM" = sft ] || train="[$train,$DATA/leetcode/rl/train.parquet]"
 settings+=("data.train_files=$train" "data.val_files=$rows/validation.parquet")
+case $MODEL-$SELECTION in
+  # A fused kernel reads this weight in training, so that PEFT refuses an adapter there.
+  falcon_h1_*-lora) settings+=("$model.exclude_modules=[out_proj]") ;;
+  # Of some modules of 16 rows an adapter of rank 16 would be larger than the weight.
+  qwen3_5_*-full) MODEL_PATH=$(model_path "$MODEL") ;;
+  qwen3_5_*-lora) MODEL_PATH=$(model_path "$MODEL") settings+=("$model.lora_rank=8" "$model.lora_alpha=16") ;;
+  qwen3_5_*) MODEL_PATH=$(model_path "$MODEL") settings+=(hybrid_lora.lora.rank=8 hybrid_lora.lora.alpha=16) ;;
+esac
 [ -z "$MODEL_PATH" ] || settings+=("$model.path=$MODEL_PATH")
 # A plan needs none: it goes by the budget.
 [ -z "$PLAN" ] || [ -e "$ALLOCATION" ] || ALLOCATION=

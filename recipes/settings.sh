@@ -40,12 +40,19 @@ value_in() {  # value_in FILE KEY: the value of a key that the file has once
 }
 
 model_path() {  # model_path MODEL
-  echo "${MODEL_PATH:-$(value_in "model/$1" path)}"
+  case $1 in
+    qwen3_5_*) echo "${MODEL_PATH:-$DATA/models/$1}" ;;  # as prepare_model.sh writes it
+    *) echo "${MODEL_PATH:-$(value_in "model/$1" path)}" ;;
+  esac
 }
 
 DATA=$(realpath -m -- "$DATA") OUTPUT=$(realpath -m -- "$OUTPUT")  # workers may start in another folder
 
 [ "$TASK" != stand_ins ] || MODEL_PATH=${MODEL_PATH:-$DATA/stand_ins/model}
+
+is_recurrent() {  # is_recurrent MODEL: it has recurrent layers beside attention
+  case $1 in falcon_h1_* | qwen3_5_*) return 0 ;; *) return 1 ;; esac
+}
 
 name_run() {  # name_run MODEL ALGORITHM SELECTION
   RUN=${RUN:-$TASK-$1-$2-$3}

@@ -16,8 +16,12 @@ import yaml
 
 pytest.importorskip("verl", reason="verl is not installed")
 
+import torch  # noqa: E402
+import transformers  # noqa: E402
 from hydra import compose, initialize_config_module  # noqa: E402
 from omegaconf import OmegaConf, open_dict  # noqa: E402
+from peft import LoraConfig, get_peft_model  # noqa: E402
+from transformers import AutoModelForCausalLM  # noqa: E402
 
 from hybrid_lora_plugin.cli.arguments import parse  # noqa: E402
 from hybrid_lora_plugin.config import (  # noqa: E402
@@ -30,8 +34,12 @@ from hybrid_lora_plugin.config import (  # noqa: E402
 )
 from hybrid_lora_plugin.config_validation import validate  # noqa: E402
 from hybrid_lora_plugin.verl_backend.preflight import check_configuration  # noqa: E402
+from hybrid_lora_plugin.weight_loading import check_weights  # noqa: E402
 from recipes.merge_lora import merge_lora  # noqa: E402
+from recipes.text_model import save_text_model  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
+from tests.support.tiny_families import SIZES, SPECIAL, make_family  # noqa: E402
+from tests.support.tiny_models import make_char_tokenizer  # noqa: E402
 from tests.support.verl_processes import ROOT  # noqa: E402
 
 RECIPES = ROOT / "recipes"
@@ -52,6 +60,9 @@ ROWS = [
     ("qwen2_5_1_5b", "gspo_narrow_clip", "hybrid_lora"),
     *itertools.product(["qwen2_5_3b", "qwen2_5_7b"], ["grpo", "gspo", "sft"], ["hybrid_lora"]),
 ]
+#: with recurrent layers beside attention, and what a tiny model of its kind is called in ``tests/support``
+RECURRENT = {"falcon_h1_0_5b": "falcon_h1", "qwen3_5_0_8b": "qwen3_5_text"}
+QWEN = [name for name in MODELS if name not in RECURRENT]
 
 
 def script(name, *arguments, **environment):
@@ -145,17 +156,119 @@ def test_a_row_passes_verls_and_the_plugins_checks(row, setting, capsys):
         assert (optimizer.lr, model.lora_rank) == (2.5e-5 if rank else 1e-6, rank)
 
 
-@pytest.mark.parametrize("model", MODELS)
+@pytest.mark.parametrize("model", QWEN)
 def test_rows_of_models_differ_in_the_path_alone(model):
     (path,) = yaml.safe_load((RECIPES / "recipe" / "model" / f"{model}.yaml").read_text())["model"].values()
     assert path.lower() == "qwen/" + model.replace("qwen2_5_", "qwen2.5-").replace("1_5", "1.5") + "-instruct"
     for algorithm, selection in itertools.product(ALGORITHMS, SELECTIONS):
-        ours, first = [commands("run", name, algorithm, selection, OUTPUT="/o") for name in (model, MODELS[0])]
-        first = [[word.replace(MODELS[0], model).replace("Qwen/Qwen2.5-1.5B-Instruct", path) for word in line]
+        ours, first = [commands("run", name, algorithm, selection, OUTPUT="/o") for name in (model, QWEN[0])]
+        first = [[word.replace(QWEN[0], model).replace("Qwen/Qwen2.5-1.5B-Instruct", path) for word in line]
                  for line in first]  # fmt: skip
         assert ours == first
     for algorithm, at in (("gspo", "actor_rollout_ref.model.path"), ("sft", "model.path")):
         assert OmegaConf.select(composed(commands("run", model, algorithm, "full")[-1]), at) == path
+
+
+@pytest.fixture(scope="module")
+def recurrent(tmp_path_factory):
+    """A tiny model of each kind with an allocation."""
+    folder, found = tmp_path_factory.mktemp("recurrent"), {}
+    for name, family in RECURRENT.items():
+        path = make_family(family, folder / name)
+        found[name] = {"MODEL_PATH": str(path), "ALLOCATION": str(make_allocation(path, folder / f"{name}-allocation"))}
+    return found
+
+
+#: machine, algorithm, selection
+PADDED = [
+    ("a800x8", "gspo", "hybrid_lora"), ("a800x8", "gspo", "lora"), ("a800x8", "grpo", "full"),
+    ("rtx4090x2", "gspo", "hybrid_lora"), ("a800x8", "sft", "hybrid_lora"), ("a800x8", "sft", "lora"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("model", RECURRENT)
+def test_rows_of_a_recurrent_model_are_padded_whatever_the_machine_says(model, recurrent, capsys):
+    from verl.trainer.ppo.utils import need_reference_policy
+    from verl.utils.config import validate_config
+
+    for machine, algorithm, selection in PADDED:
+        setting = recurrent[model] | {"TASK": "gsm8k", "MACHINE": machine}
+        (command,) = commands("run", model, algorithm, selection, **setting)
+        config = checked(composed(command))
+        said = capsys.readouterr().out
+        assert ("hybrid_lora" in config) == (selection == "hybrid_lora") and "WARNING" not in said
+        models = config.model if algorithm == "sft" else config.actor_rollout_ref.model
+        assert models.use_remove_padding is False and models.path == setting["MODEL_PATH"]
+        if algorithm == "sft":
+            assert not config.data.use_dynamic_bsz
+        else:
+            validate_config(config=config, use_reference_policy=need_reference_policy(config), use_critic=False)
+            actor, rollout, ref = (config.actor_rollout_ref[name] for name in ("actor", "rollout", "ref"))
+            assert rollout.tensor_model_parallel_size == 1 and rollout.dtype == "bfloat16"
+            assert not (actor.use_dynamic_bsz or rollout.log_prob_use_dynamic_bsz or ref.log_prob_use_dynamic_bsz)
+            # verl cuts a mini-batch of answers, and the batch, into whole micro-batches on each GPU.
+            gpus = config.trainer.n_gpus_per_node
+            assert actor.ppo_mini_batch_size * rollout.n // gpus % actor.ppo_micro_batch_size_per_gpu == 0
+            assert config.data.train_batch_size * rollout.n // gpus % rollout.log_prob_micro_batch_size_per_gpu == 0
+        if selection == "lora":
+            lora = get_peft_model(AutoModelForCausalLM.from_pretrained(models.path), lora_of(models))
+            named = {name.partition(".lora_")[0].rpartition(".")[2] for name, _ in lora.named_parameters()}
+            adapted = {"falcon_h1_0_5b": {"in_proj"}, "qwen3_5_0_8b": {"in_proj_qkv", "in_proj_b", "out_proj"}}[model]
+            assert {"q_proj", "down_proj"} | adapted <= named and ("out_proj" in named) == ("out_proj" in adapted)
+            assert models.lora_rank == (8 if model.startswith("qwen3_5") else 16)
+        elif selection == "hybrid_lora":
+            assert config.hybrid_lora.lora.rank == (8 if model.startswith("qwen3_5") else 16)
+
+
+def lora_of(model):
+    """PEFT's configuration, as verl makes it of a model's (``FSDPEngine._build_lora_module``)."""
+    excluded = OmegaConf.to_container(model).get("exclude_modules")
+    return LoraConfig(
+        r=model.lora_rank, lora_alpha=model.lora_alpha, target_modules=model.target_modules, exclude_modules=excluded
+    )
+
+
+@pytest.mark.parametrize("model", RECURRENT)
+def test_a_recurrent_model_is_probed_with_its_placement_where_its_run_looks(model, tmp_path):
+    probe, train = commands("run", model, "gspo", "hybrid_lora", TASK="gsm8k", OUTPUT=str(tmp_path))
+    (placed,) = commands("probe", model, "hybrid_lora", "placement.preset=mlp", TASK="gsm8k", OUTPUT=str(tmp_path))
+    config = parse(module_and_arguments(placed)[1], ProbeCommandConfig)
+    validate(config)
+    assert config.placement.preset == "mlp" and placed[: len(probe)] == probe
+    assert f"hybrid_lora.allocation={config.output_dir}" in train
+    path = yaml.safe_load((RECIPES / "recipe" / "model" / f"{model}.yaml").read_text())["model"]["path"]
+    path = os.path.abspath(path) if os.path.dirname(path) == "data/models" else path
+    assert config.model.path == path == OmegaConf.select(composed(train), "actor_rollout_ref.model.path")
+    rank = OmegaConf.select(composed(train), "hybrid_lora.lora.rank")
+    assert config.lora.rank == rank and config.lora.alpha == 2 * rank
+
+
+def test_the_text_model_of_a_multimodal_checkpoint_is_saved_where_runs_look_for_it(tmp_path, capsys):
+    model, folder = tmp_path / "published", tmp_path / "rows" / "models" / "qwen3_5_0_8b"
+    text = SIZES | SPECIAL["qwen3_5_text"][1] | {"vocab_size": 60}
+    vision = dict(depth=1, hidden_size=32, intermediate_size=32, num_heads=2, out_hidden_size=64)
+    config = transformers.Qwen3_5Config(text_config=text, vision_config=vision | {"num_position_embeddings": 16})
+    transformers.Qwen3_5ForConditionalGeneration(config).bfloat16().save_pretrained(model)
+    whole = transformers.Qwen3_5ForConditionalGeneration.from_pretrained(model, dtype="auto")
+    make_char_tokenizer().save_pretrained(model)
+    variables = {"DATA": str(tmp_path / "rows"), "SOURCE": str(model)}
+    (command,) = commands("prepare_model", "qwen3_5_0_8b", **variables)
+    module, arguments = module_and_arguments(command)
+    assert module == "recipes.text_model" and arguments == [str(model), str(folder)]
+    assert save_text_model(*arguments) == folder
+    check_weights(folder)
+    loaded = AutoModelForCausalLM.from_pretrained(folder)
+    assert type(loaded).__name__ == "Qwen3_5ForCausalLM" and loaded.dtype == torch.bfloat16
+    ids = torch.arange(20)[None]
+    assert torch.equal(loaded(ids).logits, whole.eval()(input_ids=ids).logits)
+    assert transformers.AutoTokenizer.from_pretrained(folder).get_vocab()
+    assert "is there" in script("prepare_model", "qwen3_5_0_8b", **variables).stdout
+    command = commands("run", "qwen3_5_0_8b", "gspo", "full", DATA=str(tmp_path / "rows"))[-1]
+    assert f"actor_rollout_ref.model.path={folder}" in command
+    done = script("prepare_model", "qwen2_5_3b")
+    assert done.returncode == 2 and "used as it is published" in done.stderr
+    (command,) = commands("prepare_model", "qwen3_5_0_8b", DATA=str(tmp_path / "none"))
+    assert module_and_arguments(command)[1][0] == "Qwen/Qwen3.5-0.8B"
 
 
 @pytest.mark.parametrize(
@@ -318,15 +431,13 @@ def test_every_command_of_the_page_is_one(tmp_path):
             continue
         at = words.index("bash") if "ray" not in words else len(words) - 5
         name = os.path.basename(words[at + 1]).removesuffix(".sh")
-        assert commands(name, *words[at + 2 :], **exported, **values) or name == "prepare_data"
+        assert commands(name, *words[at + 2 :], **(exported | values)) or name == "prepare_data"
         seen.add(name)
     assert seen == {path.stem for path in SCRIPTS} - {"settings"}
 
 
 def test_an_adapter_that_verls_merger_leaves_is_added_to_the_model(tiny_qwen2, tmp_path):
-    import torch
-    from peft import LoraConfig, PeftModel, get_peft_model
-    from transformers import AutoModelForCausalLM
+    from peft import PeftModel
 
     shutil.copytree(tiny_qwen2, tmp_path / "model")
     model = AutoModelForCausalLM.from_pretrained(tiny_qwen2)
