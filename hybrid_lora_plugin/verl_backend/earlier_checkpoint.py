@@ -184,7 +184,6 @@ def check_earlier_checkpoint(config: DictConfig, hybrid: HybridLoraConfig) -> No
     if allocation is not None:
         rank, alpha = (kind.select(config, f"{MODEL}lora_{name}") for name in ("rank", "alpha"))
         require_same_setting(actor / FOLDER, allocation, rank, alpha)
-    if (actor / FOLDER).is_dir():
         require_same_moves(actor / FOLDER, hybrid.zeroth_order.enabled)
     dtype = kind.select(config, ROLLOUT + "dtype")
     if (actor / FOLDER).is_dir() and dtype in ("bfloat16", "float16"):

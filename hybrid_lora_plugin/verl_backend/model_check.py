@@ -45,8 +45,9 @@ def checked_model(config: DictConfig) -> tuple[Any, list[Candidate]] | None:
         model = meta_model(model_config, trust)
         candidates = find_candidates(model)
     _refuse_split_packed(config, candidates)
-    hybrid = hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
-    check_moving_modules(hybrid, model_config, model, candidates)
+    if OmegaConf.select(config, "hybrid_lora.zeroth_order.enabled"):
+        hybrid = hybrid_config(OmegaConf.to_container(config.hybrid_lora, resolve=True))
+        check_moving_modules(hybrid, model_config, model, candidates)
     if recurrent_layers(model_config):
         for line in _check_recurrent(config, model_config):
             tell(line)
