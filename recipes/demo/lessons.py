@@ -114,7 +114,8 @@ LESSONS = {
             model="A small Qwen2 model that can add, and has to give the last digit of each number instead",
             prepare=_last_digits,
             steps=90,
-            least_gain=0.20,
+            # Of ten runs in plain torch the least gained 0.08, and half of them 0.35 and more.
+            least_gain=0.05,
             rank=1,
             full_lr=4e-3,
             lora_lr=5e-3,

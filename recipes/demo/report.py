@@ -154,7 +154,8 @@ def write_report(findings: Findings, folder: Path, heatmap: Path) -> Path:
         "",
         "## Allocation",
         "",
-        "Fully tuned modules have a red frame; the colour is the score (lowest first).",
+        "Fully tuned modules have a red frame; the colour is the score "
+        f"({findings.allocation.selection.direction} first).",
         "",
         "![scores of all modules](heatmap.png)",
         "",
