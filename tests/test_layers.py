@@ -14,7 +14,7 @@ VERL = {"verl", "ray", "vllm"}
 VERL_LAYERS = ("verl_backend", "cli", "conf")
 # layer -> (importable anywhere, importable inside functions only), beside the standard library and this package
 PURE = {
-    "model_families.py": ({"torch"}, set()),
+    "model_families.py": ({"torch"}, {"transformers"}),
     "base_checkpoint.py": (set(), set()),
     "base_identity.py": ({"numpy"}, {"huggingface_hub"}),
     "checkpoint_tensors.py": (set(), set()),
