@@ -27,6 +27,8 @@ def test_a_check_proves_its_line_shows_a_failed_run_and_writes_one_page(tmp_path
         "--output",
         str(tmp_path),
         "hybrid_lora.sync_timeout=241",
+        # At the paper's rate two steps move the policy by less than bfloat16's log-probabilities can tell.
+        "hybrid_lora.lora.lr=1e-3",
     ]
     done = subprocess.run(
         [sys.executable, "-m", "recipes.gpu_check", *arguments], cwd=ROOT, capture_output=True, text=True
