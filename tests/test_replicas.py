@@ -270,7 +270,8 @@ def test_processes_train_to_the_same_bits_as_one(tmp_path):
     finally:
         torch.set_num_threads(threads)
     one, two = ((tmp_path / name / "runs.jsonl").read_text().splitlines() for name in ("one", "two"))
-    assert len(one) == 19 and sorted(one) == sorted(two)
+    # 12 of the starts that are compared, and 6 at two rates; adapters alone have one rate and are not tuned.
+    assert len(one) == 18 and sorted(one) == sorted(two)
     assert (tmp_path / "one/report.md").read_bytes() == (tmp_path / "two/report.md").read_bytes()
 
 
