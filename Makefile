@@ -3,7 +3,7 @@
 #   PYTHON=python3.11    interpreter; the locked set in requirements/cpu.txt is for CPython 3.11
 #   PIP_FIND_LINKS=DIR   a folder of wheels, honoured as pip does; without one the CPU build of torch comes
 #                        from the index that uv's --torch-backend=cpu knows
-#   DEMO_LESSON=carry    what the demo's model learns: carry, or last_digits, which LoRA alone learns far slower
+#   DEMO_LESSON=carry    what the demo's model learns: carry, or last_digits, which LoRA alone learnt slower in plain torch
 #   DEMO_BESIDE_LORA=1   the demo trains LoRA alone of the same size as well, and shows both
 #   DEMO_STEPS=N         reinforcement learning steps of the demo; 24 of carry and 90 of last_digits by default
 #   DEMO_RANKS=1         trainer ranks of the demo, 1 or 2, each with a vLLM of its own
