@@ -1,4 +1,4 @@
-"""Falcon-H1 under verl from its command line: at every step, rollouts are the trainer's, in each mode of a sync."""
+"""Models with recurrent layers under verl from its command line: rollouts are the trainer's, in each mode of a sync."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import pytest
 pytest.importorskip("verl", reason="verl is not installed")
 
 from recipes.demo import base_model, task  # noqa: E402
-from tests.support import sync_modes_in_turns  # noqa: E402
+from tests.support import names_of_torchvision, sync_modes_in_turns  # noqa: E402
 from tests.support.allocations import make_allocation  # noqa: E402
 from tests.support.tiny_families import make_family  # noqa: E402
 from tests.support.verl_processes import ROOT, run  # noqa: E402
@@ -19,18 +19,24 @@ pytestmark = [pytest.mark.verl, pytest.mark.ray]
 
 STEPS = 5
 IN_TURNS = ("merge", "receiver_merge")
+#: of the first sync and that after each step; ``sparse_merge`` sends what changed since its own last one
+ONE_AFTER_THE_OTHER = ("sparse_merge", "sparse_merge", "sparse_merge", "merge", "receiver_merge", "merge")
+
+
+def setting_of(family, folder, **fields):
+    """A folder with a model and an allocation for it, and the files of a run."""
+    model = make_family(family, folder / "model", base_model.build_tokenizer(), **fields)
+    make_allocation(model, folder / "allocation")
+    return folder, task.write_rl_parquet(folder / "data")
 
 
 @pytest.fixture(scope="module")
 def setting(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("falcon")
     # As the smaller ones of its checkpoints have it; ``tests/test_model_families.py`` has the norm, in two groups.
     fields = {"mamba_rms_norm": False, "mamba_n_groups": 1}
     # Predictions that are far from uniform: others would hide a wrong weight.
     fields |= {"lm_head_multiplier": 4.0}
-    model = make_family("falcon_h1", folder / "model", base_model.build_tokenizer(), **fields)
-    make_allocation(model, folder / "allocation")
-    return folder, task.write_rl_parquet(folder / "data")
+    return setting_of("falcon_h1", tmp_path_factory.mktemp("falcon"), **fields)
 
 
 def trained(setting, out, *overrides, check=True, **environment):
@@ -59,8 +65,12 @@ def trained(setting, out, *overrides, check=True, **environment):
 
 def assert_one_policy(steps):
     """At every step, with weights that move far more in the policy than the two ends may differ by."""
-    assert len(steps) == STEPS
+    assert_proven(steps)
     assert max(step["training/rollout_probs_diff_max"] for step in steps) < 1e-4
+
+
+def assert_proven(steps):
+    assert len(steps) == STEPS
     assert all(step["hybrid_lora/sync_digest_ok"] == 1 for step in steps)
     assert min(step["actor/update_norm_full"] for step in steps) > 1e-2
     assert min(step["actor/update_norm_lora"] for step in steps) > 1e-2
@@ -97,3 +107,26 @@ def test_a_run_that_packs_rows_is_refused_before_the_engine_starts(setting, tmp_
     )
     assert not steps, said[-5000:]
     assert "packed rows leak into each other in this model (falcon_h1" in said
+
+
+def test_rollouts_of_qwen3_5_in_bfloat16_are_the_trainers_in_three_modes(tmp_path):
+    # Its weights larger than by default, for predictions that are not uniform.
+    setting = setting_of("qwen3_5_text", tmp_path, initializer_range=0.2)
+    _, steps = trained(
+        setting,
+        tmp_path,
+        "hybrid_lora.sync=receiver_merge",
+        "actor_rollout_ref.rollout.dtype=bfloat16",
+        f"actor_rollout_ref.model.external_lib=[tests.support.sync_modes_in_turns,{PLUGIN}]",
+        **{sync_modes_in_turns.MODES: ",".join(ONE_AFTER_THE_OTHER)},
+        **names_of_torchvision.everywhere(tmp_path),
+    )
+    assert_proven(steps)
+    apart = [step["training/rollout_probs_diff_mean"] for step in steps]
+    # With the base model's weights on both sides bfloat16 alone makes the first step's.
+    assert max(apart) < 2 * apart[0] < 0.01
+    for step in steps:
+        assert abs(step["hybrid_lora/update_arrived_lora"] - 1) < 0.01
+        assert abs(step["hybrid_lora/update_arrived_full"] - 1) < 0.01
+    *_, whole, factors, again = (step["hybrid_lora/sync_bytes"] for step in steps)
+    assert min(whole, again) > 2 * factors

@@ -2,8 +2,7 @@
 
 torchvision's wheel is for CUDA and does not load beside torch's CPU build, so the locked environment leaves it out.
 ``provide()`` before vLLM looks for the model; with a torchvision that is installed it does nothing. Whatever is called
-of it raises. verl imports this in each process of a run where ``VERL_USE_EXTERNAL_MODULES`` names it, and the variable
-below says to provide them.
+of it raises. ``everywhere()`` does so in every process of a run, as vLLM looks at a model in one of its own.
 """
 
 from __future__ import annotations
@@ -11,14 +10,11 @@ from __future__ import annotations
 import importlib.abc
 import importlib.machinery
 import importlib.util
-import os
 import sys
+from pathlib import Path
 from types import ModuleType
 
-#: environment variable that is there where importing this is to provide the names
-PROVIDE = "NAMES_OF_TORCHVISION"
-
-
+ROOT = Path(__file__).parents[2]
 _NAME = "torchvision"
 
 
@@ -60,5 +56,7 @@ def provide() -> None:
         sys.meta_path.append(_Finder())
 
 
-if PROVIDE in os.environ:
-    provide()
+def everywhere(folder: Path) -> dict[str, str]:
+    """Environment in which every Python provides them when it starts, by a file in ``folder``, which must be there."""
+    (folder / "sitecustomize.py").write_text(f"from {__name__} import provide\n\nprovide()\n")
+    return {"PYTHONPATH": f"{ROOT}:{folder}"}
