@@ -73,6 +73,12 @@ def test_arms_of_one_method_share_a_probe_and_it_is_kept(settings, tmp_path):
     assert still == made and still.stat().st_mtime_ns == before
 
 
+def test_a_selection_that_cannot_be_made_names_its_arm(settings, tmp_path):
+    arm = Arm("random:mlp/1", "hybrid", {"criterion": "random", "budget.ratio": 0.001}, rank=4, draw=1)
+    with pytest.raises(ConfigurationError, match="^arm random:mlp/1: budget.ratio: 0.001 allows"):
+        protocol(settings, tmp_path).choose(START, [arm])
+
+
 @pytest.mark.verl
 def test_each_arm_is_a_command_that_verl_and_the_plugin_take(settings, tmp_path, capsys):
     pytest.importorskip("verl", reason="verl is not installed")

@@ -180,6 +180,12 @@ class VerlProtocol(Protocol):
         config = selection_config(arm, self.settings.probe, arm.rank, start.seed)
         config.model.path = self._bases[start.base].path
         config.probe.files = list(self._tasks[start.task].probe_files)
+        try:
+            return self._full_names(config)
+        except ConfigurationError as error:
+            raise ConfigurationError(f"arm {arm.name}: {error}") from error
+
+    def _full_names(self, config: ProbeCommandConfig) -> tuple[str, ...]:
         criterion = get_criterion(config.criterion)
         if criterion.method is None:
             return tuple(self._artifact(config).full_names)
@@ -190,7 +196,7 @@ class VerlProtocol(Protocol):
             source.model,
             source.modules,
             load_measurements(folder, source),
-            lora_rank=arm.rank,
+            lora_rank=config.lora.rank,
             probe=source.probe,
             environment=source.environment,
         )
