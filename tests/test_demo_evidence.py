@@ -56,6 +56,10 @@ def test_fewer_steps_than_asked_fail(differences):
 
 
 def test_reference_that_follows_the_actor_fails():
+    still = evidence.check_reference(run_of([1e-7] * 3, kl=[3e-5, 0.0, 1e-5]))
+    assert not still.holds and "take more steps" in still.seen
+    back = evidence.check_reference(run_of([1e-7] * 3, kl=[0.0, 0.1, 0.0]))
+    assert not back.holds and "take more steps" not in back.seen
     assert not evidence.check_reference(run_of([1e-7] * 3, kl=[0.0, 0.0, 0.0])).holds
     assert not evidence.check_reference([]).holds
 
