@@ -17,7 +17,7 @@ import torch
 pytest.importorskip("verl", reason="verl is not installed")
 
 from hybrid_lora_plugin.errors import WeightSyncError  # noqa: E402
-from hybrid_lora_plugin.verl_backend.transport import LimitedReceiver, LimitedSender  # noqa: E402
+from hybrid_lora_plugin.verl_backend.transport import LimitedReceiver, LimitedSender, address_of_run  # noqa: E402
 
 BUCKET_MB = 1
 
@@ -86,6 +86,23 @@ def test_everything_arrives_and_the_last_acknowledgement_carries_the_report(hand
     assert wait() is None and sender.answer == {"loaded": 6}
     assert [name for name, _ in seen] == [name for name, _ in tensors()]
     assert all(torch.equal(a, b) for (_, a), (_, b) in zip(seen, tensors(), strict=True))
+
+
+def test_two_runs_whose_ray_calls_its_job_the_same_stay_apart(handle):
+    """Both trainers wait at their addresses before the first engine connects, which then finds its own."""
+    addresses = [address_of_run(handle, run) for run in ("846389e369c1", "0fd1c7a2b3e4")]
+    assert len({handle, *addresses}) == 3
+    senders = [
+        in_thread(send, address, pairs=iter([("weight", torch.full((3,), float(number)))]))
+        for number, address in enumerate(addresses)
+    ]
+    while not all(os.path.exists(address.removeprefix("ipc://")) for address in addresses):
+        time.sleep(0.01)
+    for number, address in enumerate(addresses):
+        seen = []
+        receive(address, 10.0, seen)
+        assert [(name, tensor.tolist()) for name, tensor in seen] == [("weight", [float(number)] * 3)]
+    assert [wait() for wait in senders] == [None, None]
 
 
 def test_receivers_error_reaches_the_sender_as_text_and_stops_it_there(handle):

@@ -25,6 +25,19 @@ SYMPTOMS = ("closed the connection in the middle of a sync", "in the middle of a
 _LOOK = 0.2
 
 
+def address_of_run(address: str, run: str | None) -> str:
+    """verl's address with the run in it: one that no other run of this machine binds.
+
+    verl's names Ray's job, and every Ray that was started for one run calls its first job the same. Two such runs on
+    one machine would now and then be connected to each other.
+
+    Args:
+        address: ``ipc://`` and a path that ends in ``.sock``, as verl makes it on both ends.
+        run: ``SyncHeader.run``, which both ends know before they connect; None leaves the address as it is.
+    """
+    return f"{address.removesuffix('.sock')}-{run}.sock" if run else address
+
+
 class LimitedSocket(zmq.Socket):
     """A socket whose ``recv`` raises WeightSyncError after ``limit`` seconds, or when its peer has gone."""
 

@@ -22,8 +22,8 @@ WITNESSES = {
 #: share of the validation prompts that the exported model must answer as vLLM did: two computations in 16 bits round
 #: activations differently, and decide differently where two tokens are about equally likely (255 of 256 were the same)
 SAME_ANSWERS = {"float32": 1.0, "bfloat16": 0.97, "float16": 0.97}
-#: nats; a smaller KL may be the rounding of log-probabilities in bfloat16 (0 to 3.8e-5 was seen after two steps of a tiny
-#: model at the paper's rates)
+#: nats; a smaller KL may be the rounding of log-probabilities in bfloat16 (0 to 3.8e-5 was seen after two steps of a
+#: tiny model at the paper's rates)
 TOLD_FROM = 1e-4
 #: of the update, how much must be in vLLM's weights where these have 16 bits
 ARRIVED = (0.9, 1.1)

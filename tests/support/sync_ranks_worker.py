@@ -97,6 +97,7 @@ def play(scenario: str, out: str, address: str) -> None:
     """One scenario on this rank, in a process group of its own; ends the process."""
     from hybrid_lora_plugin.sync.wire import OutgoingWeights, SyncHeader
     from hybrid_lora_plugin.verl_backend.sender.server_adapter import HybridLoraServerAdapter
+    from hybrid_lora_plugin.verl_backend.transport import address_of_run
 
     rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     # torchrun has a store of its own, for one process group; this one hosts its own at the address.
@@ -117,7 +118,8 @@ def play(scenario: str, out: str, address: str) -> None:
 
         async def _execute_method(self, method, non_block=False, timeout=None, args=(), kwargs=None):
             def workers():
-                futures = [POOL.submit(receive, handles[other], scenario, other) for other in range(2)]
+                addresses = [address_of_run(handle, kwargs["run"]) for handle in handles]
+                futures = [POOL.submit(receive, one, scenario, other) for other, one in enumerate(addresses)]
                 return [future.result() for future in futures]
 
             future = POOL.submit(workers)

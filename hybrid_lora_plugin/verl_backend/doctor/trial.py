@@ -255,7 +255,7 @@ async def _sync(engine: Any, rollout: Any, mode: str) -> None:
 
     from hybrid_lora_plugin.verl_backend.sender.server_adapter import HybridLoraServerAdapter, PassingWeights
     from hybrid_lora_plugin.verl_backend.sender.waits import Limits
-    from hybrid_lora_plugin.verl_backend.transport import LimitedSender
+    from hybrid_lora_plugin.verl_backend.transport import LimitedSender, address_of_run
 
     engine.hybrid.sync, limit, step = mode, 60.0, 1
     weights, _ = engine.get_per_tensor_param(base_sync_done=True)
@@ -269,7 +269,7 @@ async def _sync(engine: Any, rollout: Any, mode: str) -> None:
         "receive_hybrid_weights",
         kwargs={"run": header.run, "number": header.number, "step": step, "use_shm": shared, "limit": limit},
     )
-    sender = LimitedSender(handle, 16, shared, limit=limit)
+    sender = LimitedSender(address_of_run(handle, header.run), 16, shared, limit=limit)
     with ThreadPoolExecutor(1) as thread:
         receiving = thread.submit(receive)
         await sender.async_send_weights(passing)

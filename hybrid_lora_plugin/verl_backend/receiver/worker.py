@@ -24,7 +24,7 @@ from hybrid_lora_plugin.sync.sparse_merge import require_base
 from hybrid_lora_plugin.sync.wire import HEADER, SyncHeader, read_header, rows_of
 from hybrid_lora_plugin.verl_backend.patches import name_unstacked_mapper
 from hybrid_lora_plugin.verl_backend.receiver.vllm_model import VllmRolloutModel
-from hybrid_lora_plugin.verl_backend.transport import LimitedReceiver
+from hybrid_lora_plugin.verl_backend.transport import LimitedReceiver, address_of_run
 
 
 class Reception:
@@ -167,7 +167,8 @@ class HybridLoraWorkerExtension(vLLMColocateWorkerExtension):
         """Receive one sync over this worker's socket.
 
         Args:
-            run, number, step: what the trainer announced by RPC; the stream must say the same.
+            run, number, step: what the trainer announced by RPC; the stream must say the same, and comes by an address
+                with the run in it.
             use_shm: as in verl, shared memory instead of device IPC.
             limit: seconds to wait for the trainer between two buckets.
 
@@ -182,7 +183,8 @@ class HybridLoraWorkerExtension(vLLMColocateWorkerExtension):
         reception = Reception(self._hybrid_rollout, run, number, step, self._hybrid_last, self._hybrid_holds)
         # Known again when this one is proven.
         self._hybrid_holds = None
-        receiver = LimitedReceiver(self._get_zmq_handle(), self.device, use_shm, limit=limit)
+        address = address_of_run(self._get_zmq_handle(), run)
+        receiver = LimitedReceiver(address, self.device, use_shm, limit=limit)
         result: dict[str, Any] = {}
 
         def on_bucket(weights: list[tuple[str, torch.Tensor]], is_last: bool) -> None:

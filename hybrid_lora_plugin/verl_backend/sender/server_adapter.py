@@ -32,7 +32,7 @@ from hybrid_lora_plugin.sync.wire import (
     read_manifest,
 )
 from hybrid_lora_plugin.verl_backend.sender import sync_metrics, waits
-from hybrid_lora_plugin.verl_backend.transport import SYMPTOMS, LimitedSender
+from hybrid_lora_plugin.verl_backend.transport import SYMPTOMS, LimitedSender, address_of_run
 
 
 class PassingWeights:
@@ -210,7 +210,8 @@ class HybridLoraServerAdapter(ServerAdapter):
                     raise _engine_failed(done.exception())
                 passing.check_other_ranks()
 
-            sender = LimitedSender(self.zmq_handle, bucket, self.use_shm, limit=limits.bucket, check=still_receiving)
+            address = address_of_run(self.zmq_handle, header.run)
+            sender = LimitedSender(address, bucket, self.use_shm, limit=limits.bucket, check=still_receiving)
 
             async def patient_at_the_end():
                 async for name, tensor in passing:
