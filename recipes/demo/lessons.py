@@ -1,7 +1,7 @@
 """What the demo's model can learn: how its base and rows are made, and the settings of its probe and its verl run.
 
-``carry`` is quick, and nearly all of it is learnt by LoRA alone. On ``last_digits`` LoRA lags full fine-tuning
-(docs/evidence/gap-search), so that it shows what fully tuned modules are for.
+``carry`` is quick, and nearly all of it is learnt by LoRA alone. On ``last_digits`` LoRA lagged full fine-tuning in ten
+seeds of plain torch (docs/evidence/last-digits-gspo); three under verl (last-digits-rl) do not tell.
 """
 
 from __future__ import annotations
