@@ -94,6 +94,7 @@ bench-sync: install ## what a weight sync costs in each mode, beside verl's own:
 
 bench-training: install ## memory, time and start of training, beside verl's own and PEFT: about half an hour
 	$(BIN)/python -m benchmarks.training_cost
+	$(BIN)/python -m benchmarks.zeroth_order_cost
 	$(BIN)/python -m benchmarks.lora_layer_cost
 	$(BIN)/python -m benchmarks.start_cost
 

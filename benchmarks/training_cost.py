@@ -27,6 +27,7 @@ import torch
 from benchmarks.pages import save_figures, write_page
 from benchmarks.sync_cost import make_model, quartiles
 from benchmarks.training.engines import VARIANTS
+from benchmarks.training.turns import ratio, take_turns
 from recipes.demo.environment import cpu_environment
 
 ROOT = Path(__file__).parents[1]
@@ -86,20 +87,7 @@ def measure(shape: argparse.Namespace) -> None:
     cases["plain forward"] = lambda: e.log_probs(built["full"], batch, reference=False)
     cases["hybrid reference"] = lambda: e.log_probs(built["hybrid"], batch, reference=True)
     cases["lora reference"] = lambda: e.log_probs(built["lora"], batch, reference=True)
-    seconds = {case: [] for case in cases}
-    order = list(cases)
-    for round_ in range(shape.rounds + 1):
-        turn = (round_ * 2) % len(order)
-        for case in (*order[turn:], *order[:turn])[:: -1 if round_ % 2 else 1]:
-            torch.distributed.barrier()
-            begun = time.perf_counter()
-            cases[case]()
-            if cuda:
-                torch.cuda.synchronize()
-            torch.distributed.barrier()
-            if round_:  # the first one warms up
-                seconds[case].append(time.perf_counter() - begun)
-    result["seconds"] = seconds
+    result["seconds"] = take_turns(cases, shape.rounds)
     if rank == 0:
         save_figures(folder, f"{shape.precision}-{ranks}", result)
     torch.distributed.destroy_process_group()
@@ -151,11 +139,6 @@ def bytes_table(results: list[dict]) -> list[str]:
                 f"{total / 1e6:.1f} | {over} | {total / total_of(held, 'full'):.3f} |"
             )
     return lines
-
-
-def ratio(seconds: dict[str, list[float]], case: str, base: str) -> str:
-    """Quartiles of the ratios of two cases, round by round."""
-    return quartiles([a / b for a, b in zip(seconds[case], seconds[base], strict=True)])
 
 
 def time_table(results: list[dict]) -> list[str]:

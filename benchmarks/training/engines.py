@@ -43,7 +43,14 @@ def _configurations(model: str, lora: dict[str, Any], precision: str, strategy: 
 
 
 def build_engine(
-    variant: str, model: str, allocation: str, *, precision: str, strategy: str = "fsdp2", checkpointing=False
+    variant: str,
+    model: str,
+    allocation: str,
+    *,
+    precision: str,
+    strategy: str = "fsdp2",
+    checkpointing=False,
+    options: dict[str, Any] | None = None,
 ):
     """The engine that verl's registry gives for a variant, initialised.
 
@@ -53,6 +60,7 @@ def build_engine(
         precision: ``param_dtype`` of verl's mixed precision, "fp32" or "bf16".
         strategy: fsdp or fsdp2.
         checkpointing: of activations.
+        options: more of ``hybrid_lora`` for the variant "hybrid".
     """
     from verl.workers.engine import EngineRegistry
 
@@ -66,7 +74,12 @@ def build_engine(
         settings["lora"] = {
             "merge": True,
             "rollout_dtype": "bfloat16",
-            "hybrid": {"allocation": allocation, "full_lr": 1e-6, "lora": {"rank": RANK, "alpha": ALPHA, "lr": 2.5e-5}},
+            "hybrid": {
+                "allocation": allocation,
+                "full_lr": 1e-6,
+                "lora": {"rank": RANK, "alpha": ALPHA, "lr": 2.5e-5},
+                **(options or {}),
+            },
         }
     configurations = _configurations(model, settings, precision, strategy, checkpointing)
     torch.manual_seed(0)
@@ -152,13 +165,14 @@ def policy_loss():
     return partial(ppo_loss, config=config)
 
 
-def update(engine, batch, loss) -> None:
-    """One actor update: forward, backward, clip, optimizer."""
+def update(engine, batch, loss) -> dict[str, Any]:
+    """One actor update: forward, backward, clip, optimizer; returns its metrics."""
     from verl.utils.device import get_device_id
 
     with engine.train_mode():
-        engine.train_batch(batch.clone().to(get_device_id()), loss)
+        outputs = engine.train_batch(batch.clone().to(get_device_id()), loss)
     engine.lr_scheduler_step()
+    return outputs["metrics"]
 
 
 def log_probs(engine, batch, reference: bool) -> None:
