@@ -286,23 +286,31 @@ class HybridLoraServerAdapter(ServerAdapter):
 
         Every rank gathers the same tensors, so every rank must also have sent the same ones.
         """
-        seen = [(error, passing.manifest)]
+        run = passing.header.run if passing.header else ""
+        seen = [(error, passing.manifest, run)]
         if _several_ranks():
             patience = waits.for_other_ranks(limits.proof)
             seen = [None] * torch.distributed.get_world_size()
             try:
                 await asyncio.to_thread(
-                    torch.distributed.all_gather_object, seen, (error, passing.manifest), group=self._group(patience)
+                    torch.distributed.all_gather_object,
+                    seen,
+                    (error, passing.manifest, run),
+                    group=self._group(patience),
                 )
             except Exception as broken:
                 silent = f"another rank did not answer within {patience:g} s: {_last_line(broken)}"
                 raise _ended(passing, step, error or with_reference(silent, "no-answer-in-time")) from broken
         # What a rank lost because another one failed says less than what failed there.
-        causes = [(rank, text) for rank, (text, _) in enumerate(seen) if text]
+        causes = [(rank, text) for rank, (text, _, _) in enumerate(seen) if text]
         causes.sort(key=lambda cause: any(words in cause[1] for words in SYMPTOMS))
         if causes:
             raise _ended(passing, step, causes[0][1], causes[0][0])
-        for rank, (_, manifest) in enumerate(seen):
+        for rank, (_, manifest, other) in enumerate(seen):
+            if other != seen[0][2]:
+                # Told before a receiver waits at the address of one run for a sender at that of another.
+                text = f"run {other} on this rank, wanted {seen[0][2]}, that of rank 0: one of them is stale"
+                raise _ended(passing, step, with_reference(text, "stale-weights"), rank)
             if manifest is None:  # the ranks agree on the beginning only
                 continue
             try:
