@@ -96,7 +96,9 @@ def test_two_runs_whose_ray_calls_its_job_the_same_stay_apart(handle):
         in_thread(send, address, pairs=iter([("weight", torch.full((3,), float(number)))]))
         for number, address in enumerate(addresses)
     ]
+    given_up = time.monotonic() + 10
     while not all(os.path.exists(address.removeprefix("ipc://")) for address in addresses):
+        assert time.monotonic() < given_up
         time.sleep(0.01)
     for number, address in enumerate(addresses):
         seen = []
