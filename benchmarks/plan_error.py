@@ -212,7 +212,7 @@ def main(arguments: list[str] | None = None) -> int:
     if shape.inside:
         measure(shape)
         return 0
-    from benchmarks.training_cost import machine
+    from benchmarks.training.on_ranks import machine
     from recipes.demo.environment import cpu_environment
 
     folder = shape.output / "plan-error"

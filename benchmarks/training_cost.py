@@ -11,28 +11,16 @@ with GPUs the same command uses them, and also shows the peak that the allocator
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import platform
-import shutil
-import subprocess
 import sys
 import time
-from importlib.metadata import version
-from itertools import product
-from pathlib import Path
 
 import torch
 
-from benchmarks.pages import save_figures, write_page
-from benchmarks.sync_cost import make_model, quartiles
+from benchmarks.sync_cost import quartiles
 from benchmarks.training.engines import VARIANTS
+from benchmarks.training.on_ranks import Benchmark, folder_of, main, save, setting
 from benchmarks.training.turns import ratio, take_turns
-from recipes.demo.environment import cpu_environment
-
-ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- measured by benchmarks/training_cost.py -->", "<!-- end of the measured part -->"
-
 
 # -- on one rank -----------------------------------------------------------------------------------------------------
 
@@ -49,7 +37,7 @@ def measure(shape: argparse.Namespace) -> None:
     cuda = torch.cuda.is_available()
     if not cuda:
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    folder = shape.output / "training-cost"
+    folder = folder_of(shape)
     model, allocation = str(folder / "model"), str(folder / "allocation")
     batch = e.make_batch(shape.rows, shape.micro_batches, shape.tokens, shape.vocabulary, rank, ranks)
     loss = e.policy_loss()
@@ -89,7 +77,7 @@ def measure(shape: argparse.Namespace) -> None:
     cases["lora reference"] = lambda: e.log_probs(built["lora"], batch, reference=True)
     result["seconds"] = take_turns(cases, shape.rounds)
     if rank == 0:
-        save_figures(folder, f"{shape.precision}-{ranks}", result)
+        save(shape, result)
     torch.distributed.destroy_process_group()
 
 
@@ -192,15 +180,10 @@ def start_table(results: list[dict]) -> list[str]:
 
 def report(result: dict) -> str:
     """The figures as Markdown."""
-    shape, versions = result["shape"], result["versions"]
     counted = result["ranks"][0]["parameters"]
     head = (
-        f"{result['machine']}, {', '.join(f'{name} {text}' for name, text in versions.items())}. A random Qwen2 of "
-        f"{shape['layers']} layers of width {shape['hidden']} and {shape['vocabulary']:,} tokens, its checkpoint in "
-        f"bf16, LoRA rank 16, FSDP2, {shape['micro_batches']} micro-batches of {shape['rows']} rows of "
-        f"{shape['tokens']} tokens on each rank, {shape['rounds']} rounds. {counted['frozen']:,} parameters frozen, "
-        f"{counted['full']:,} fully tuned, {counted['lora']:,} of adapters. Ratios are medians (quartiles) of the "
-        f"ratios within a round."
+        f"{setting(result)} {counted['frozen']:,} parameters frozen, {counted['full']:,} fully tuned, "
+        f"{counted['lora']:,} of adapters. Ratios are medians (quartiles) of the ratios within a round."
     )
     results = result["ranks"]
     tables = [bytes_table(results), time_table(results), start_table(results)]
@@ -209,73 +192,7 @@ def report(result: dict) -> str:
     return "\n\n".join([head, *("\n".join(table) for table in tables)])
 
 
-def machine() -> str:
-    """The device that was measured."""
-    if torch.cuda.is_available():
-        return f"{torch.cuda.device_count()} × {torch.cuda.get_device_name()}"
-    return f"{os.cpu_count()} CPU cores, gloo"
-
-
-def main(arguments: list[str] | None = None) -> int:
-    """Measure and print; returns 0, or the status of a failed run."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.training_cost", description=__doc__.splitlines()[0])
-    for name, default, text in (
-        ("layers", 8, "of the model"),
-        ("hidden", 576, "width, a multiple of 192"),
-        ("vocabulary", 16384, "rows of the embedding"),
-        ("rows", 2, "of a micro-batch"),
-        ("micro-batches", 2, "of each rank in an update"),
-        ("tokens", 128, "of each row"),
-        ("rounds", 7, "of updates"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
-    parser.add_argument("--ranks", default="1,2,4", help="numbers of ranks, one run each (default: 1,2,4)")
-    parser.add_argument("--precision", default="bf16,fp32", help="what is computed in (default: bf16,fp32)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder (default: outputs/bench)")
-    parser.add_argument("--write", type=Path, help="put the tables between the markers of this page")
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    shape = parser.parse_args(arguments)
-    shape.output = shape.output.resolve()
-    if shape.inside:
-        measure(shape)
-        return 0
-    folder = shape.output / "training-cost"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    make_model(folder, shape)
-    environment = dict(os.environ) if torch.cuda.is_available() else cpu_environment()
-    results = []
-    for precision, ranks in product(shape.precision.split(","), shape.ranks.split(",")):
-        name = f"{precision}-{ranks}"
-        print(
-            f"{ranks} ranks in {precision}: building {len(VARIANTS)} engines, then {shape.rounds} rounds",
-            file=sys.stderr,
-            flush=True,
-        )
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-        command += ["benchmarks.training_cost", *(sys.argv[1:] if arguments is None else arguments)]
-        command += ["--precision", precision, "--inside"]
-        with (folder / f"{name}.log").open("w") as log:
-            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        if done.returncode:
-            print(f"training_cost: {name}: exit status {done.returncode}; see {log.name}", file=sys.stderr)
-            return done.returncode
-        results.append(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
-    result = {
-        "machine": machine(),
-        "versions": {name: version(name) for name in ("verl", "torch", "transformers", "peft")}
-        | {"python": platform.python_version()},
-        "shape": {name: value for name, value in vars(shape).items() if isinstance(value, int)},
-        "ranks": results,
-    }
-    text = report(result)
-    save_figures(shape.output, "training_cost", result)
-    (shape.output / "training_cost.md").write_text(text + "\n", encoding="utf-8")
-    if shape.write:
-        write_page(shape.write, text, BEGIN, END)
-    print(text)
-    return 0
-
+BENCHMARK = Benchmark("training_cost", __doc__.splitlines()[0], measure, report, ranks="1,2,4", options={})
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(BENCHMARK))

@@ -12,25 +12,15 @@ here is a test.
 from __future__ import annotations
 
 import argparse
-import json
 import os
-import shutil
-import subprocess
 import sys
-from importlib.metadata import version
-from itertools import product
-from pathlib import Path
 
 import torch
 
-from benchmarks.pages import save_figures, write_page
-from benchmarks.sync_cost import make_model, quartiles
+from benchmarks.sync_cost import quartiles
+from benchmarks.training.on_ranks import Benchmark, folder_of, main, save, setting
 from benchmarks.training.turns import ratio, take_turns
-from benchmarks.training_cost import machine
-from recipes.demo.environment import cpu_environment
 
-ROOT = Path(__file__).parents[1]
-BEGIN, END = "<!-- measured by benchmarks/zeroth_order_cost.py -->", "<!-- end of the measured part -->"
 FORWARD, HYBRID, FULL = "forward", "hybrid", "full"
 
 
@@ -53,7 +43,7 @@ def measure(shape: argparse.Namespace) -> None:
     _, rank, ranks = initialize_global_process_group()
     if not torch.cuda.is_available():
         torch.set_num_threads(max(1, (os.cpu_count() or 1) // ranks))
-    folder = shape.output / "zeroth-order-cost"
+    folder = folder_of(shape)
     batch = e.make_batch(shape.rows, shape.micro_batches, shape.tokens, shape.vocabulary, rank, ranks)
     loss = e.policy_loss()
 
@@ -86,7 +76,7 @@ def measure(shape: argparse.Namespace) -> None:
         "training_bytes": built[HYBRID].training_bytes().total,
     }
     if rank == 0:
-        save_figures(folder, f"{shape.precision}-{ranks}", result)
+        save(shape, result)
     torch.distributed.destroy_process_group()
 
 
@@ -137,77 +127,23 @@ def bytes_table(results: list[dict]) -> list[str]:
 
 def report(result: dict) -> str:
     """The figures as Markdown."""
-    shape, versions = result["shape"], result["versions"]
     head = (
-        f"{result['machine']}, {', '.join(f'{name} {text}' for name, text in versions.items())}. A random Qwen2 of "
-        f"{shape['layers']} layers of width {shape['hidden']} and {shape['vocabulary']:,} tokens, its checkpoint in "
-        f"bf16, LoRA rank 16, FSDP2, {shape['micro_batches']} micro-batches of {shape['rows']} rows of "
-        f"{shape['tokens']} tokens on each rank, {shape['rounds']} rounds; {result['ranks'][0]['moved']:,} frozen "
-        "parameters move. Ratios are medians (quartiles) of the ratios within a round."
+        f"{setting(result)} {result['ranks'][0]['moved']:,} frozen parameters move. Ratios are medians (quartiles) of "
+        "the ratios within a round."
     )
     directions = [str(one) for one in numbers(result["shape"]["directions"])]
     tables = [time_table(result["ranks"], directions), bytes_table(result["ranks"])]
     return "\n\n".join([head, *("\n".join(table) for table in tables)])
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Measure and print; returns 0, or the status of a failed run."""
-    parser = argparse.ArgumentParser(prog="python -m benchmarks.zeroth_order_cost", description=__doc__.splitlines()[0])
-    for name, default, text in (
-        ("layers", 8, "of the model"),
-        ("hidden", 576, "width, a multiple of 192"),
-        ("vocabulary", 16384, "rows of the embedding"),
-        ("rows", 2, "of a micro-batch"),
-        ("micro-batches", 2, "of each rank in an update"),
-        ("tokens", 128, "of each row"),
-        ("rounds", 7, "of updates"),
-    ):
-        parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default: {default})")
-    parser.add_argument("--ranks", default="1,2", help="numbers of ranks, one run each (default: 1,2)")
-    parser.add_argument("--directions", default="1,4", help="numbers of directions (default: 1,4)")
-    parser.add_argument("--precision", default="bf16,fp32", help="what is computed in (default: bf16,fp32)")
-    parser.add_argument("--output", type=Path, default=Path("outputs/bench"), help="folder (default: outputs/bench)")
-    parser.add_argument("--write", type=Path, help="put the tables between the markers of this page")
-    parser.add_argument("--inside", action="store_true", help=argparse.SUPPRESS)
-    shape = parser.parse_args(arguments)
-    shape.output = shape.output.resolve()
-    if shape.inside:
-        measure(shape)
-        return 0
-    folder = shape.output / "zeroth-order-cost"
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-    make_model(folder, shape)
-    environment = dict(os.environ) if torch.cuda.is_available() else cpu_environment()
-    results = []
-    for precision, ranks in product(shape.precision.split(","), numbers(shape.ranks)):
-        name = f"{precision}-{ranks}"
-        print(
-            f"{ranks} ranks in {precision}: building engines, then {shape.rounds} rounds", file=sys.stderr, flush=True
-        )
-        command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}", "-m"]
-        command += ["benchmarks.zeroth_order_cost", *(sys.argv[1:] if arguments is None else arguments)]
-        command += ["--precision", precision, "--inside"]
-        with (folder / f"{name}.log").open("w") as log:
-            done = subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
-        if done.returncode:
-            print(f"zeroth_order_cost: {name}: exit status {done.returncode}; see {log.name}", file=sys.stderr)
-            return done.returncode
-        results.append(json.loads((folder / f"{name}.json").read_text(encoding="utf-8")))
-    result = {
-        "machine": machine(),
-        "versions": {name: version(name) for name in ("verl", "torch", "transformers", "peft")},
-        "shape": {name: value for name, value in vars(shape).items() if isinstance(value, int)}
-        | {"directions": shape.directions},
-        "ranks": results,
-    }
-    text = report(result)
-    save_figures(shape.output, "zeroth_order_cost", result)
-    if shape.write:
-        write_page(shape.write, text, BEGIN, END)
-    print(text)
-    return 0
-
+BENCHMARK = Benchmark(
+    "zeroth_order_cost",
+    __doc__.splitlines()[0],
+    measure,
+    report,
+    ranks="1,2",
+    options={"directions": ("1,4", "numbers of directions")},
+)
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(main(BENCHMARK))
